@@ -1,0 +1,129 @@
+"""What is checked, once, where an array enters."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from vae_export.errors import InputError
+from vae_export.manifest import Data, Latent, LatentDim, SizeDim, shape_text
+
+from .backend import Array
+
+_FLOAT32 = np.dtype(np.float32)
+_UINT8 = np.dtype(np.uint8)
+_ONE = int(np.float32(1.0).view(np.uint32))
+
+
+class ArrayCheck:
+    """Turns what a caller gave into a C-contiguous float32 batch, or says what is wrong with it."""
+
+    def __init__(self, name: str, spec: Data | Latent, *, unit: bool = False) -> None:
+        """Prepare the check of the argument called `name`.
+
+        Args:
+            name: `x` or `z`, for messages.
+            spec: the shape (and for data, the range) that is expected.
+            unit: values outside [0, 1] are refused (a Bernoulli likelihood has none there).
+        """
+        self._name = name
+        self._dims = spec.shape
+        self._fixed = spec.shape if all(isinstance(dim, int) for dim in spec.shape) else None
+        self._rank = len(spec.shape) + 1
+        self._range = spec.range if isinstance(spec, Data) else None
+        self._check_values = self._check_unit if unit else self._check_finite
+
+    def __call__(self, verb: str, value: Any) -> Array:
+        """The value as (B, *shape) float32, C-contiguous; copied only where it has to be.
+
+        Raises:
+            InputError: wrong type, rank, shape, dtype or byte order; empty, not finite, or out of range.
+        """
+        array = value if type(value) is np.ndarray else self._as_array(verb, value)
+        if array.shape[1:] != self._fixed or len(array) == 0:
+            self._check_shape(verb, array)
+        if array.dtype is not _FLOAT32:
+            array = self._convert(verb, array)
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
+        self._check_values(verb, array)
+        return array
+
+    def _as_array(self, verb: str, value: Any) -> Array:
+        if isinstance(value, np.ndarray) or hasattr(value, "__array__"):
+            try:
+                return np.asarray(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{verb}: {self._name} is a {type(value).__name__} that NumPy cannot read: {error}"
+                ) from None
+        raise InputError(
+            f"{verb}: {self._name} is a {type(value).__name__}; pass a NumPy array of shape {self._expected()}"
+        )
+
+    def _expected(self) -> str:
+        return shape_text(self._dims)
+
+    def _check_shape(self, verb: str, array: Array) -> None:
+        problem = f"{verb}: {self._name} has shape {array.shape}; this bundle expects {self._expected()}."
+        if array.ndim == self._rank - 1 and self._allows(array.shape):
+            raise InputError(f"{problem} For one example add a batch axis: {self._name}[None]")
+        if array.ndim != self._rank:
+            raise InputError(f"{problem} Reshape {self._name} to {self._rank} dimensions, the batch first")
+        if array.shape[0] == 0:
+            raise InputError(f"{problem} The batch is empty; pass one example or more")
+        if not self._allows(array.shape[1:]):
+            limits = "; ".join(f"{dim}" for dim in self._dims if isinstance(dim, SizeDim) and str(dim) != dim.name)
+            what = "Resize or crop the examples" if self._range else "Pass latents that encode or a prior draw gave"
+            raise InputError(f"{problem} {what}{f' ({limits})' if limits else ''}")
+
+    def _allows(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == len(self._dims) and all(
+            size == dim if isinstance(dim, int) else isinstance(dim, LatentDim) or dim.allows(size)
+            for size, dim in zip(shape, self._dims, strict=True)
+        )
+
+    def _convert(self, verb: str, array: Array) -> Array:
+        dtype = array.dtype
+        if self._range and dtype == _UINT8:
+            low, high = self._range
+            return array.astype(np.float32) * np.float32((high - low) / 255.0) + np.float32(low)
+        if dtype == _FLOAT32:  # another object for the same type
+            return array
+        accepted = "float32 (or uint8 pictures)" if self._range else "float32"
+        if dtype.newbyteorder("=") == _FLOAT32:
+            order = "big" if sys.byteorder == "little" else "little"
+            raise InputError(
+                f"{verb}: {self._name} is {order}-endian float32, which backends read as if it were not; "
+                f"expected {accepted} in this machine's byte order. Convert it: {self._name}.astype('=f4')"
+            )
+        raise InputError(
+            f"{verb}: {self._name} has dtype {dtype}; expected {accepted}. "
+            f"Convert it: {self._name}.astype(numpy.float32)"
+        )
+
+    def _check_finite(self, verb: str, array: Array) -> None:
+        flat = array.reshape(-1)
+        # The sum of squares is not finite if any value is not: one fast pass for the usual case.
+        if not math.isfinite(np.dot(flat, flat)):
+            finite = np.isfinite(array)
+            if not finite.all():
+                self._refuse(verb, array, ~finite, "finite values")
+
+    def _check_unit(self, verb: str, array: Array) -> None:
+        # Bits of floats from 0 to 1, read as integers, run from 0 to those of 1; those of NaN, of numbers
+        # above 1 and of all with a sign lie beyond. Only −0 needs the second look.
+        if np.maximum.reduce(array.reshape(-1).view(np.uint32)) > _ONE:
+            inside = (array >= 0) & (array <= 1)
+            if not inside.all():
+                self._refuse(verb, array, ~inside, "values in [0, 1]. Scale the data, or pass uint8")
+
+    def _refuse(self, verb: str, array: Array, wrong: np.ndarray[Any, np.dtype[np.bool_]], expected: str) -> None:
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise InputError(
+            f"{verb}: {self._name}[{', '.join(map(str, where))}] is {array[where]:g}, one of "
+            f"{int(wrong.sum())} such values; expected {expected}"
+        )

@@ -1,0 +1,82 @@
+"""ONNX Runtime, on the CPU or on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vae_export.errors import BackendError, BundleError, require
+
+from .backend import Array
+
+_PROVIDERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": 0}),  # TF32 keeps 10 of float32's 23 mantissa bits
+}
+_EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+
+
+class OrtBackend:
+    """One session for each graph. Sessions are safe to run from many threads."""
+
+    def __init__(self, graphs: Mapping[str, bytes], *, device: str = "cpu", threads: int | None = None) -> None:
+        """Open graphs.
+
+        Args:
+            graphs: serialized ONNX models by name. Their bytes were verified; no path is ever opened.
+            device: `cpu` or `cuda`.
+            threads: threads inside one call; None leaves it to ONNX Runtime (one for each core).
+
+        Raises:
+            BackendError: ONNX Runtime or the device is not available.
+            BundleError: ONNX Runtime does not accept a graph.
+        """
+        ort = require("onnxruntime", _EXTRAS[device], "load")
+        provider, options = _PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise BackendError(
+                f"load: device {device!r} needs ONNX Runtime's {provider}; the installed onnxruntime "
+                f"{ort.__version__} has {', '.join(ort.get_available_providers())}. Run: pip uninstall "
+                f"onnxruntime; pip install 'vae-export[{_EXTRAS[device]}]'"
+            )
+        if device == "cuda":
+            ort.preload_dlls()
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        if threads is not None:
+            settings.intra_op_num_threads = threads
+        self._device = device
+        self._provider = provider
+        self._version = ort.__version__
+        self._threads = threads
+        self._sessions = {}
+        for name, model in graphs.items():
+            try:
+                session = ort.InferenceSession(model, settings, providers=[(provider, options)])
+            except Exception as error:
+                raise BundleError(f"{name}: ONNX Runtime {ort.__version__} does not open it: {error}") from None
+            if session.get_providers()[0] != provider:
+                raise BackendError(
+                    f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "
+                    "instead. `vae-export doctor` shows what is missing"
+                )
+            self._sessions[name] = session
+
+    def run(self, graph: str, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run a graph; see `Backend.run`."""
+        result: list[Array] = self._sessions[graph].run(outputs, inputs)
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """What the graphs run on."""
+        return {
+            "backend": "onnxruntime",
+            "version": self._version,
+            "device": self._device,
+            "provider": self._provider,
+            "threads": self._threads or "one for each core",
+        }
+
+    def close(self) -> None:
+        """Drop the sessions."""
+        self._sessions = {}

@@ -1,0 +1,388 @@
+"""The VAE that an app holds: encode, sample, decode, reconstruct, ELBO, edit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vae_export import elbo, likelihoods, noise
+from vae_export.errors import InputError
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, shape_text
+
+from .backend import Array, Backend
+from .inputs import ArrayCheck
+
+Float64 = npt.NDArray[np.float64]
+
+_SAMPLE = ("sample",)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The approximate posterior q(z|x) of a batch.
+
+    Attributes:
+        mean: (B, *latent) float32.
+        logvar: (B, *latent) float32, the logarithm of the variance; None for a deterministic encoder.
+    """
+
+    mean: Array
+    logvar: Array | None
+
+    @property
+    def std(self) -> Array:
+        """The standard deviation exp(½ logvar): (B, *latent) float32.
+
+        Raises:
+            InputError: the encoder is deterministic.
+        """
+        std: Array = np.exp(np.float32(0.5) * self._gaussian())
+        return std
+
+    def mode(self) -> Array:
+        """The most probable latent, which is the mean: (B, *latent) float32."""
+        return self.mean
+
+    def sample(self, seed: int = 0, start: int = 0) -> Array:
+        """Draw z = mean + std · eps (Kingma & Welling 2014, section 2.4).
+
+        Args:
+            seed: of the noise, 0 ≤ seed < 2^64.
+            start: the index of the first example: a batch that is the part of a data set from `start` on
+                gets the noise that the whole would have had.
+
+        Returns:
+            (B, *latent) float32.
+
+        Raises:
+            InputError: the encoder is deterministic, or seed or start is out of range.
+        """
+        return self._at(self._noise(seed, start))
+
+    def kl(self) -> Float64:
+        """KL(q(z|x) || p(z)) in nats: (B,) float64.
+
+        Raises:
+            InputError: the encoder is deterministic.
+        """
+        return elbo.kl(self.mean, self._gaussian())
+
+    def _gaussian(self) -> Array:
+        if self.logvar is None:
+            raise InputError(
+                "this model's encoder is deterministic: its posterior has no variance to draw from, no KL "
+                "and no ELBO. Use mode()"
+            )
+        return self.logvar
+
+    def _noise(self, seed: int, start: int, draw: int = 0) -> Array:
+        self._gaussian()
+        eps = noise.normals(seed, noise.POSTERIOR, start, len(self.mean), self.mean[0].size, draw)
+        return eps.reshape(self.mean.shape)
+
+    def _at(self, eps: Array) -> Array:
+        z: Array = self.mean + self.std * eps
+        return z
+
+    def _repeat(self, times: int) -> Posterior:
+        repeat = (times, *[1] * (self.mean.ndim - 1))
+        return Posterior(np.tile(self.mean, repeat), np.tile(self._gaussian(), repeat))
+
+
+class Elbo(NamedTuple):
+    """The evidence lower bound of a batch, in nats: elbo = reconstruction − kl ≤ log p(x).
+
+    Attributes:
+        elbo: (B,) float64.
+        reconstruction: log p(x|z) at one draw z ~ q(z|x), (B,) float64.
+        kl: KL(q(z|x) || p(z)) in closed form, (B,) float64.
+    """
+
+    elbo: Float64
+    reconstruction: Float64
+    kl: Float64
+
+
+class VAE:
+    """A trained variational autoencoder on a backend. Made by `load`; safe to use from many threads.
+
+    Every method that draws takes `seed` and `start`: example i of seed s is the same whatever the batch,
+    the micro-batch, the thread or the machine.
+    """
+
+    def __init__(self, model: Model, backend: Backend, *, micro_batch: int = 64, name: str = "") -> None:
+        """Join a model's description and a backend that has its graphs.
+
+        Raises:
+            InputError: micro_batch is below 1.
+        """
+        if micro_batch < 1:
+            raise InputError(f"load: micro_batch is {micro_batch}; expected 1 or more")
+        self.model = model
+        self.name = name
+        self._backend = backend
+        self._micro_batch = micro_batch
+        self._data = ArrayCheck("x", model.data, unit=model.likelihood.kind == "bernoulli")
+        self._latent = ArrayCheck("z", model.latent)
+        fixed = tuple(dim for dim in model.latent.shape if isinstance(dim, int))
+        self._fixed_latent = fixed if len(fixed) == len(model.latent.shape) else None
+        self._encoder_outputs = ENCODER_OUTPUTS[model.posterior.kind]
+        self._decoder_outputs = DECODER_OUTPUTS[model.likelihood.kind]
+
+    def encode(self, x: Any) -> Posterior:
+        """The approximate posterior q(z|x).
+
+        Args:
+            x: (B, *data) float32 in the data's range, or uint8, which is scaled onto that range.
+
+        Raises:
+            InputError: x is not such an array.
+        """
+        return self._posterior(self._data("encode", x))
+
+    def decode(self, z: Any) -> Array:
+        """The mean of p(x|z).
+
+        Args:
+            z: (B, *latent) float32.
+
+        Returns:
+            (B, *data) float32 in the data's range, not clamped.
+
+        Raises:
+            InputError: z is not such an array.
+        """
+        return self._run("decoder", "z", self._latent("decode", z), _SAMPLE)[0]
+
+    def likelihood(self, z: Any) -> dict[str, Array]:
+        """All parameters of p(x|z), by the names of `manifest.DECODER_OUTPUTS`: (B, *data) float32 each.
+
+        Arguments and errors are those of `decode`.
+        """
+        return self._parameters(self._latent("likelihood", z))
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        draw: bool = False,
+        size: Mapping[str, int] | None = None,
+    ) -> Array:
+        """Draw latents from the prior and decode them.
+
+        Args:
+            n: how many, ≥ 1.
+            seed: of the noise, 0 ≤ seed < 2^64.
+            start: the index of the first one.
+            draw: draw from p(x|z), too, instead of giving its mean.
+            size: for models whose data has named dimensions, such as {"height": 64, "width": 96}.
+
+        Returns:
+            (n, *data) float32.
+
+        Raises:
+            InputError: an argument is out of range, or draw was asked of a model without a likelihood.
+        """
+        if n < 1:
+            raise InputError(f"sample: n is {n}; expected 1 or more")
+        shape = self._fixed_latent if size is None and self._fixed_latent else self.model.latent_shape(size)
+        likelihood = likelihoods.of(self.model) if draw else None
+        parts = []
+        for first, last in self._slices(n):
+            eps = noise.normals(seed, noise.PRIOR, start + first, last - first, math.prod(shape))
+            z = eps.reshape(last - first, *shape)
+            if likelihood:
+                parts.append(likelihood.sample(self._parameters(z), seed, start + first))
+            else:
+                parts.append(self._run("decoder", "z", z, _SAMPLE)[0])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def reconstruct(self, x: Any, seed: int | None = None, start: int = 0) -> Array:
+        """Encode and decode.
+
+        Args:
+            x: as for `encode`.
+            seed: of the draw from the posterior; None goes through its mean.
+            start: the index of the first example.
+
+        Returns:
+            The mean of p(x|z), (B, *data) float32.
+
+        Raises:
+            InputError: x is not such an array, or seed or start is out of range.
+        """
+        posterior = self._posterior(self._data("reconstruct", x))
+        z = posterior.mode() if seed is None else posterior.sample(seed, start)
+        return self._run("decoder", "z", z, _SAMPLE)[0]
+
+    def elbo(self, x: Any, seed: int = 0, start: int = 0) -> Elbo:
+        """The evidence lower bound with one draw from the posterior, Gaussian constants kept.
+
+        Args:
+            x: as for `encode`.
+            seed: of the draw, 0 ≤ seed < 2^64.
+            start: the index of the first example.
+
+        Raises:
+            InputError: x is not such an array, or the model has no likelihood or no posterior variance.
+        """
+        likelihood = likelihoods.of(self.model)
+        x = self._data("elbo", x)
+        reconstruction, kl = np.empty(len(x)), np.empty(len(x))
+        for first, last in self._slices(len(x)):
+            part = x[first:last]
+            posterior = self._posterior(part)
+            outputs = self._parameters(posterior.sample(seed, start + first))
+            reconstruction[first:last] = elbo.per_example(likelihood.log_prob_terms(part, outputs))
+            kl[first:last] = posterior.kl()
+        return Elbo(reconstruction - kl, reconstruction, kl)
+
+    def log_likelihood(self, x: Any, k: int = 64, seed: int = 0, start: int = 0) -> Float64:
+        """The importance-weighted lower bound on log p(x) (Burda et al. 2016, eq. 8).
+
+        It rises to log p(x) as k grows. Its first draw is that of `elbo`.
+
+        Args:
+            x: as for `encode`.
+            k: draws from the posterior for each example, ≥ 1.
+            seed: of the draws, 0 ≤ seed < 2^64.
+            start: the index of the first example.
+
+        Returns:
+            (B,) float64, nats.
+
+        Raises:
+            InputError: as for `elbo`, or k is below 1.
+        """
+        if k < 1:
+            raise InputError(f"log_likelihood: k is {k}; expected 1 or more")
+        likelihood = likelihoods.of(self.model)
+        x = self._data("log_likelihood", x)
+        bound = np.empty(len(x))
+        for first, last in self._slices(len(x)):
+            part = x[first:last]
+            posterior = self._posterior(part)
+            # Few examples leave room in the micro-batch: several draws share one run.
+            group = max(1, self._micro_batch // len(part))
+            log_weights = np.empty((k, len(part)))
+            for draw in range(0, k, group):
+                draws = range(draw, min(draw + group, k))
+                eps = np.concatenate([posterior._noise(seed, start + first, d) for d in draws])
+                tiled = posterior._repeat(len(draws))
+                z = tiled._at(eps)
+                xs = np.tile(part, (len(draws), *[1] * (part.ndim - 1)))
+                log_prob = elbo.per_example(likelihood.log_prob_terms(xs, self._parameters(z)))
+                weights = elbo.monte_carlo_elbo(log_prob, z, eps, tiled._gaussian())
+                log_weights[draw : draw + len(draws)] = weights.reshape(len(draws), -1)
+            bound[first:last] = elbo.importance_weighted_bound(log_weights)
+        return bound
+
+    def interpolate(self, a: Any, b: Any, steps: int = 8) -> Array:
+        """Decode the straight line between the posterior means of a and b.
+
+        Args:
+            a: (B, *data), as for `encode`: where the line begins.
+            b: (B, *data): where it ends.
+            steps: points on the line, both ends included, ≥ 2.
+
+        Returns:
+            (B, steps, *data) float32.
+
+        Raises:
+            InputError: a or b is not such an array, their shapes differ, or steps is below 2.
+        """
+        if steps < 2:
+            raise InputError(f"interpolate: steps is {steps}; expected 2 or more")
+        a, b = self._data("interpolate", a), self._data("interpolate", b)
+        if a.shape != b.shape:
+            raise InputError(f"interpolate: a and b must have one shape; got {a.shape} and {b.shape}")
+        begin, end = self._posterior(a).mode(), self._posterior(b).mode()
+        weight = np.linspace(0.0, 1.0, steps, dtype=np.float32).reshape(1, steps, *[1] * (begin.ndim - 1))
+        line = begin[:, None] * (1 - weight) + end[:, None] * weight  # (B, steps, *latent)
+        decoded = self._run("decoder", "z", line.reshape(-1, *begin.shape[1:]), _SAMPLE)[0]
+        return decoded.reshape(len(begin), steps, *decoded.shape[1:])
+
+    def edit(self, x: Any, direction: Any, strength: float) -> Array:
+        """Decode the posterior's mean moved by strength · direction in latent space.
+
+        Args:
+            x: as for `encode`.
+            direction: (*latent) or (B, *latent), finite: for instance the difference between the mean
+                latents of examples with and without an attribute.
+            strength: how far.
+
+        Returns:
+            (B, *data) float32.
+
+        Raises:
+            InputError: x or direction is not such an array, or strength is not finite.
+        """
+        mean = self._posterior(self._data("edit", x)).mode()
+        direction = np.asarray(direction, np.float32)
+        if direction.shape not in (mean.shape[1:], mean.shape) or not np.isfinite(direction).all():
+            expected = shape_text(self.model.latent.shape, batch="")
+            raise InputError(
+                f"edit: direction has shape {direction.shape}; expected finite values of shape {expected}, "
+                "or the same with a batch"
+            )
+        if not np.isfinite(strength):
+            raise InputError(f"edit: strength is {strength}; expected a finite number")
+        return self._run("decoder", "z", mean + np.float32(strength) * direction, _SAMPLE)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What this is and what it runs on, as plain values."""
+        model = self.model
+        return {
+            "bundle": self.name,
+            "architecture": model.architecture,
+            "parameters": model.parameters,
+            "data": shape_text(model.data.shape),
+            "data_range": list(model.data.range),
+            "latent": shape_text(model.latent.shape),
+            "prior": model.prior,
+            "posterior": model.posterior.kind,
+            "likelihood": model.likelihood.kind,
+            "precision": "float32",
+            "micro_batch": self._micro_batch,
+            **self._backend.describe(),
+        }
+
+    def close(self) -> None:
+        """Give back what the backend holds; the VAE cannot be used afterwards."""
+        self._backend.close()
+
+    def __enter__(self) -> VAE:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _posterior(self, x: Array) -> Posterior:
+        outputs = self._run("encoder", "x", x, self._encoder_outputs)
+        return Posterior(outputs[0], outputs[1] if len(outputs) > 1 else None)
+
+    def _parameters(self, z: Array) -> dict[str, Array]:
+        return dict(zip(self._decoder_outputs, self._run("decoder", "z", z, self._decoder_outputs), strict=True))
+
+    def _run(self, graph: str, name: str, value: Array, outputs: tuple[str, ...]) -> list[Array]:
+        n = len(value)
+        if n <= self._micro_batch:
+            return self._backend.run(graph, {name: value}, outputs)
+        results: list[Array] = []
+        for first, last in self._slices(n):
+            parts = self._backend.run(graph, {name: value[first:last]}, outputs)
+            if not results:
+                results = [np.empty((n, *part.shape[1:]), part.dtype) for part in parts]
+            for result, part in zip(results, parts, strict=True):
+                result[first:last] = part
+        return results
+
+    def _slices(self, n: int) -> Iterator[tuple[int, int]]:
+        return ((first, min(first + self._micro_batch, n)) for first in range(0, n, self._micro_batch))

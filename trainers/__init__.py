@@ -1,0 +1,1 @@
+"""The compact PyTorch trainer. `config` reads without PyTorch; everything else needs the `train` extra."""

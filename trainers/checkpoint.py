@@ -1,0 +1,42 @@
+"""Checkpoints: a folder with `config.json` and `model.safetensors`, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from vae_export.errors import InputError
+from vae_export.files import atomic_folder
+
+from . import config as configs
+from .config import CheckpointConfig
+from .models import VAEModel, build
+
+
+def write(path: Path, config: CheckpointConfig, model: VAEModel, *, overwrite: bool = False) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        InputError: something is at `path` and overwrite is false.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with atomic_folder(path, overwrite=overwrite) as stage:
+        (stage / configs.WEIGHTS).write_bytes(save(tensors))
+        (stage / configs.CONFIG).write_bytes(configs.encode(config))
+
+
+def read(path: Path) -> tuple[CheckpointConfig, VAEModel]:
+    """Read a checkpoint's configuration and model, the latter on the CPU, in float32, for evaluation.
+
+    Raises:
+        InputError: there is no checkpoint at `path`, or its weights are not those of its configuration.
+    """
+    config = configs.read(path)
+    model = build(config.model)
+    try:
+        model.load_state_dict(load((path / configs.WEIGHTS).read_bytes()))
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path / configs.WEIGHTS} does not hold this model's weights: {error}") from None
+    return config, model.eval()

@@ -1,0 +1,128 @@
+"""Train a VAE. One loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning_fabric import Fabric
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vae_export import noise
+from vae_export.errors import InputError
+
+from . import checkpoint, data, models
+from .config import CheckpointConfig, ModelConfig, Result, TrainConfig
+from .objective import LOG_PROB, Elbo, elbo
+
+_CLIP = 1.0  # gradient norm
+_EVALUATION = 1 << 63  # index of the evaluation's noise, beyond any training step's
+
+
+def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite: bool = False) -> Result:
+    """Train a model and write its checkpoint.
+
+    Args:
+        out: the checkpoint's folder.
+        model_config: what to train.
+        config: how.
+        overwrite: replace a checkpoint that is there.
+
+    Returns:
+        The held-out ELBO and its terms.
+
+    Raises:
+        InputError: the configuration or the data does not fit, `out` exists, or the loss became NaN.
+    """
+    config.check()
+    model_config.check()
+    if out.exists() and not overwrite:
+        raise InputError(f"train: {out} exists already. Choose another folder, or overwrite it (--force)")
+    dataset = data.load(config.data, config.seed)
+    if dataset.train.shape[1:] != model_config.data_shape:
+        raise InputError(
+            f"train: the model expects examples of shape {model_config.data_shape}; {dataset.name} has "
+            f"{dataset.train.shape[1:]}"
+        )
+
+    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    torch.manual_seed(config.seed)
+    plain = models.build(model_config)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    model, optimizer = fabric.setup(plain, optimizer)
+    model.mark_forward_method("encode")
+    model.mark_forward_method("decode")
+    log_prob = LOG_PROB[model_config.likelihood]
+
+    steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+    total = config.epochs * steps_per_epoch
+    warmup = min(100, max(1, total // 10))
+    step = seen = 0
+    with _progress() as progress:
+        task = progress.add_task("training", total=total, elbo="…", kl="…")
+        for epoch in range(config.epochs):
+            for x in _batches(dataset.train, config, epoch):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _schedule(step, warmup, total)
+                x = fabric.to_device(x)  # (B, C, H, W)
+                eps = _noise(config.seed, seen, len(x), model_config.latent).to(x.device)  # (B, latent)
+                terms = elbo(model, log_prob, x, eps)
+                loss = (terms.kl - terms.reconstruction).mean()  # −ELBO, nats for each example
+                if not torch.isfinite(loss):
+                    raise InputError(
+                        f"train: the loss became {loss.item()} at step {step} (epoch {epoch + 1}). "
+                        "Lower the learning rate, or use --precision 32-true"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                fabric.backward(loss)
+                fabric.clip_gradients(model, optimizer, max_norm=_CLIP)
+                optimizer.step()
+                step += 1
+                seen += len(x)
+                progress.update(task, advance=1, elbo=f"{-loss.item():.1f}", kl=f"{terms.kl.mean().item():.1f}")
+
+    plain.eval()
+    held_out = torch.from_numpy(dataset.held_out)
+    with torch.no_grad():
+        eps = _noise(config.seed, _EVALUATION, len(held_out), model_config.latent)
+        slices = [slice(i, i + config.batch_size) for i in range(0, len(held_out), config.batch_size)]
+        parts = [elbo(model, log_prob, fabric.to_device(held_out[s]), fabric.to_device(eps[s])) for s in slices]
+    terms = Elbo(*(torch.cat(column).double() for column in zip(*parts, strict=True)))
+    result = Result(
+        elbo=(terms.reconstruction - terms.kl).mean().item(),
+        reconstruction=terms.reconstruction.mean().item(),
+        kl=terms.kl.mean().item(),
+    )
+    checkpoint.write(out, CheckpointConfig(model=model_config, train=config, result=result), plain, overwrite=overwrite)
+    return result
+
+
+def _schedule(step: int, warmup: int, total: int) -> float:
+    """Share of the peak learning rate: a linear rise, then half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _batches(train: npt.NDArray[np.float32], config: TrainConfig, epoch: int) -> Iterator[torch.Tensor]:
+    order = noise.permutation(config.seed, noise.TRAINER, _EVALUATION + epoch, len(train))
+    for first in range(0, len(train), config.batch_size):
+        yield torch.from_numpy(train[order[first : first + config.batch_size]])
+
+
+def _noise(seed: int, first: int, count: int, size: int) -> torch.Tensor:
+    return torch.from_numpy(noise.normals(seed, noise.TRAINER, first, count, size))
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ELBO {task.fields[elbo]} nats, KL {task.fields[kl]}"),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,71 @@
+"""The evidence lower bound in PyTorch: the training objective, and the reference of every certificate.
+
+The same conventions as `vae_export.elbo`, written independently of it: nats, one number for each example,
+Gaussian constants kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Parameters = tuple[Tensor, ...]
+LogProb = Callable[[Tensor, Parameters], Tensor]
+
+
+class Autoencoder(Protocol):
+    """What the objective needs of a model."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """X (B, *data) → mean and logvar, (B, *latent) each."""
+        ...
+
+    def decode(self, z: Tensor) -> Parameters:
+        """Z (B, *latent) → the parameters of p(x|z), (B, *data) each."""
+        ...
+
+
+class Elbo(NamedTuple):
+    """One draw's terms, (B,) nats: the ELBO is reconstruction − kl."""
+
+    reconstruction: Tensor
+    kl: Tensor
+
+
+def bernoulli(x: Tensor, parameters: Parameters) -> Tensor:
+    """Log p(x|z) for each value: minus the binary cross-entropy of the logits. (B, *data)."""
+    _, logits = parameters
+    return -functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+
+def gaussian(x: Tensor, parameters: Parameters) -> Tensor:
+    """Log N(x; sample, exp(sample_logvar)) for each value. (B, *data)."""
+    sample, logvar = parameters
+    return -0.5 * (math.log(2 * math.pi) + logvar + (x - sample).square() * torch.exp(-logvar))
+
+
+LOG_PROB: dict[str, LogProb] = {"bernoulli": bernoulli, "gaussian": gaussian}
+
+
+def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
+    """The ELBO at z = mean + exp(½ logvar) · eps.
+
+    Kingma & Welling 2014: eq. 7 with the KL in closed form (appendix B) and the reparameterization of
+    section 2.4.
+
+    Args:
+        model: encoder and decoder.
+        log_prob: log p(x|z) for each value, from `LOG_PROB`.
+        x: (B, *data).
+        eps: (B, *latent) standard normal noise.
+    """
+    mean, logvar = model.encode(x)
+    z = mean + torch.exp(0.5 * logvar) * eps
+    reconstruction = log_prob(x, model.decode(z)).flatten(1).sum(1)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+    return Elbo(reconstruction, kl)

@@ -1,0 +1,75 @@
+"""Take a trained variational autoencoder from PyTorch to a verified ONNX bundle, and run it anywhere.
+
+Public names are imported when they are first used: `import vae_export` costs NumPy and nothing more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# From a checkout, the sibling folders `runtimes` and `trainers` are not inside the package's own folder.
+if not (Path(__file__).parent / "runtimes").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from vae_export.bundle import Bundle
+    from vae_export.certificate import Certificate
+    from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, VerificationError
+    from vae_export.exporter import export
+    from vae_export.manifest import Manifest
+    from vae_export.runtimes import VAE, Elbo, Posterior, load
+    from vae_export.verifier import verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BackendError": "vae_export.errors",
+    "Bundle": "vae_export.bundle",
+    "BundleError": "vae_export.errors",
+    "Certificate": "vae_export.certificate",
+    "Elbo": "vae_export.runtimes",
+    "InputError": "vae_export.errors",
+    "Manifest": "vae_export.manifest",
+    "Posterior": "vae_export.runtimes",
+    "VAE": "vae_export.runtimes",
+    "VaeExportError": "vae_export.errors",
+    "VerificationError": "vae_export.errors",
+    "export": "vae_export.exporter",
+    "load": "vae_export.runtimes",
+    "verify": "vae_export.verifier",
+}
+__all__ = [
+    "VAE",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "Certificate",
+    "Elbo",
+    "InputError",
+    "Manifest",
+    "Posterior",
+    "VaeExportError",
+    "VerificationError",
+    "__version__",
+    "export",
+    "load",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    if name == "export":
+        from vae_export.errors import require
+
+        require("torch", "export", "export")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

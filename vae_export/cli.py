@@ -1,0 +1,342 @@
+"""The command line: one function a verb, which parses, calls and prints."""
+
+from __future__ import annotations
+
+import enum
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from vae_export.errors import BackendError, InputError, VaeExportError, VerificationError, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="vae-export",
+    help="Take a trained variational autoencoder from PyTorch to a verified bundle, and run it without PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(enum.StrEnum):
+    """Where a bundle runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="A picture, a folder, array.npy or arrays.npz:key.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Start = Annotated[int, typer.Option(help="Index of the first example.")]
+Resize = Annotated[bool, typer.Option("--resize", help="Scale pictures of another size.")]
+
+
+def main() -> None:
+    """Run the command line. An expected failure prints one message and exits with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except VaeExportError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        typer.echo(f"error: {error.filename or 'file system'}: {error.strerror or error}", err=True)
+        sys.exit(InputError.exit_code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("out/demo")) -> None:
+    """Train on handwritten digits, export, verify, run without PyTorch, and write pictures."""
+    from vae_export import demo as module
+
+    module.demo(out, _console())
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint's folder.")],
+    data: Annotated[str, typer.Option(help="The data set: digits.")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp or conv.")] = "conv",
+    likelihood: Annotated[str, typer.Option(help="bernoulli or gaussian.")] = "bernoulli",
+    latent: Annotated[int, typer.Option(help="Latent dimensions.")] = 16,
+    widths: Annotated[
+        str, typer.Option(help="mlp: units of each hidden layer; conv: channels at each halving.")
+    ] = "64,128",
+    seed: Annotated[int, typer.Option(help="Of split, weights, order and noise.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    force: Force = False,
+) -> None:
+    """Train a VAE and leave a checkpoint."""
+    require("lightning_fabric", "train", "train")
+    import msgspec
+
+    from vae_export.trainers import data as datasets
+    from vae_export.trainers.config import ModelConfig, TrainConfig
+    from vae_export.trainers.fit import fit
+
+    try:
+        shape = datasets.load(data, seed).train.shape[1:]
+        model_config = msgspec.convert(
+            {
+                "model": model,
+                "data_shape": shape,
+                "likelihood": likelihood,
+                "latent": latent,
+                "widths": [int(width) for width in widths.split(",")],
+            },
+            ModelConfig,
+        )
+        train_config = msgspec.convert(
+            {
+                "data": data,
+                "seed": seed,
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "device": device,
+                "precision": precision,
+            },
+            TrainConfig,
+        )
+    except (msgspec.ValidationError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"train: {error}") from None
+    result = fit(out, model_config, train_config, overwrite=force)
+    typer.echo(
+        f"{out}: held-out ELBO {result.elbo:.2f} nats (reconstruction {result.reconstruction:.2f}, KL {result.kl:.2f})"
+    )
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint's folder.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    force: Force = False,
+) -> None:
+    """Export a trained model to ONNX, and prove that the export computes the same."""
+    for module, extra in (("torch", "export"), ("onnxscript", "export"), ("onnxruntime", "cpu")):
+        require(module, extra, "export")
+    from vae_export import report
+    from vae_export.exporter import export as run
+
+    console = _console()
+    with console.status("export") as status:
+        certificate = run(source, bundle, overwrite=force, progress=lambda step: status.update(step))
+    console.print(report.certificate(certificate))
+    console.print(f"{bundle} is written and verified", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    device: DeviceOption = Device.auto,
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Write the certificate as JSON.")] = None,
+) -> None:
+    """Measure a bundle's certificate again, on this machine, without PyTorch."""
+    from vae_export import certificate, report
+    from vae_export.verifier import verify as run
+
+    measured = run(bundle, device=device.value)
+    if out:
+        out.write_bytes(certificate.encode(measured))
+    if json:
+        _print_json(measured.to_dict())
+    else:
+        _console().print(report.certificate(measured))
+    if not measured.passed:
+        _fail(VerificationError, measured)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|SOURCE", help="A bundle's or checkpoint's folder.")],
+    json: Json = False,
+) -> None:
+    """Show what a bundle or a checkpoint is. Every file of a bundle is verified."""
+    import msgspec
+
+    from vae_export import certificate, report
+    from vae_export.bundle import MANIFEST, Bundle
+    from vae_export.trainers import config
+
+    if config.is_checkpoint(path) and not (path / MANIFEST).exists():
+        plain = msgspec.to_builtins(config.read(path))
+        if json:
+            _print_json({"kind": "checkpoint", **plain})
+        else:
+            for part in ("model", "train", "result"):
+                _console().print(report.facts(f"{path}: {part}", plain[part]))
+        return
+    opened = Bundle(path)
+    measured = certificate.decode(opened.read("verification.json"))
+    opened.check()
+    unlisted = opened.unlisted()
+    if json:
+        manifest = msgspec.to_builtins(opened.manifest)
+        _print_json({"kind": "bundle", **manifest, "certificate": measured.to_dict(), "unlisted": unlisted})
+    else:
+        for table in report.bundle(path, opened.manifest, measured, unlisted):
+            _console().print(table)
+
+
+@app.command()
+def sample(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option(help="grid.png or array.npy.")],
+    n: Annotated[int, typer.Option(help="How many.")] = 64,
+    seed: Seed = 0,
+    start: Start = 0,
+    draw: Annotated[bool, typer.Option("--draw", help="Draw from p(x|z), too, not its mean.")] = False,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Decode draws from the prior."""
+    from vae_export import images
+    from vae_export.runtimes import load
+
+    with load(bundle, device=device.value) as vae:
+        images.write(out, vae.sample(n, seed, start, draw=draw), vae.model.data)
+    typer.echo(f"{out}: {n} samples, seed {seed}, from {start}")
+
+
+@app.command()
+def reconstruct(
+    bundle: BundlePath,
+    input: Input,
+    out: Annotated[Path, typer.Option(help="grid.png (original above reconstruction) or array.npy.")],
+    seed: Annotated[int | None, typer.Option(help="Draw from the posterior, not its mean.")] = None,
+    start: Start = 0,
+    resize: Resize = False,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Encode and decode examples."""
+    import numpy as np
+
+    from vae_export import images
+    from vae_export.runtimes import load
+
+    with load(bundle, device=device.value) as vae:
+        data = vae.model.data
+        x = images.read(input, data, resize=resize)
+        reconstruction = vae.reconstruct(x, seed, start)
+        if x.dtype == np.uint8:
+            low, high = data.range
+            x = x * np.float32((high - low) / 255.0) + np.float32(low)
+        images.write(out, np.asarray(x), data, below=reconstruction)
+    typer.echo(f"{out}: {len(x)} reconstructions")
+
+
+@app.command()
+def score(
+    bundle: BundlePath,
+    input: Input,
+    k: Annotated[int | None, typer.Option(help="Draws of the importance-weighted bound, in place of the ELBO.")] = None,
+    seed: Seed = 0,
+    start: Start = 0,
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Write there, not to the terminal.")] = None,
+    resize: Resize = False,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Each example's ELBO in nats, or a tighter bound on its evidence, as CSV or JSON."""
+    from vae_export import images, scoring
+    from vae_export.runtimes import load
+
+    with load(bundle, device=device.value) as vae:
+        x = images.read(input, vae.model.data, resize=resize)
+        columns = scoring.score(vae, x, k=k, seed=seed, start=start)
+    text = scoring.to_json(columns) if json else scoring.to_csv(columns)
+    if out:
+        out.write_text(text, encoding="utf-8")
+    else:
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    source: Annotated[Path | None, typer.Option(help="The checkpoint it came from, to time PyTorch beside it.")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
+    json: Json = False,
+) -> None:
+    """Time encode, decode and sample: our runtime, a bare ONNX Runtime session, and PyTorch."""
+    from vae_export import bench as module
+
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        raise InputError(f"bench: batches are {batches!r}; expected numbers such as 1,8,64") from None
+    rows = module.run(bundle, source, sizes)
+    if json:
+        _print_json(rows)
+    else:
+        _console().print(module.table(rows))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What is installed, what can be loaded, what is missing and how to get it."""
+    from vae_export import doctor as module
+    from vae_export import report
+
+    found = module.examine()
+    if json:
+        _print_json(found)
+    else:
+        runtime = found["onnxruntime"]
+        basics = {name: found[name] for name in ("vae-export", "python", "platform", "cores")}
+        basics["onnxruntime"] = runtime.get("version", "not usable")
+        basics["providers"] = ", ".join(runtime.get("providers", [])) or "none"
+        console = _console()
+        console.print(report.facts("this machine", basics))
+        extras = {}
+        for name, extra in found["extras"].items():
+            packages = ", ".join(f"{p} {v or 'MISSING'}" for p, v in extra["packages"].items())
+            extras[f"[{name}]".replace("[", r"\[")] = (
+                f"{extra['purpose']}: {packages}" + (f"\n{extra['install']}" if extra["install"] else "")
+            ).replace("[", r"\[")
+        console.print(report.facts("extras", extras))
+    for problem in found["problems"]:
+        typer.echo(f"problem: {problem}", err=True)
+    if "problem" in found["onnxruntime"]:
+        raise typer.Exit(BackendError.exit_code)
+
+
+def _fail(kind: type[VaeExportError], measured: Any) -> NoReturn:
+    measured.require()
+    raise kind("the certificate failed")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    # In a pipe or a log there is no width to ask for, and 80 columns would break every table.
+    return console if console.is_terminal else Console(width=140)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,56 @@
+"""Every error that a user can meet: one base, four leaves, each with its exit code on the command line."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class VaeExportError(Exception):
+    """The base of all expected failures. The command line shows the message, never a traceback."""
+
+    exit_code = 2
+
+
+class InputError(VaeExportError, ValueError):
+    """An argument, an array or a file that was given is not what is needed (exit code 2)."""
+
+
+class VerificationError(VaeExportError):
+    """An exported graph differs from the reference by more than its budget (exit code 1)."""
+
+    exit_code = 1
+
+
+class BundleError(VaeExportError):
+    """A bundle is incomplete, damaged, tampered with or newer than this version (exit code 3)."""
+
+    exit_code = 3
+
+
+class BackendError(VaeExportError):
+    """A backend, a package or the hardware that was asked for is not available (exit code 4)."""
+
+    exit_code = 4
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    Args:
+        module: the module to import, such as ``"torch"``.
+        extra: the extra of this distribution that installs it, such as ``"export"``.
+        purpose: what needs it, as the subject of the message: ``"export"``, ``"load"``.
+
+    Raises:
+        BackendError: the module is not installed. A module that is there but fails to import
+            raises its own error: a broken installation is not a missing one.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    raise BackendError(
+        f"{purpose}: the Python package {module!r} is not installed. Run: pip install 'vae-export[{extra}]'"
+    )

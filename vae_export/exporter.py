@@ -1,0 +1,338 @@
+"""From a trained PyTorch model to a verified bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir
+import safetensors.numpy
+import torch
+from torch import Tensor, nn
+
+from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, verifier
+from vae_export.certificate import Certificate
+from vae_export.errors import InputError
+from vae_export.golden import EXTREMES, Reference
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Golden, Graph, Manifest, Model, SizeDim
+from vae_export.manifest import Tensor as TensorRecord
+from vae_export.runtimes import VAE, open_backend
+from vae_export.sources import checkpoint
+from vae_export.sources.protocol import Decoder, Encoder, Source
+from vae_export.trainers.objective import LOG_PROB
+
+#: The newest version of the ONNX operators that PyTorch's exporter writes by default; every backend that
+#: is built for has kernels for it.
+OPSET = 20
+_SEED = 2014
+_ROWS = 256  # of held-out data, and of prior draws
+_CALIBRATION_ROWS = 512
+_CALIBRATION_LIMIT = 16 << 20
+_INLINE_LIMIT = 1_900_000_000  # protobuf ends at 2 GiB
+_TRACE_BATCH = 3  # not 1, which tracing would take for a constant
+_TOOLS = ("vae-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+def export(
+    source: str | os.PathLike[str] | Source,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Certificate:
+    """Export a trained model, and prove that the export computes the same.
+
+    The bundle appears at `path` whole, and only if every check of its certificate holds.
+
+    Args:
+        source: a checkpoint folder of our trainer, or a `Source`.
+        path: the bundle's folder.
+        overwrite: replace a bundle that is there.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The certificate, which the bundle holds as `verification.json`.
+
+    Raises:
+        InputError: the source cannot be read or exported, or something is at `path`.
+        BundleError: the graph is no pure function (random operators, loops, custom operators).
+        BackendError: ONNX Runtime is not installed.
+        VerificationError: the exported graphs differ from the model by more than their budgets.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"export: {path} exists already. Choose another path, or overwrite it (--force)")
+    if not isinstance(source, Source):
+        source = checkpoint.load(Path(source))
+    _check_size(source)
+    name = re.sub(r"\.bundle$", "", path.resolve().name)
+    model = source.model
+
+    graphs, records = {}, {}
+    latent = model.latent_shape(_sizes(source))
+    for kind, wrapper, takes, shape, gives in (
+        ("encoder", Encoder, "x", source.example_shape, ENCODER_OUTPUTS[model.posterior.kind]),
+        ("decoder", Decoder, "z", latent, DECODER_OUTPUTS[model.likelihood.kind]),
+    ):
+        progress(f"tracing the {kind}")
+        module = wrapper(source.module, model).eval()
+        graphs[kind], records[kind] = _trace(kind, module, takes, shape, gives, model)
+        onnx_reader.check_operators(graphs[kind], kind)
+
+    progress("computing the reference in float64")
+    reference = compute_reference(source)
+    progress("measuring the certificate")
+    backend = open_backend(graphs, device="cpu")
+    measured = verifier.measure(model, backend, reference, name)
+    measured.require()
+
+    progress("writing the bundle")
+    kept = reference.shrunk()
+    vae = VAE(model, backend)
+    with bundle.create(path, overwrite=overwrite) as folder:
+        for kind, graph in graphs.items():
+            file = folder / records[kind].file
+            file.parent.mkdir()
+            file.write_bytes(graph)
+        (folder / "config.json").write_bytes(source.config)
+        (folder / golden.FILE).write_bytes(golden.encode(kept))
+        (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
+        (folder / "verification.json").write_bytes(certificate.encode(measured))
+        picture = images.is_picture(model.data.shape)
+        if picture:
+            examples = vae.sample(64, size=_sizes(source))
+            images.grid(examples, model.data.range, columns=16).save(folder / model_card.PICTURE)
+        card = model_card.write(name, model, source.origin, measured, picture=picture)
+        (folder / model_card.FILE).write_text(card, encoding="utf-8")
+        manifest = Manifest(
+            name=name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            model=model,
+            graphs=records,
+            golden=kept.record,
+            origin=source.origin,
+            tools=_tools(),
+            files=bundle.list_files(folder),
+        )
+        bundle.write_manifest(folder, manifest)
+    return measured
+
+
+def compute_reference(source: Source) -> Reference:
+    """Run the PyTorch model in float64 on held-out data, extremes and prior draws; see `golden`.
+
+    The ELBO's terms are those of `trainers.objective`: PyTorch's, not the runtime's NumPy ones.
+    """
+    model, seed = source.model, _SEED
+    exact, single = _Torch(source, torch.float64), _Torch(source, torch.float32)
+    latent = model.latent_shape(_sizes(source))
+    size = math.prod(latent)
+    z = noise.normals(seed, noise.PRIOR, 0, _ROWS, size).reshape(-1, *latent)
+    prior = exact.decode(z)
+    if source.held_out is not None:
+        rows = noise.permutation(seed, noise.VERIFIER, 0, len(source.held_out))[:_ROWS]
+        examples = np.ascontiguousarray(source.held_out[np.sort(rows)], np.float32)
+    else:
+        examples = np.clip(prior["sample"], *model.data.range).astype(np.float32)
+    x = np.concatenate([golden.extremes(source.example_shape, model.data.range), examples])
+
+    posterior = exact.encode(x)
+    tensors: golden.Tensors = {"x": x, **posterior}
+    eps = noise.normals(seed, noise.POSTERIOR, 0, len(x), size).reshape(-1, *latent)
+    tensors |= exact.terms(x, eps)
+    if "scale" in tensors:
+        own = single.terms(x, eps)
+        tensors |= {f"float32.{name}": own[name] for name in ("reconstruction", "kl")}
+    tensors |= {f"prior.{name}": value for name, value in prior.items()}
+    computed = [posterior["mean"], prior["sample"]]
+    rounded = all(np.array_equal(value, value.astype(np.float32)) for value in computed)
+    precision = "float32 (the model computes in float32 even when asked for float64)" if rounded else "float64"
+    record = Golden(
+        seed=seed,
+        reference=f"PyTorch {torch.__version__} {precision}",
+        extremes=EXTREMES,
+        held_out=len(examples) if source.held_out is not None else 0,
+        decoded=len(examples) if source.held_out is None else 0,
+        prior=_ROWS,
+    )
+    return Reference(record, tensors)
+
+
+class _Torch:
+    """The PyTorch model at one precision, on NumPy arrays, in slices."""
+
+    BATCH = 64
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        module = copy.deepcopy(source.module).to(dtype).eval()
+        self.model = source.model
+        self.dtype = dtype
+        self.encoder, self.decoder = Encoder(module, source.model), Decoder(module, source.model)
+
+    def encode(self, x: npt.NDArray[np.float32]) -> golden.Tensors:
+        return self._run(lambda part: self._named(self.encoder, part), x)
+
+    def decode(self, z: npt.NDArray[np.float32]) -> golden.Tensors:
+        return self._run(lambda part: self._named(self.decoder, part), z)
+
+    def terms(self, x: npt.NDArray[np.float32], eps: npt.NDArray[np.float32]) -> golden.Tensors:
+        """The decoded mean at the drawn latent, and the ELBO's terms where the model has them."""
+        return self._run(self._terms, x, eps)
+
+    def _terms(self, x: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        posterior = self.encoder(x)
+        if len(posterior) == 1:
+            return {"sample": self.decoder(posterior[0])[0]}
+        mean, logvar = posterior
+        parameters = self.decoder(mean + torch.exp(0.5 * logvar) * eps)
+        result = {"sample": parameters[0]}
+        log_prob = LOG_PROB.get(self.model.likelihood.kind)
+        if log_prob:
+            # Whatever the model's precision, the terms are formed and summed in float64: what remains is
+            # the model's own error.
+            x, mean, logvar = x.double(), mean.double(), logvar.double()
+            terms = log_prob(x, tuple(p.double() for p in parameters)).flatten(1)
+            kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1)
+            scale = terms.abs().sum(1) + kl.abs().sum(1)
+            result |= {"reconstruction": terms.sum(1), "kl": kl.sum(1), "scale": scale}
+        return result
+
+    def _named(self, wrapper: Encoder | Decoder, value: Tensor) -> dict[str, Tensor]:
+        return dict(zip(wrapper.outputs, wrapper(value), strict=True))
+
+    def _run(self, function: Callable[..., dict[str, Tensor]], *arrays: npt.NDArray[np.float32]) -> golden.Tensors:
+        parts = []
+        with torch.no_grad():
+            for first in range(0, len(arrays[0]), self.BATCH):
+                inputs = [torch.from_numpy(a[first : first + self.BATCH]).to(self.dtype) for a in arrays]
+                parts.append(function(*inputs))
+        return {name: torch.cat([part[name] for part in parts]).double().numpy() for name in parts[0]}
+
+
+def _trace(
+    kind: str, module: nn.Module, takes: str, shape: tuple[int, ...], gives: tuple[str, ...], model: Model
+) -> tuple[bytes, Graph]:
+    """One graph as ONNX bytes, with dynamic batch and named dimensions, and its record."""
+    data = tuple(d.name if isinstance(d, SizeDim) else d for d in model.data.shape)
+    latent = tuple(d if isinstance(d, int) else str(d) for d in model.latent.shape)
+    into, out = (data, latent) if kind == "encoder" else (latent, data)
+    example = torch.zeros(_TRACE_BATCH, *shape)
+    names = {0: "batch"} | {i + 1: re.sub(r"\W", "_", d) for i, d in enumerate(into) if isinstance(d, str)}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                input_names=[takes],
+                output_names=list(gives),
+                dynamic_shapes=(names,),
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise InputError(
+            f"export: PyTorch could not trace the {kind} as one graph that is the same for every input. "
+            "Control flow that depends on values is the usual reason. PyTorch says: "
+            f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        ) from error
+    assert program is not None
+    graph = program.model
+    for value, dims in [*((v, into) for v in graph.graph.inputs), *((v, out) for v in graph.graph.outputs)]:
+        value.shape = onnx_ir.Shape(["batch", *dims])
+    _forget_origin(graph)
+    raw = onnx_ir.to_proto(graph).SerializeToString()
+    if len(raw) > _INLINE_LIMIT:
+        raise InputError(f"export: the {kind} has {len(raw):,} bytes; up to {_INLINE_LIMIT:,} are supported so far")
+    record = Graph(
+        file=f"vae_{kind}/model.onnx",
+        opset=graph.opset_imports[""],
+        inputs=(TensorRecord(name=takes, dtype="float32", shape=("batch", *into)),),
+        outputs=tuple(TensorRecord(name=n, dtype="float32", shape=("batch", *out)) for n in gives),
+    )
+    return raw, record
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what PyTorch's exporter says about itself: its own deprecations, and missing torchvision."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _forget_origin(model: onnx_ir.Model) -> None:
+    """Drop the stack traces and paths of the exporting machine that PyTorch writes beside every node."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _sizes(source: Source) -> dict[str, int]:
+    dims = zip(source.model.data.shape, source.example_shape, strict=True)
+    return {dim.name: size for dim, size in dims if isinstance(dim, SizeDim)}
+
+
+def _check_size(source: Source) -> None:
+    shape = source.model.data.shape
+    fits = len(shape) == len(source.example_shape) and all(
+        dim.allows(size) if isinstance(dim, SizeDim) else dim == size
+        for dim, size in zip(shape, source.example_shape, strict=True)
+    )
+    if not fits:
+        raise InputError(f"export: example_shape {source.example_shape} does not fit the data's shape {shape}")
+    for name in ("held_out", "calibration"):
+        rows = getattr(source, name)
+        if rows is not None and (len(rows) == 0 or rows.shape[1:] != source.example_shape):
+            raise InputError(
+                f"export: {name} has shape {rows.shape}; expected one row or more of {source.example_shape}"
+            )
+
+
+def _calibration(source: Source) -> bytes:
+    """Examples to choose a lower precision by: training data where there is any, else none."""
+    if source.calibration is None:
+        return safetensors.numpy.save({"x": np.zeros((0, *source.example_shape), np.float32)})
+    rows = source.calibration
+    limit = max(1, min(_CALIBRATION_ROWS, _CALIBRATION_LIMIT // rows[0].nbytes))
+    chosen = noise.permutation(_SEED, noise.VERIFIER, 1, len(rows))[:limit]
+    return safetensors.numpy.save({"x": np.ascontiguousarray(rows[np.sort(chosen)], np.float32)})
+
+
+def _tools() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,128 @@
+"""Golden examples: inputs, and what the reference gave for them, so that anybody can measure again.
+
+The reference is the PyTorch model in float64. The noise is left out, as (seed, stream, row) makes it again:
+row i of x is drawn from the posterior with stream `noise.POSTERIOR`, row j of the prior's latents with
+stream `noise.PRIOR`.
+
+Tensors of `golden.safetensors`, N examples and M draws from the prior:
+
+| name | shape, dtype | what |
+|---|---|---|
+| x | (N, *data) float32 | extremes of the data's range, then data |
+| mean, logvar | (N, *latent) float64 | the posterior; logvar where it is Gaussian |
+| sample | (N, *data) float64 | the decoded mean at the drawn latent |
+| reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and S = Σ|terms|; where there is a likelihood |
+| float32.reconstruction, float32.kl | (N,) float64 | the terms of PyTorch in float32, summed in float64 |
+| prior.NAME | (M, *data) float64 | the decoder's outputs for draws from the prior |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from vae_export.errors import BundleError
+from vae_export.manifest import DECODER_OUTPUTS, Golden, Model
+
+FILE = "golden.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
+#: The file is kept below this size by leaving rows out.
+LIMIT = 32 << 20
+
+#: Fixed examples at the ends of the data's range, which come first in x.
+EXTREMES = 4
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Golden examples in memory.
+
+    Attributes:
+        record: how many rows of each kind, and the seed.
+        tensors: those of the table above.
+    """
+
+    record: Golden
+    tensors: Tensors
+
+    @property
+    def has_elbo(self) -> bool:
+        """Whether the model has one: a likelihood and a posterior variance."""
+        return "scale" in self.tensors
+
+    def shrunk(self, limit: int = LIMIT) -> Reference:
+        """The same with as many rows left out as bring it below `limit` bytes. The extremes stay."""
+        rows = {True: len(self.tensors["x"]), False: self.record.prior}
+        size = {True: 0, False: 0}
+        for name, value in self.tensors.items():
+            size[not name.startswith("prior.")] += value.nbytes
+        fixed = size[True] // rows[True] * EXTREMES
+        free = size[True] - fixed + size[False]
+        share = min(1.0, max(0.0, (limit - (64 << 10) - fixed) / free))
+        if share == 1.0:
+            return self
+        examples = max(1, int(share * (rows[True] - EXTREMES)))
+        prior = max(1, int(share * rows[False]))
+        record = Golden(
+            seed=self.record.seed,
+            reference=self.record.reference,
+            extremes=EXTREMES,
+            held_out=examples if self.record.held_out else 0,
+            decoded=examples if self.record.decoded else 0,
+            prior=prior,
+        )
+        keep = {
+            name: value[: prior if name.startswith("prior.") else EXTREMES + examples]
+            for name, value in self.tensors.items()
+        }
+        return Reference(record, keep)
+
+
+def extremes(shape: tuple[int, ...], value_range: tuple[float, float]) -> npt.NDArray[np.float32]:
+    """The ends of the range: all low, all high, and the two alternations of both. (EXTREMES, *shape)."""
+    low, high = value_range
+    parity = np.indices(shape).sum(axis=0) % 2
+    rows = [
+        np.full(shape, low),
+        np.full(shape, high),
+        np.where(parity, low, high),
+        np.where(parity, high, low),
+    ]
+    return np.stack(rows).astype(np.float32)
+
+
+def encode(reference: Reference) -> bytes:
+    """The bytes of `golden.safetensors`."""
+    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in reference.tensors.items()})
+
+
+def decode(raw: bytes, record: Golden, model: Model) -> Reference:
+    """Read `golden.safetensors`.
+
+    Raises:
+        BundleError: it does not hold what the manifest says.
+    """
+    try:
+        tensors: Tensors = safetensors.numpy.load(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"{FILE} is not a safetensors file: {error}") from None
+    count = record.extremes + record.held_out + record.decoded
+    gaussian, likelihood = model.posterior.kind == "diagonal_gaussian", model.likelihood.kind != "none"
+    expected = {"x": count, "mean": count, "sample": count}
+    expected |= {f"prior.{name}": record.prior for name in DECODER_OUTPUTS[model.likelihood.kind]}
+    if gaussian:
+        expected["logvar"] = count
+    if gaussian and likelihood:
+        names = ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl")
+        expected |= dict.fromkeys(names, count)
+    found = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
+    if found != expected:
+        raise BundleError(f"{FILE} has the tensors (with rows) {found}; the manifest says {expected}")
+    return Reference(record, tensors)

@@ -1,0 +1,160 @@
+"""Pictures and arrays: what the command line reads and writes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from vae_export.errors import InputError
+from vae_export.manifest import Data
+
+Array = npt.NDArray[Any]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+_TILE = 48  # pixels that a tile of a grid has at least along its shorter side
+_MODES = {1: "L", 3: "RGB"}
+
+
+def is_picture(shape: tuple[object, ...]) -> bool:
+    """Whether examples of this shape, (C, H, W), can be shown: one channel or three."""
+    return len(shape) == 3 and shape[0] in _MODES
+
+
+def to_uint8(x: Array, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Map the data's range onto 0…255, clamped and rounded. Any shape, kept."""
+    low, high = value_range
+    scaled = (np.asarray(x, np.float32) - low) * (255.0 / (high - low))
+    pixels: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
+    return pixels
+
+
+def grid(x: Array, value_range: tuple[float, float], columns: int | None = None) -> Image.Image:
+    """Tile pictures (B, C, H, W) row by row, small ones enlarged, with a white line between them.
+
+    Args:
+        x: (B, 1 or 3, H, W).
+        value_range: what is black and what is white.
+        columns: pictures in a row; None makes the grid about square.
+    """
+    pixels = to_uint8(x, value_range)
+    count, _, height, width = pixels.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    scale = max(1, -(-_TILE // min(height, width)))
+    pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
+    height, width, gap = height * scale, width * scale, max(2, scale // 2)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, pixels.shape[1]), 255, np.uint8)
+    for index, tile in enumerate(pixels):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = tile.transpose(1, 2, 0)
+    return Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
+
+
+def pairs(above: Array, below: Array, value_range: tuple[float, float], columns: int = 12) -> Image.Image:
+    """A grid of pictures (B, C, H, W) in which each row of `above` stands over its row of `below`."""
+    rows = []
+    for first in range(0, len(above), columns):
+        for part in (above[first : first + columns], below[first : first + columns]):
+            blank = np.full((columns - len(part), *part.shape[1:]), value_range[1], np.float32)
+            rows += [part, blank]
+    return grid(np.concatenate(rows), value_range, columns)
+
+
+def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
+    """Write examples as a grid of pictures (`.png`) or as an array (`.npy`).
+
+    Args:
+        path: the file; its ending says what it becomes.
+        x: (B, *data) float32.
+        data: shape and range.
+        below: for a picture, what to show under each of x (reconstructions); for an array, what to write
+            in place of x.
+
+    Raises:
+        InputError: another ending, or examples that are no pictures.
+    """
+    if path.suffix not in (".png", ".npy"):
+        raise InputError(f"{path}: expected a file that ends in .png (pictures) or .npy (array)")
+    if path.suffix == ".png" and not is_picture(data.shape):
+        raise InputError(f"{path}: only data of shape (1 or 3, H, W) can be shown; write .npy instead")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, x if below is None else below)
+    else:
+        (grid(x, data.range) if below is None else pairs(x, below, data.range)).save(path)
+
+
+def read(spec: str, data: Data, *, resize: bool = False) -> Array:
+    """Read examples: a picture, a folder of pictures, `array.npy`, or `arrays.npz:key`.
+
+    Arrays are given as they are, `.npy` memory-mapped; the runtime checks them. Pictures become uint8 with
+    the bundle's number of channels.
+
+    Args:
+        spec: what to read.
+        data: the shape that is expected.
+        resize: scale pictures of another size to the expected one.
+
+    Returns:
+        (B, *data) in the file's dtype, or uint8 for pictures.
+
+    Raises:
+        InputError: it is missing, damaged, or not of a kind or size that can be read.
+    """
+    name, _, key = spec.rpartition(":")
+    if name.endswith(".npz"):
+        return _read_npz(Path(name), key)
+    path = Path(spec)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
+    if path.suffix == ".npz":
+        return _read_npz(path, "")
+    if path.suffix == ".npy":
+        try:
+            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return array
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{path} is not a plain NumPy array: {error}") from None
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
+    return np.stack([_read_picture(file, data, resize) for file in files])
+
+
+def _read_npz(path: Path, key: str) -> Array:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if key not in arrays:
+                raise InputError(f"{path} has the arrays {', '.join(arrays) or 'none'}; name one: {path}:KEY")
+            return np.asarray(arrays[key])
+    except (ValueError, EOFError, OSError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a NumPy archive: {error}") from None
+
+
+def _read_picture(path: Path, data: Data, resize: bool) -> Array:
+    if not is_picture(data.shape):
+        raise InputError(f"{path}: this bundle's data are no pictures; pass array.npy or arrays.npz:key")
+    colours, height, width = data.shape
+    assert isinstance(colours, int)
+    try:
+        with Image.open(path) as file:
+            picture = file.convert(_MODES[colours])
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError(f"{path} is not a picture that can be read: {error}") from None
+    if isinstance(height, int) and isinstance(width, int) and picture.size != (width, height):
+        if not resize:
+            raise InputError(
+                f"{path} has {picture.size[0]} × {picture.size[1]} pixels; this bundle expects {width} × {height} "
+                "(width × height). Add --resize to scale it"
+            )
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    return pixels[None] if colours == 1 else pixels.transpose(2, 0, 1)

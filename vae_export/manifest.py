@@ -1,0 +1,409 @@
+"""The manifest: what a bundle contains and what its model is. The contract of exporter and runtime.
+
+`manifest.json` is canonical: two-space indented JSON in the order of the fields below, ended by a newline.
+It carries a SHA-256 over its own bytes, and reading it is strict: unknown fields, other types, another
+order or other white space are refused. A newer version is refused by name; every released version stays
+readable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Final, Literal
+
+import msgspec
+
+from vae_export.errors import BundleError, InputError
+
+FORMAT: Final = "vae_export.bundle"
+VERSION: Final = 1
+
+#: The decoder's outputs, in order, for each likelihood p(x|z). `sample` is always the mean of p(x|z).
+DECODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "bernoulli": ("sample", "logits"),
+    "gaussian": ("sample", "sample_logvar"),
+    "gaussian_fixed": ("sample",),
+    "discretized_logistic": ("sample", "location", "log_scale"),
+    "none": ("sample",),
+}
+#: The encoder's outputs, in order, for each posterior q(z|x).
+ENCODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "diagonal_gaussian": ("mean", "logvar"),
+    "deterministic": ("mean",),
+}
+
+LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
+PosteriorKind = Literal["diagonal_gaussian", "deterministic"]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A strict, immutable record."""
+
+
+class SizeDim(Record, frozen=True, kw_only=True):
+    """A dimension of the data that may differ from call to call, such as the height of an image.
+
+    Attributes:
+        name: what it is called, such as `height`; unique within the shape.
+        multiple_of: every size is a multiple of this, ≥ 1.
+        min: the smallest size, ≥ 1.
+        max: the largest size, or null where the model sets none.
+    """
+
+    name: str
+    multiple_of: int = 1
+    min: int = 1
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.multiple_of < 1 or self.min < 1:
+            raise ValueError(f"dimension {self.name!r}: an identifier, multiple_of ≥ 1 and min ≥ 1 expected")
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"dimension {self.name!r}: max {self.max} is below min {self.min}")
+
+    def allows(self, size: int) -> bool:
+        """Whether the model takes this size."""
+        return size % self.multiple_of == 0 and self.min <= size and (self.max is None or size <= self.max)
+
+    def __str__(self) -> str:
+        limits = [f"a multiple of {self.multiple_of}"] * (self.multiple_of > 1)
+        limits += [f"at least {self.min}"] * (self.min > 1)
+        limits += [f"at most {self.max}"] * (self.max is not None)
+        return f"{self.name} ({', '.join(limits)})" if limits else self.name
+
+
+class LatentDim(Record, frozen=True, kw_only=True):
+    """A dimension of the latent that follows one of the data's named dimensions.
+
+    Attributes:
+        name: the name of the data's dimension.
+        divided_by: the latent's size is the data's size divided by this, ≥ 1.
+    """
+
+    name: str
+    divided_by: int = 1
+
+    def __str__(self) -> str:
+        return self.name if self.divided_by == 1 else f"{self.name}/{self.divided_by}"
+
+
+class Data(Record, frozen=True, kw_only=True):
+    """The examples x.
+
+    Attributes:
+        shape: one example's shape without the batch, such as [1, 28, 28]: integers or named dimensions.
+        range: the smallest and the largest value that the model was trained on. uint8 pictures are scaled
+            onto it.
+    """
+
+    shape: tuple[int | SizeDim, ...]
+    range: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        _check_shape(self.shape)
+        low, high = self.range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"range: two finite, rising numbers expected, got [{low}, {high}]")
+
+
+class Latent(Record, frozen=True, kw_only=True):
+    """The latents z.
+
+    Attributes:
+        shape: one latent's shape without the batch: flat [D] or spatial [C, h, w], integers or dimensions
+            that follow the data's.
+        scaling: for latent diffusion: such a pipeline works on (z − shift) · scaling. The graphs of a
+            bundle never apply it.
+        shift: see scaling.
+    """
+
+    shape: tuple[int | LatentDim, ...]
+    scaling: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_shape(self.shape)
+        if not (math.isfinite(self.scaling) and self.scaling > 0 and math.isfinite(self.shift)):
+            raise ValueError(f"scaling must be positive and shift finite, got {self.scaling} and {self.shift}")
+
+
+class Posterior(Record, frozen=True, kw_only=True):
+    """The approximate posterior q(z|x) that the encoder gives.
+
+    Attributes:
+        kind: `diagonal_gaussian` (the graph's outputs: mean, logvar) or `deterministic` (mean).
+        logvar_clamp: the limits between which the encoder's graph clamps logvar, or null.
+    """
+
+    kind: PosteriorKind
+    logvar_clamp: tuple[float, float] | None = None
+
+
+class Likelihood(Record, frozen=True, kw_only=True):
+    """The likelihood p(x|z) that the decoder gives.
+
+    Attributes:
+        kind: the distribution of each value of x; DECODER_OUTPUTS has the graph's outputs for each.
+        variance: the one variance of `gaussian_fixed`, > 0; null for the others.
+        logvar_clamp: the limits between which the decoder's graph clamps sample_logvar, or null.
+        nominal: the model was not trained with this likelihood: it is a convention, and so is the ELBO.
+    """
+
+    kind: LikelihoodKind
+    variance: float | None = None
+    logvar_clamp: tuple[float, float] | None = None
+    nominal: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.kind == "gaussian_fixed") != (self.variance is not None):
+            raise ValueError(
+                f"variance belongs to gaussian_fixed and to no other likelihood, got {self.variance} for {self.kind}"
+            )
+        if self.variance is not None and not (math.isfinite(self.variance) and self.variance > 0):
+            raise ValueError(f"variance must be positive, got {self.variance}")
+
+
+class Model(Record, frozen=True, kw_only=True):
+    """The model that the graphs compute.
+
+    Attributes:
+        architecture: the model's name, such as `conv`. For people; nothing depends on it.
+        parameters: the number of trained values in encoder and decoder.
+        data: the examples x.
+        latent: the latents z.
+        prior: p(z).
+        posterior: q(z|x).
+        likelihood: p(x|z).
+    """
+
+    architecture: str
+    parameters: int
+    data: Data
+    latent: Latent
+    prior: Literal["standard_normal"]
+    posterior: Posterior
+    likelihood: Likelihood
+
+    def __post_init__(self) -> None:
+        named = {dim.name: dim for dim in self.data.shape if isinstance(dim, SizeDim)}
+        for dim in self.latent.shape:
+            if isinstance(dim, LatentDim):
+                if dim.name not in named:
+                    raise ValueError(f"latent dimension {dim.name!r} names no dimension of the data")
+                if dim.divided_by < 1 or named[dim.name].multiple_of % dim.divided_by:
+                    raise ValueError(
+                        f"latent dimension {dim}: {dim.name} is a multiple of {named[dim.name].multiple_of}, "
+                        "which that does not divide"
+                    )
+        if self.likelihood.kind == "bernoulli" and self.data.range != (0.0, 1.0):
+            raise ValueError(f"a Bernoulli likelihood needs data in [0, 1], got {list(self.data.range)}")
+
+    def latent_shape(self, size: Mapping[str, int] | None = None) -> tuple[int, ...]:
+        """One latent's shape for data whose named dimensions have these sizes.
+
+        Raises:
+            InputError: a named dimension has no size, or one that the model does not take.
+        """
+        named = {dim.name: dim for dim in self.data.shape if isinstance(dim, SizeDim)}
+        size = size or {}
+        wanted = ", ".join(map(str, named.values())) or "no sizes"
+        if set(size) != set(named):
+            raise InputError(f"size: this model takes {wanted}; got {dict(size)}")
+        for name, value in size.items():
+            if not named[name].allows(value):
+                raise InputError(f"size: this model takes {wanted}; got {name} = {value}")
+        return tuple(dim if isinstance(dim, int) else size[dim.name] // dim.divided_by for dim in self.latent.shape)
+
+
+class Tensor(Record, frozen=True, kw_only=True):
+    """An input or output of a graph.
+
+    Attributes:
+        name: its name in the ONNX graph.
+        dtype: its element type.
+        shape: its dimensions, the batch included: integers, or names of dimensions that vary.
+    """
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "uint8"]
+    shape: tuple[int | str, ...]
+
+
+class Graph(Record, frozen=True, kw_only=True):
+    """One ONNX graph.
+
+    Attributes:
+        file: its file in the bundle; size and hash are in `Manifest.files`.
+        opset: the version of the standard ONNX operators that it uses.
+        inputs: in the graph's order.
+        outputs: in the graph's order.
+    """
+
+    file: str
+    opset: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Golden(Record, frozen=True, kw_only=True):
+    """The examples of `golden.safetensors`, in its order. Their noise is made again from the seed.
+
+    Attributes:
+        seed: of the noise.
+        reference: what computed the results, such as `PyTorch 2.13.0 float64`.
+        extremes: rows at the ends of the data's range.
+        held_out: rows of data that the model was not trained on.
+        decoded: rows of decoded prior draws, which stand in where no held-out data could be had.
+        prior: draws from the prior.
+    """
+
+    seed: int
+    reference: str
+    extremes: int
+    held_out: int
+    decoded: int
+    prior: int
+
+
+class Origin(Record, frozen=True, kw_only=True):
+    """Where the model came from.
+
+    Attributes:
+        kind: `checkpoint` (of our trainer) or `module` (a PyTorch module).
+        name: the checkpoint folder's or the module class's name.
+        weights_sha256: hash of the weights file, where there is one.
+        data: what the model was trained on, where that is known.
+    """
+
+    kind: Literal["checkpoint", "module"]
+    name: str
+    weights_sha256: str | None = None
+    data: str | None = None
+
+
+class File(Record, frozen=True, kw_only=True):
+    """A file of the bundle.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its content, 64 lower-case hexadecimal digits.
+    """
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError("a size of 0 or more and 64 lower-case hexadecimal digits expected")
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """What `manifest.json` says.
+
+    Attributes:
+        format: always `vae_export.bundle`.
+        version: of this format: 1.
+        digest: SHA-256 of the manifest's own bytes with this field empty.
+        name: of the bundle.
+        created: date and time of the export, UTC, ISO 8601.
+        model: what the graphs compute.
+        graphs: `encoder` (x → posterior) and `decoder` (z → likelihood).
+        golden: what `golden.safetensors` holds.
+        origin: where the model came from.
+        tools: versions of the packages that made the bundle.
+        files: every file of the bundle but the manifest, by its path with forward slashes.
+    """
+
+    format: Literal["vae_export.bundle"] = FORMAT
+    version: Literal[1] = VERSION
+    digest: str = ""
+    name: str
+    created: str
+    model: Model
+    graphs: dict[str, Graph]
+    golden: Golden
+    origin: Origin
+    tools: dict[str, str]
+    files: dict[str, File]
+
+    def __post_init__(self) -> None:
+        for path in self.files:
+            pure = PurePosixPath(path)
+            if str(pure) != path or pure.is_absolute() or ".." in pure.parts or re.search(r"[\\:\0]", path):
+                raise ValueError(f"file {path!r}: a plain path inside the bundle expected")
+        if set(self.graphs) != {"encoder", "decoder"}:
+            raise ValueError(f"graphs: an encoder and a decoder expected, got {sorted(self.graphs)}")
+        encoder, decoder = self.graphs["encoder"], self.graphs["decoder"]
+        self._check_names("encoder", encoder, "x", ENCODER_OUTPUTS[self.model.posterior.kind])
+        self._check_names("decoder", decoder, "z", DECODER_OUTPUTS[self.model.likelihood.kind])
+
+    def _check_names(self, name: str, graph: Graph, takes: str, gives: tuple[str, ...]) -> None:
+        if graph.file not in self.files:
+            raise ValueError(f"{name}: its file {graph.file!r} is not listed in files")
+        inputs, outputs = [t.name for t in graph.inputs], [t.name for t in graph.outputs]
+        if inputs != [takes] or outputs != list(gives):
+            raise ValueError(
+                f"{name}: {takes} → {', '.join(gives)} expected, got {', '.join(inputs)} → {', '.join(outputs)}"
+            )
+
+
+class _Header(msgspec.Struct):
+    format: str
+    version: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest, its digest filled in."""
+    empty = _canonical(msgspec.structs.replace(manifest, digest=""))
+    return _canonical(msgspec.structs.replace(manifest, digest=hashlib.sha256(empty).hexdigest()))
+
+
+def decode(raw: bytes) -> Manifest:
+    """Read a manifest strictly.
+
+    Raises:
+        BundleError: it is not a manifest, is newer than this version, or was changed after it was written.
+    """
+    try:
+        header = msgspec.json.decode(raw, type=_Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BundleError(f"manifest.json is not a manifest: {error}") from None
+    if header.format != FORMAT:
+        raise BundleError(f"manifest.json: format is {header.format!r}, expected {FORMAT!r}")
+    if header.version > VERSION:
+        raise BundleError(
+            f"manifest.json has version {header.version}; this vae_export reads versions up to {VERSION}. "
+            "Run: pip install --upgrade vae-export"
+        )
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BundleError(f"manifest.json: {error}") from None
+    if encode(manifest) != raw:
+        raise BundleError(
+            "manifest.json was changed after the export: its digest or its form does not match its content. "
+            "Export the model again"
+        )
+    return manifest
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def _check_shape(shape: tuple[int | SizeDim, ...] | tuple[int | LatentDim, ...]) -> None:
+    names = [dim.name for dim in shape if not isinstance(dim, int)]
+    if not shape or len(set(names)) != len(names):
+        raise ValueError("shape: one dimension or more expected, and no name twice")
+    if any(isinstance(dim, int) and dim < 1 for dim in shape):
+        raise ValueError(f"shape: every size must be 1 or more, got {list(map(str, shape))}")
+
+
+def shape_text(shape: tuple[int | SizeDim, ...] | tuple[int | LatentDim, ...], batch: str = "B") -> str:
+    """A shape as messages show it: `(B, 1, 8, 8)`, `(B, 3, height, width)`, `(B, 20)`."""
+    dims = [str(dim) if isinstance(dim, (int, LatentDim)) else dim.name for dim in shape]
+    return f"({', '.join([batch, *dims] if batch else dims)})"

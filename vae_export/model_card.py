@@ -1,0 +1,58 @@
+"""The README of a bundle."""
+
+from __future__ import annotations
+
+from vae_export.certificate import Certificate
+from vae_export.manifest import Model, Origin, shape_text
+
+FILE = "README.md"
+PICTURE = "samples.png"
+
+
+def write(name: str, model: Model, origin: Origin, certificate: Certificate, *, picture: bool) -> str:
+    """The model card, as Markdown."""
+    clamp = {"posterior": model.posterior.logvar_clamp, "likelihood": model.likelihood.logvar_clamp}
+    clamps = "; ".join(f"{k} logvar clamped to [{v[0]:g}, {v[1]:g}]" for k, v in clamp.items() if v)
+    low, high = model.data.range
+    facts = {
+        "architecture": f"{model.architecture}, {model.parameters:,} parameters",
+        "data": f"{shape_text(model.data.shape)} float32 in [{low:g}, {high:g}]",
+        "latent": shape_text(model.latent.shape),
+        "prior": model.prior,
+        "posterior": model.posterior.kind,
+        "likelihood": model.likelihood.kind + (" (nominal)" if model.likelihood.nominal else ""),
+        "limits": clamps or "none",
+        "from": f"{origin.kind} `{origin.name}`" + (f", trained on {origin.data}" if origin.data else ""),
+        "reference": certificate.reference,
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    checks = "\n".join(
+        f"| {c.graph} | {c.quantity} | {c.got:.3g} {c.unit} | "
+        f"{'' if c.allowed is None else f'{c.allowed:.3g}'} | {'' if c.pytorch is None else f'{c.pytorch:.3g}'} |"
+        for c in certificate.checks
+    )
+    shown = f"\n![{name}: samples from the prior]({PICTURE})\n" if picture else ""
+    return f"""# {name}
+
+A variational autoencoder as a verified bundle of `vae_export`.
+{shown}
+```python
+import vae_export
+
+vae = vae_export.load("{name}.bundle")
+x = vae.sample(16, seed=0)
+```
+
+| | |
+|---|---|
+{rows}
+
+## Certificate
+
+Measured at the export, worst over batches of {", ".join(map(str, certificate.batches))}. S is the sum of the
+absolute terms of log p(x|z) and KL. `vae-export verify` measures it again on your machine.
+
+| graph | quantity | got | allowed | PyTorch float32 |
+|---|---|---|---|---|
+{checks}
+"""

@@ -1,0 +1,96 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vae_export.certificate import Certificate
+from vae_export.manifest import Manifest, shape_text
+
+
+def facts(title: str, values: Mapping[str, object]) -> Table:
+    """Two columns: what, and its value."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def certificate(measured: Certificate) -> Table:
+    """The checks of a certificate, one a row, and in the caption what was compared with what."""
+    ran = measured.measured
+    kinds = ", ".join(f"{count} {name}" for name, count in measured.examples.items() if count)
+    table = Table(
+        title=f"{measured.bundle}: certificate, {measured.precision}",
+        title_justify="left",
+        caption=(
+            f"{measured.reference} against {ran.get('backend')} {ran.get('version')} {ran.get('provider')}; "
+            f"{kinds}; worst over batches {', '.join(map(str, measured.batches))}. S: sum of the absolute terms "
+            f"of log p(x|z) and KL. Batch splits bit-identical: {'yes' if measured.splits_identical else 'no'}"
+        ),
+        caption_justify="left",
+    )
+    for heading in ("graph", "quantity"):
+        table.add_column(heading)
+    for heading in ("got", "allowed", "PyTorch float32"):
+        table.add_column(heading, justify="right")
+    table.add_column("unit")
+    table.add_column("")
+    for check in measured.checks:
+        verdict = "" if check.allowed is None else "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+        allowed, own = (f"{v:.3g}" if v is not None else "" for v in (check.allowed, check.pytorch))
+        table.add_row(check.graph, check.quantity, f"{check.got:.3g}", allowed, own, check.unit, verdict)
+    return table
+
+
+def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list[str]) -> list[Table]:
+    """What a bundle is."""
+    model = manifest.model
+    low, high = model.data.range
+    overview: dict[str, object] = {
+        "bundle": path,
+        "created": manifest.created,
+        "architecture": f"{model.architecture}, {model.parameters:,} parameters",
+        "data x": f"{shape_text(model.data.shape)} in [{low:g}, {high:g}]",
+        "latent z": shape_text(model.latent.shape),
+        "prior p(z)": model.prior,
+        "posterior q(z|x)": _with_clamp(model.posterior.kind, model.posterior.logvar_clamp),
+        "likelihood p(x|z)": _with_clamp(model.likelihood.kind, model.likelihood.logvar_clamp),
+        "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
+        "certificate": f"{'passed' if measured.passed else 'FAILED'}, {measured.precision}, {measured.created}",
+    }
+    if unlisted:
+        overview["unlisted files"] = f"{', '.join(unlisted)} (never read)"
+    graphs = Table("graph", "file", "opset", "inputs", "outputs", title="graphs", title_justify="left")
+    for name, graph in manifest.graphs.items():
+        ends = (
+            "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.shape))})" for t in tensors)
+            for tensors in (graph.inputs, graph.outputs)
+        )
+        graphs.add_row(name, graph.file, str(graph.opset), *ends)
+    files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
+    files.columns[1].justify = "right"
+    for name, file in manifest.files.items():
+        files.add_row(name, f"{file.size:,}", file.sha256[:16] + "…")
+    return [facts(manifest.name, overview), graphs, files]
+
+
+def as_text(*renderables: Any, width: int = 120) -> str:
+    """Tables as plain text."""
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable)
+    return capture.get()
+
+
+def _with_clamp(kind: str, clamp: tuple[float, float] | None) -> str:
+    return kind if clamp is None else f"{kind}, logvar clamped to [{clamp[0]:g}, {clamp[1]:g}]"

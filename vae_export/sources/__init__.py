@@ -1,0 +1,1 @@
+"""Trained models from somewhere, under one protocol."""

@@ -1,0 +1,70 @@
+"""What every trained model looks like to the exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, Origin
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model and what the manifest says of it. A new kind of source is one file that returns this.
+
+    Attributes:
+        module: has `encode(x)`, which returns the tensors of `ENCODER_OUTPUTS[posterior]` in order, and
+            `decode(z)`, those of `DECODER_OUTPUTS[likelihood]`; a single one may come without a tuple. It
+            draws no random numbers and is in evaluation mode, on the CPU, in float32.
+        model: the facts.
+        origin: where it came from.
+        config: the source's own configuration, as JSON; it is kept in the bundle.
+        example_shape: (*data): a size to trace and to verify at; of named dimensions, too.
+        held_out: (M, *data) float32, data that the model was not trained on, or None.
+        calibration: (N, *data) float32, data that it was trained on, or None.
+    """
+
+    module: nn.Module
+    model: Model
+    origin: Origin
+    config: bytes
+    example_shape: tuple[int, ...]
+    held_out: npt.NDArray[np.float32] | None = None
+    calibration: npt.NDArray[np.float32] | None = None
+
+
+class Encoder(nn.Module):
+    """x → the tensors of q(z|x), by name."""
+
+    def __init__(self, module: nn.Module, model: Model) -> None:
+        super().__init__()
+        self.module = module
+        self.outputs = ENCODER_OUTPUTS[model.posterior.kind]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, *data) → (B, *latent) each."""
+        return _tensors(self.module.encode(x), self.outputs)  # type: ignore[operator]
+
+
+class Decoder(nn.Module):
+    """z → the tensors of p(x|z), by name."""
+
+    def __init__(self, module: nn.Module, model: Model) -> None:
+        super().__init__()
+        self.module = module
+        self.outputs = DECODER_OUTPUTS[model.likelihood.kind]
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """(B, *latent) → (B, *data) each."""
+        return _tensors(self.module.decode(z), self.outputs)  # type: ignore[operator]
+
+
+def _tensors(value: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    tensors = (value,) if isinstance(value, Tensor) else tuple(value)
+    if len(tensors) != len(names):
+        raise ValueError(f"expected {len(names)} tensors ({', '.join(names)}), got {len(tensors)}")
+    return tensors

@@ -1,0 +1,237 @@
+"""Measure the certificate: what runs on this machine, against the reference's golden examples. No PyTorch."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+from collections.abc import Mapping
+
+import numpy as np
+
+from vae_export import certificate as certificates
+from vae_export import elbo, golden, noise
+from vae_export.bundle import Bundle
+from vae_export.certificate import TOLERANCES, Certificate, Check
+from vae_export.elbo import Array, Float64
+from vae_export.golden import Reference
+from vae_export.manifest import Model
+from vae_export.runtimes import VAE, Backend, open_backend
+
+BATCHES = (1, 2, 7, 64)
+
+
+def verify(path: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None) -> Certificate:
+    """Measure a bundle again, on this machine, against the golden examples that it brought along.
+
+    Nothing is written. The result may be out of budget: ask `Certificate.passed`, or call
+    `Certificate.require`.
+
+    Args:
+        path: the bundle's folder.
+        device: as for `load`.
+        threads: as for `load`.
+
+    Raises:
+        InputError, BundleError, BackendError: as for `load`.
+    """
+    bundle = Bundle(path)
+    manifest = bundle.manifest
+    graphs = {name: bundle.read(graph.file) for name, graph in manifest.graphs.items()}
+    reference = golden.decode(bundle.read(golden.FILE), manifest.golden, manifest.model)
+    bundle.check()
+    return measure(manifest.model, open_backend(graphs, device=device, threads=threads), reference, manifest.name)
+
+
+def measure(model: Model, backend: Backend, reference: Reference, name: str) -> Certificate:
+    """Compare a backend that has a model's graphs with the reference, at every batch size of `BATCHES`."""
+    vaes = {batch: VAE(model, backend, micro_batch=batch) for batch in BATCHES}
+    meter = _Meter(reference)
+    encoded = {batch: _encode(vae, reference) for batch, vae in vaes.items()}
+    decoded = {batch: _decode(vae, reference) for batch, vae in vaes.items()}
+    meter.finite("encoder", encoded)
+    meter.posterior(encoded)
+    meter.finite("decoder", decoded)
+    meter.pixels("decoder", {b: d["sample"] for b, d in decoded.items()}, "prior.sample", model)
+    for output in decoded[1]:
+        if output != "sample":
+            meter.worst("decoder", output, {b: d[output] for b, d in decoded.items()}, f"prior.{output}")
+    seed = reference.record.seed
+    x = reference.tensors["x"]
+    gaussian = model.posterior.kind == "diagonal_gaussian"
+    samples = {b: vae.reconstruct(x, seed=seed if gaussian else None) for b, vae in vaes.items()}
+    meter.pixels("end to end", samples, "sample", model)
+    if reference.has_elbo:
+        bounds = {batch: vae.elbo(x, seed=seed) for batch, vae in vaes.items()}
+        meter.terms("ELBO", {b: bound.elbo for b, bound in bounds.items()})
+        meter.terms("reconstruction", {b: bound.reconstruction for b, bound in bounds.items()})
+        meter.terms("KL", {b: bound.kl for b, bound in bounds.items()})
+    meter.splits("encoder", encoded)
+    meter.splits("decoder", decoded)
+    record = reference.record
+    return Certificate(
+        bundle=name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        reference=record.reference,
+        measured={**{k: str(v) for k, v in backend.describe().items()}, "machine": platform.machine()},
+        precision=_PRECISION,
+        examples={
+            "extremes": record.extremes,
+            "held_out": record.held_out,
+            "decoded": record.decoded,
+            "prior": record.prior,
+        },
+        batches=BATCHES,
+        splits_identical=meter.identical,
+        checks=tuple(meter.checks),
+    )
+
+
+_PRECISION = "float32"
+_Outputs = Mapping[str, Array]
+
+
+def _encode(vae: VAE, reference: Reference) -> _Outputs:
+    posterior = vae.encode(reference.tensors["x"])
+    return {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+
+
+def _decode(vae: VAE, reference: Reference) -> _Outputs:
+    record, shape = reference.record, reference.tensors["mean"].shape[1:]
+    z = noise.normals(record.seed, noise.PRIOR, 0, record.prior, math.prod(shape))
+    return vae.likelihood(z.reshape(-1, *shape))
+
+
+class _Meter:
+    """Collects checks. Every quantity is the worst over the batch sizes."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.tensors = reference.tensors
+        self.tolerance = TOLERANCES[_PRECISION]
+        self.checks: list[Check] = []
+        self.identical = True
+
+    def finite(self, graph: certificates.GraphName, outputs: Mapping[int, _Outputs]) -> None:
+        wrong = {b: sum(int((~np.isfinite(v)).sum()) for v in out.values()) for b, out in outputs.items()}
+        batch = max(wrong, key=wrong.__getitem__)
+        self._add(graph, "not finite", "values", wrong[batch], 0.0, batch=batch)
+
+    def posterior(self, encoded: Mapping[int, _Outputs]) -> None:
+        for output in encoded[1]:
+            self.worst("encoder", output, {b: e[output] for b, e in encoded.items()}, output)
+        if "logvar" not in self.tensors:
+            return
+        mean, logvar = self.tensors["mean"], self.tensors["logvar"]
+        divergence = {
+            b: elbo.kl_between(mean, logvar, e["mean"], e["logvar"]) / mean[0].size for b, e in encoded.items()
+        }
+        allowed = self.tolerance.posterior_kl
+        self._worst_row("encoder", "KL(reference || exported)", "nats per dimension", divergence, allowed)
+
+    def worst(self, graph: certificates.GraphName, output: str, got: Mapping[int, Array], against: str) -> None:
+        errors = {b: _row_max(np.abs(value - self.tensors[against])) for b, value in got.items()}
+        self._worst_row(graph, f"{output}, worst error", "absolute", errors, None)
+
+    def pixels(self, graph: certificates.GraphName, got: Mapping[int, Array], against: str, model: Model) -> None:
+        low, high = model.data.range
+        errors = {b: np.abs(v - self.tensors[against]) / (high - low) for b, v in got.items()}
+        worst = {b: _row_max(e) for b, e in errors.items()}
+        self._worst_row(graph, "sample, worst error", "of the range", worst, self.tolerance.pixel)
+        off = {b: float((e > 1 / 255).mean()) for b, e in errors.items()}
+        # Capped at 300 dB, far beyond float64, for results that are equal.
+        noise_ratio = {b: -20 * math.log10(max(_rms(e), 1e-15)) for b, e in errors.items()}
+        batch = max(off, key=off.__getitem__)
+        self._add(
+            graph,
+            "pixels off by more than 1/255",
+            "share",
+            off[batch],
+            self.tolerance.pixels_off,
+            batch=batch,
+        )
+        batch = min(noise_ratio, key=noise_ratio.__getitem__)
+        self._add(graph, "PSNR of the sample", "dB", noise_ratio[batch], None, batch=batch)
+
+    def terms(self, quantity: str, got: Mapping[int, Array]) -> None:
+        """ELBO, reconstruction or KL: nats, and relative to S, beside PyTorch's own in float32."""
+        tensors, scale = self.tensors, self.tensors["scale"]
+        names = {"reconstruction": "reconstruction", "KL": "kl"}
+        if quantity == "ELBO":
+            exact = tensors["reconstruction"] - tensors["kl"]
+            torch32 = tensors["float32.reconstruction"] - tensors["float32.kl"]
+        else:
+            exact, torch32 = tensors[names[quantity]], tensors[f"float32.{names[quantity]}"]
+        own = np.abs(torch32 - exact)
+        errors = {b: np.abs(value - exact) for b, value in got.items()}
+        self._worst_row("end to end", quantity, "nats", errors, None, float(own.max()))
+        relative = {b: e / scale for b, e in errors.items()}
+        allowed = self.tolerance.relative
+        self._worst_row("end to end", f"{quantity}, worst", "of S", relative, allowed, float((own / scale).max()))
+        rms = {b: _rms(r) for b, r in relative.items()}
+        batch = max(rms, key=rms.__getitem__)
+        budget = None
+        if self.tolerance.rms_factor is not None:
+            budget = self.tolerance.rms_factor * max(_rms(own / scale), self.tolerance.rms_floor)
+        self._add(
+            "end to end",
+            f"{quantity}, RMS",
+            "of S",
+            rms[batch],
+            budget,
+            batch=batch,
+            pytorch=_rms(own / scale),
+        )
+
+    def splits(self, graph: certificates.GraphName, outputs: Mapping[int, _Outputs]) -> None:
+        whole = outputs[BATCHES[-1]]
+        worst: dict[int, Float64] = {}
+        for batch, out in outputs.items():
+            shares = [_row_max(np.abs(out[k] - v)) / max(float(np.abs(v).max()), 1e-30) for k, v in whole.items()]
+            worst[batch] = np.max(shares, axis=0)
+            self.identical &= all(np.array_equal(out[k], v) for k, v in whole.items())
+        self._worst_row(graph, "another split of the batch", "of the largest", worst, self.tolerance.split)
+
+    def _worst_row(
+        self,
+        graph: certificates.GraphName,
+        quantity: str,
+        unit: str,
+        rows: Mapping[int, Array],
+        allowed: float | None,
+        pytorch: float | None = None,
+    ) -> None:
+        places = {b: int(np.argmax(np.where(np.isnan(r), np.inf, r))) for b, r in rows.items()}
+        batch = max(rows, key=lambda b: np.nan_to_num(rows[b][places[b]], nan=np.inf))
+        got = float(rows[batch][places[batch]])
+        self._add(graph, quantity, unit, got, allowed, batch=batch, example=places[batch], pytorch=pytorch)
+
+    def _add(
+        self,
+        graph: certificates.GraphName,
+        quantity: str,
+        unit: str,
+        got: float,
+        allowed: float | None,
+        *,
+        batch: int | None = None,
+        example: int | None = None,
+        pytorch: float | None = None,
+    ) -> None:
+        # JSON has no NaN: what cannot be compared counts as infinitely far off, which no budget allows.
+        got = float(got) if np.isfinite(got) else float(np.finfo(np.float64).max)
+        self.checks.append(
+            Check(
+                graph=graph, quantity=quantity, unit=unit, got=got, allowed=allowed,
+                pytorch=pytorch, batch=batch, example=example,
+            )
+        )  # fmt: skip
+
+
+def _row_max(values: Array) -> Float64:
+    worst: Float64 = values.reshape(len(values), -1).max(axis=1)
+    return worst
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(values * values)))
