@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -106,12 +105,9 @@ class ArrayCheck:
         )
 
     def _check_finite(self, verb: str, array: Array) -> None:
-        flat = array.reshape(-1)
-        # The sum of squares is not finite if any value is not: one fast pass for the usual case.
-        if not math.isfinite(np.dot(flat, flat)):
-            finite = np.isfinite(array)
-            if not finite.all():
-                self._refuse(verb, array, ~finite, "finite values")
+        finite = np.isfinite(array)
+        if not np.logical_and.reduce(finite, axis=None):  # half the overhead of finite.all()
+            self._refuse(verb, array, ~finite, "finite values")
 
     def _check_unit(self, verb: str, array: Array) -> None:
         # Bits of floats from 0 to 1, read as integers, run from 0 to those of 1; those of NaN, of numbers

@@ -64,7 +64,12 @@ class OrtBackend:
 
     def run(self, graph: str, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Run a graph; see `Backend.run`."""
-        result: list[Array] = self._sessions[graph].run(outputs, inputs)
+        try:
+            result: list[Array] = self._sessions[graph].run(outputs, inputs)
+        except KeyError:
+            raise BackendError("this VAE was closed; load the bundle again") from None
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(f"ONNX Runtime {self._version} failed in the {graph}: {error}") from error
         return result
 
     def describe(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,8 +122,7 @@ class VAE:
         Raises:
             InputError: micro_batch is below 1.
         """
-        if micro_batch < 1:
-            raise InputError(f"load: micro_batch is {micro_batch}; expected 1 or more")
+        micro_batch = _count("load", "micro_batch", micro_batch, 1)
         self.model = model
         self.name = name
         self._backend = backend
@@ -190,8 +190,7 @@ class VAE:
         Raises:
             InputError: an argument is out of range, or draw was asked of a model without a likelihood.
         """
-        if n < 1:
-            raise InputError(f"sample: n is {n}; expected 1 or more")
+        n = _count("sample", "n", n, 1)
         shape = self._fixed_latent if size is None and self._fixed_latent else self.model.latent_shape(size)
         likelihood = likelihoods.of(self.model) if draw else None
         parts = []
@@ -261,8 +260,7 @@ class VAE:
         Raises:
             InputError: as for `elbo`, or k is below 1.
         """
-        if k < 1:
-            raise InputError(f"log_likelihood: k is {k}; expected 1 or more")
+        k = _count("log_likelihood", "k", k, 1)
         likelihood = likelihoods.of(self.model)
         x = self._data("log_likelihood", x)
         bound = np.empty(len(x))
@@ -298,8 +296,7 @@ class VAE:
         Raises:
             InputError: a or b is not such an array, their shapes differ, or steps is below 2.
         """
-        if steps < 2:
-            raise InputError(f"interpolate: steps is {steps}; expected 2 or more")
+        steps = _count("interpolate", "steps", steps, 2)
         a, b = self._data("interpolate", a), self._data("interpolate", b)
         if a.shape != b.shape:
             raise InputError(f"interpolate: a and b must have one shape; got {a.shape} and {b.shape}")
@@ -386,3 +383,13 @@ class VAE:
 
     def _slices(self, n: int) -> Iterator[tuple[int, int]]:
         return ((first, min(first + self._micro_batch, n)) for first in range(0, n, self._micro_batch))
+
+
+def _count(verb: str, name: str, value: Any, least: int) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise InputError(f"{verb}: {name} is {value!r}; expected an integer") from None
+    if count < least:
+        raise InputError(f"{verb}: {name} is {count}; expected {least} or more")
+    return count

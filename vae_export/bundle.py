@@ -80,33 +80,36 @@ class Bundle:
                 break
             if part.is_symlink():
                 raise BundleError(f"{path}: {part.name} is a symbolic link. Copy the bundle with its files instead")
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
-            handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+            with open(path, "rb", opener=_opener) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise BundleError(f"{path}: is not a plain file")
+                if status.st_nlink != 1:
+                    raise BundleError(
+                        f"{path}: is a hard link, so that it can be changed from outside the bundle. "
+                        "Copy the bundle with its content instead"
+                    )
+                limit = _MANIFEST_LIMIT if expected is None else expected.size
+                if status.st_size > limit or (expected and status.st_size != limit):
+                    raise BundleError(
+                        f"{path}: has {status.st_size} bytes, expected {'at most ' * (expected is None)}{limit}. "
+                        "It is truncated or was changed; export or copy the bundle again"
+                    )
+                content = file.read(limit + 1)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror}. Export or copy the bundle again") from None
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise BundleError(f"{path}: is not a plain file")
-            if status.st_nlink != 1:
-                raise BundleError(
-                    f"{path}: is a hard link, so that it can be changed from outside the bundle. "
-                    "Copy the bundle with its content instead"
-                )
-            limit = _MANIFEST_LIMIT if expected is None else expected.size
-            if status.st_size > limit or (expected and status.st_size != limit):
-                raise BundleError(
-                    f"{path}: has {status.st_size} bytes, expected {'at most ' * (expected is None)}{limit}. "
-                    "It is truncated or was changed; export or copy the bundle again"
-                )
-            content = file.read(limit + 1)
         if expected and (len(content) != limit or hashlib.sha256(content).hexdigest() != expected.sha256):
             raise BundleError(
                 f"{path}: its SHA-256 is not the one in the manifest: it was damaged or changed. "
                 "Export or copy the bundle again"
             )
         return content
+
+
+def _opener(path: str, flags: int) -> int:
+    """Open neither a link nor, waiting for somebody to write, a FIFO."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager

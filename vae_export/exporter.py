@@ -246,6 +246,8 @@ def _trace(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+            if isinstance(cause, InputError):
+                raise cause from None
         raise InputError(
             f"export: PyTorch could not trace the {kind} as one graph that is the same for every input. "
             "Control flow that depends on values is the usual reason. PyTorch says: "

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from vae_export.errors import InputError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, Origin
 
 
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, *data) → (B, *latent) each."""
-        return _tensors(self.module.encode(x), self.outputs)  # type: ignore[operator]
+        return _tensors("encode", self.module.encode(x), self.outputs)  # type: ignore[operator]
 
 
 class Decoder(nn.Module):
@@ -60,11 +61,14 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
         """(B, *latent) → (B, *data) each."""
-        return _tensors(self.module.decode(z), self.outputs)  # type: ignore[operator]
+        return _tensors("decode", self.module.decode(z), self.outputs)  # type: ignore[operator]
 
 
-def _tensors(value: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+def _tensors(method: str, value: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     tensors = (value,) if isinstance(value, Tensor) else tuple(value)
     if len(tensors) != len(names):
-        raise ValueError(f"expected {len(names)} tensors ({', '.join(names)}), got {len(tensors)}")
+        raise InputError(
+            f"export: {method} must return {len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names)}), "
+            f"got {len(tensors)}"
+        )
     return tensors

@@ -1,0 +1,236 @@
+"""A bundle is data from a stranger: every change is found, nothing outside is read, nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+import vae_export
+from vae_export import bundle as bundles
+from vae_export import files
+from vae_export.bundle import Bundle
+from vae_export.errors import BundleError, InputError, VaeExportError
+
+
+@pytest.fixture
+def copy(digits: dict[str, Path], tmp_path: Path) -> Path:
+    """A digits bundle that may be broken."""
+    return Path(shutil.copytree(digits["gaussian"], tmp_path / "copy.bundle"))
+
+
+def reseal(path: Path, **changes: object) -> None:
+    """Write a manifest that fits the files as they are now: what a hostile author would do."""
+    manifest = Bundle(path).manifest
+    (path / bundles.MANIFEST).unlink()
+    listed = bundles.list_files(path)
+    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=listed, **changes))
+
+
+def test_one_bit_flipped_anywhere_is_refused(digits: dict[str, Path], copy: Path) -> None:
+    """2,000 random places, over all files by their size, and each file at least 20 times."""
+    paths = sorted(p for p in copy.rglob("*") if p.is_file())
+    choose = random.Random(0)
+    places = [path for path in paths for _ in range(20)]
+    places += choose.choices(paths, [p.stat().st_size for p in paths], k=2000 - len(places))
+    for path in places:
+        original = path.read_bytes()
+        position, bit = choose.randrange(len(original)), choose.randrange(8)
+        changed = bytearray(original)
+        changed[position] ^= 1 << bit
+        path.write_bytes(changed)
+        with pytest.raises(BundleError) as caught:
+            vae_export.load(copy)
+        assert caught.value.exit_code == 3
+        path.write_bytes(original)
+    vae_export.load(copy)
+
+
+@pytest.mark.parametrize("name", ["vae_decoder/model.onnx", "golden.safetensors", "README.md", "manifest.json"])
+def test_truncated_and_missing(copy: Path, name: str) -> None:
+    original = (copy / name).read_bytes()
+    (copy / name).write_bytes(original[:-1])
+    expected = "is not a manifest|was changed" if name == "manifest.json" else "It is truncated or was changed"
+    with pytest.raises(BundleError, match=expected):
+        vae_export.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match="cannot be read: No such file"):
+        vae_export.load(copy)
+
+
+def test_links_are_not_followed(copy: Path, tmp_path: Path) -> None:
+    target = copy / "README.md"
+    outside = tmp_path / "outside"
+    shutil.move(target, outside)
+    target.symlink_to(outside)
+    with pytest.raises(BundleError, match=r"README\.md is a symbolic link"):
+        vae_export.load(copy)
+    target.unlink()
+    os.link(outside, target)
+    with pytest.raises(BundleError, match=r"README\.md: is a hard link, so that it can be changed from outside"):
+        vae_export.load(copy)
+    target.unlink()
+    shutil.copy(outside, target)
+    vae_export.load(copy)
+    folder = copy / "vae_decoder"
+    shutil.move(folder, tmp_path / "decoder")
+    folder.symlink_to(tmp_path / "decoder")
+    with pytest.raises(BundleError, match="vae_decoder is a symbolic link"):
+        vae_export.load(copy)
+
+
+def test_special_files_are_not_opened(copy: Path) -> None:
+    (copy / "README.md").unlink()
+    os.mkfifo(copy / "README.md")
+    with pytest.raises(BundleError, match="is not a plain file"):
+        vae_export.load(copy)
+    (copy / "README.md").unlink()
+    (copy / "README.md").mkdir()
+    with pytest.raises(BundleError, match=r"README\.md: cannot be read: Is a directory"):
+        vae_export.load(copy)
+
+
+def test_unlisted_files_are_never_read(copy: Path) -> None:
+    (copy / "extra.txt").write_text("hello")
+    vae_export.load(copy)
+    opened = Bundle(copy)
+    assert opened.unlisted() == ["extra.txt"]
+    with pytest.raises(BundleError, match=r"extra\.txt is not listed in the manifest and is not read"):
+        opened.read("extra.txt")
+
+
+def test_the_bytes_that_were_checked_are_the_bytes_that_run(copy: Path) -> None:
+    with vae_export.load(copy) as vae:
+        before = vae.sample(3)
+        for path in copy.rglob("*.onnx"):
+            path.write_bytes(b"\0" * path.stat().st_size)
+        assert np.array_equal(vae.sample(3), before)
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; expected the folder of a bundle"):
+        vae_export.load(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file; expected the folder"):
+        vae_export.load(tmp_path / "file")
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be read"):
+        vae_export.load(tmp_path)
+
+
+@pytest.mark.parametrize("operator", ["RandomNormal", "Loop", "If"])
+def test_a_hostile_graph_with_a_right_manifest_is_refused(copy: Path, operator: str) -> None:
+    path = copy / "vae_decoder" / "model.onnx"
+    model = onnx.load(path)
+    if operator == "RandomNormal":
+        model.graph.node.append(onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
+    else:
+        inner = onnx.helper.make_graph([onnx.helper.make_node("RandomUniform", [], ["u"], shape=[1])], "g", [], [])
+        inputs, attributes = (["", ""], {"body": inner}) if operator == "Loop" else (["c"], {"then_branch": inner})
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [], **attributes))
+    path.write_bytes(model.SerializeToString())
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"decoder: the graph (draws random numbers|has a Loop)"):
+        vae_export.load(copy)
+
+
+def test_a_graph_that_the_backend_refuses(copy: Path) -> None:
+    path = copy / "vae_decoder" / "model.onnx"
+    model = onnx.load(path)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    path.write_bytes(model.SerializeToString())
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"decoder: ONNX Runtime \S+ does not open it"):
+        vae_export.load(copy)
+
+
+def test_creation_is_whole_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+
+    def fail(overwrite: bool) -> None:
+        with files.atomic_folder(path, overwrite=overwrite) as folder:
+            (folder / "file").write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail(overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    with files.atomic_folder(path) as folder:
+        (folder / "file").write_text("old")
+    with pytest.raises(InputError, match=r"exists already\. Choose another path, or overwrite it on purpose"):
+        files.atomic_folder(path).__enter__()
+    with pytest.raises(RuntimeError, match="stop"):
+        fail(overwrite=True)
+    assert (path / "file").read_text() == "old"
+    with files.atomic_folder(path, overwrite=True) as folder:
+        (folder / "file").write_text("new")
+    assert (path / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_bundle_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("…")
+    with pytest.raises(InputError, match="exists and is not a bundle"):
+        bundles.create(tmp_path / "precious", overwrite=True).__enter__()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="exists and is not a folder"):
+        bundles.create(tmp_path / "file", overwrite=True).__enter__()
+
+
+def test_without_an_exchange_the_folder_is_replaced_in_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other systems than Linux have no atomic exchange of two folders."""
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    for content in ("old", "new"):
+        with files.atomic_folder(tmp_path / "folder", overwrite=True) as folder:
+            (folder / "file").write_text(content)
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    program = (
+        "import sys, itertools; from pathlib import Path; from vae_export.files import atomic_folder\n"
+        "for i in itertools.count():\n"
+        "    with atomic_folder(Path(sys.argv[1]), overwrite=True) as folder:\n"
+        "        for name in 'ab': (folder / name).write_text(str(i))\n"
+    )
+    for delay in (0.25, 0.3, 0.35, 0.4, 0.45):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "folder")])
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "folder").exists():
+            assert (tmp_path / "folder" / "a").read_text() == (tmp_path / "folder" / "b").read_text() != ""
+    assert (tmp_path / "folder").exists()
+
+
+def test_write_atomic(tmp_path: Path) -> None:
+    files.write_atomic(tmp_path / "file", b"one")
+    files.write_atomic(tmp_path / "file", b"two")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"two"
+
+
+def test_all_errors_have_one_base() -> None:
+    from vae_export import errors
+
+    leaves = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, VaeExportError)]
+    assert {leaf.__name__: leaf.exit_code for leaf in leaves} == {
+        "VaeExportError": 2,
+        "InputError": 2,
+        "VerificationError": 1,
+        "BundleError": 3,
+        "BackendError": 4,
+    }

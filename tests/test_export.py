@@ -1,0 +1,223 @@
+"""Export: what a bundle holds, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.numpy
+import torch
+import zoo
+from PIL import Image
+
+import vae_export
+from vae_export import exporter, golden
+from vae_export.bundle import Bundle
+from vae_export.errors import BundleError, InputError, VerificationError
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MEMBERS))
+def test_graphs_are_as_the_manifest_says(member: Callable[[str], Any], name: str) -> None:
+    case = member(name)
+    manifest = Bundle(case.bundle).manifest
+    assert case.certificate.passed
+    for kind, graph in manifest.graphs.items():
+        model = onnx.load(case.bundle / graph.file)
+        onnx.checker.check_model(model, full_check=True)
+        assert graph.opset == model.opset_import[0].version == exporter.OPSET
+        for listed, real in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
+            assert [t.name for t in listed] == [v.name for v in real]
+            for tensor, value in zip(listed, real, strict=True):
+                dims = tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+                assert dims == tensor.shape
+                assert dims[0] == "batch"
+                assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        outputs = ENCODER_OUTPUTS if kind == "encoder" else DECODER_OUTPUTS
+        wanted = manifest.model.posterior.kind if kind == "encoder" else manifest.model.likelihood.kind
+        assert tuple(t.name for t in graph.outputs) == outputs[wanted]
+
+
+def test_a_bundle_is_portable(digits: dict[str, Path]) -> None:
+    """Nothing of the exporting machine is in it: no path, no stack trace, no folder's name."""
+    for path in digits["bernoulli"].rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for trace in (b"/home/", b"/root/", b"/tmp/", b"site-packages", str(Path.cwd()).encode(), b"stack_trace"):
+                assert trace not in content, f"{path.name} has {trace!r}"
+
+
+def test_contents(digits: dict[str, Path]) -> None:
+    path = digits["gaussian"]
+    manifest = Bundle(path).manifest
+    assert set(manifest.files) == {
+        *("README.md", "calibration.safetensors", "config.json", "golden.safetensors", "samples.png"),
+        *("vae_decoder/model.onnx", "vae_encoder/model.onnx", "verification.json"),
+    }
+    assert manifest.origin.kind == "checkpoint"
+    assert manifest.origin.data == "scikit-learn handwritten digits"
+    assert manifest.tools["torch"] == torch.__version__
+    assert manifest.model.likelihood.logvar_clamp == (-6.0, 4.0)
+    assert json.loads((path / "config.json").read_text())["model"]["likelihood"] == "gaussian"
+    card = (path / "README.md").read_text()
+    assert "![gaussian: samples from the prior](samples.png)" in card
+    assert "| likelihood | gaussian |" in card
+    assert "| end to end | ELBO, worst |" in card
+    with Image.open(path / "samples.png") as picture:
+        assert picture.mode == "L"
+        assert np.asarray(picture).std() > 30
+
+
+def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    from vae_export.trainers import checkpoint, data
+
+    bundle = Bundle(digits["gaussian"])
+    record = bundle.manifest.golden
+    tensors = golden.decode(bundle.read(golden.FILE), record, bundle.manifest.model).tensors
+    assert (record.held_out, record.extremes, record.prior, record.decoded) == (256, 4, 256, 0)
+    assert record.reference == f"PyTorch {torch.__version__} float64"
+    _, module = checkpoint.read(checkpoints["gaussian"])
+    with torch.no_grad():
+        mean, logvar = module.double().encode(torch.from_numpy(tensors["x"]).double())
+    np.testing.assert_allclose(tensors["mean"], mean.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(tensors["logvar"], logvar.numpy(), rtol=1e-12)
+    assert tensors["mean"].dtype == np.float64
+    x = tensors["x"]
+    assert (x[0] == 0).all()
+    assert (x[1] == 1).all()
+    assert np.array_equal(x[2], 1 - x[3])
+    assert x[2].mean() == 0.5
+    held_out = {row.tobytes() for row in data.load("digits", 0).held_out}
+    assert all(row.tobytes() in held_out for row in x[record.extremes :])
+    calibration = safetensors.numpy.load(bundle.read(golden.CALIBRATION_FILE))["x"]
+    trained = {row.tobytes() for row in data.load("digits", 0).train}
+    assert len(calibration) == 512
+    assert all(row.tobytes() in trained for row in calibration)
+
+
+def test_golden_shrinks_to_its_limit() -> None:
+    source = zoo.MEMBERS["spatial"]()
+    full = exporter.compute_reference(source)
+    assert full.shrunk() is full
+    for limit in (1 << 20, 300_000, 1):
+        small = full.shrunk(limit)
+        size = len(golden.encode(small))
+        assert size <= limit or small.record.prior == 1
+        assert small.record.extremes == golden.EXTREMES
+        assert small.record.decoded >= 1
+        again = golden.decode(golden.encode(small), small.record, source.model)
+        assert np.array_equal(again.tensors["x"], full.tensors["x"][: len(again.tensors["x"])])
+
+
+def test_a_bundle_is_not_overwritten_by_accident(digits: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    before = (digits["gaussian"] / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match=r"exists already\. Choose another path, or overwrite it \(--force\)"):
+        vae_export.export(checkpoints["gaussian"], digits["gaussian"])
+    assert (digits["gaussian"] / "manifest.json").read_bytes() == before
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a checkpoint: expected a folder with config\.json and model"):
+        vae_export.export(tmp_path / "nothing", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_steps_are_told(tmp_path: Path) -> None:
+    steps: list[str] = []
+    vae_export.export(zoo.plain(), tmp_path / "b", progress=steps.append)
+    assert steps == [
+        *("tracing the encoder", "tracing the decoder", "computing the reference in float64"),
+        *("measuring the certificate", "writing the bundle"),
+    ]
+
+
+class Sampling(zoo.Plain):
+    """Draws inside of encode."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        mean = super().encode(x)
+        return mean + torch.randn_like(mean)
+
+
+class Branching(zoo.Plain):
+    """Control flow that depends on values."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode(x) if x.sum() > 0 else -super().encode(x)
+
+
+class Three(zoo.Plain):
+    """Returns more than the manifest says."""
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (super().encode(x),) * 3
+
+
+class Single(zoo.Plain):
+    """Computes in float32 even when it is asked for float64."""
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(z.float(), self.back.weight.float(), self.back.bias.float()).to(z.dtype)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        linear = torch.nn.functional.linear(x.float(), self.into.weight.float(), self.into.bias.float())
+        return torch.tanh(linear).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (Sampling, BundleError, r"encoder: the graph draws random numbers \(RandomNormal(Like)?\).*let encode return"),
+        (Branching, InputError, "could not trace the encoder as one graph.*Control flow that depends on values"),
+        (Three, InputError, r"encode must return 1 tensor \(mean\), got 3"),
+    ],
+)
+def test_modules_that_cannot_be_exported(
+    tmp_path: Path, module: type[zoo.Plain], error: type[Exception], message: str
+) -> None:
+    source = dataclasses.replace(zoo.plain(), module=zoo.fill(module()))
+    with pytest.raises(error, match=message):
+        vae_export.export(source, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float32_reference_is_called_so(tmp_path: Path) -> None:
+    source = dataclasses.replace(zoo.plain(), module=zoo.fill(Single()))
+    certificate = vae_export.export(source, tmp_path / "b")
+    assert "float32 (the model computes in float32 even when asked for float64)" in certificate.reference
+
+
+def test_a_graph_that_differs_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exported graph is changed on the way, as a defect of the exporter would: export must not pass it."""
+    original = exporter._forget_origin
+
+    def corrupt(model: Any) -> None:
+        original(model)
+        for value in model.graph.initializers.values():
+            array = value.const_value.numpy()
+            if array.dtype == np.float32 and array.ndim == 2:
+                value.const_value = exporter.onnx_ir.tensor(array * np.float32(1.01), name=value.name)
+
+    monkeypatch.setattr(exporter, "_forget_origin", corrupt)
+    with pytest.raises(VerificationError, match=r"decoder: sample, worst error is .* of the range, allowed 0\.0001"):
+        vae_export.export(zoo.plain(), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"example_shape": (11,)}, r"example_shape \(11,\) does not fit"),
+        ({"held_out": np.zeros((0, 12), np.float32)}, r"held_out has shape \(0, 12\); expected one row or more"),
+        ({"calibration": np.zeros((3, 11), np.float32)}, r"calibration has shape \(3, 11\)"),
+    ],
+)
+def test_sources_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        vae_export.export(dataclasses.replace(zoo.plain(), **changes), tmp_path / "b")

@@ -1,0 +1,210 @@
+"""The contract: strict, canonical, versioned, and with a description of every field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vae_export import manifest as manifests
+from vae_export.errors import BundleError, InputError
+from vae_export.manifest import (
+    Data,
+    File,
+    Golden,
+    Graph,
+    Latent,
+    LatentDim,
+    Likelihood,
+    Manifest,
+    Model,
+    Origin,
+    Posterior,
+    SizeDim,
+    Tensor,
+    shape_text,
+)
+
+HASH = "0" * 64
+
+
+def a_manifest(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "name": "test",
+        "created": "2026-01-01T00:00:00+00:00",
+        "model": a_model(),
+        "graphs": {
+            "encoder": graph("encoder", ["x"], ["mean", "logvar"]),
+            "decoder": graph("decoder", ["z"], ["sample", "logits"]),
+        },
+        "golden": Golden(seed=1, reference="PyTorch", extremes=4, held_out=8, decoded=0, prior=8),
+        "origin": Origin(kind="module", name="test"),
+        "tools": {"torch": "2.13.0"},
+        "files": {f"vae_{kind}/model.onnx": File(size=1, sha256=HASH) for kind in ("encoder", "decoder")},
+    }
+    return Manifest(**fields | changes)
+
+
+def graph(kind: str, inputs: list[str], outputs: list[str]) -> Graph:
+    def tensors(names: list[str]) -> tuple[Tensor, ...]:
+        return tuple(Tensor(name=name, dtype="float32", shape=("batch", 2)) for name in names)
+
+    return Graph(file=f"vae_{kind}/model.onnx", opset=20, inputs=tensors(inputs), outputs=tensors(outputs))
+
+
+def a_model(**changes: Any) -> Model:
+    fields: dict[str, Any] = {
+        "architecture": "test",
+        "parameters": 1,
+        "data": Data(shape=(1, 8, 8), range=(0.0, 1.0)),
+        "latent": Latent(shape=(2,)),
+        "prior": "standard_normal",
+        "posterior": Posterior(kind="diagonal_gaussian", logvar_clamp=(-5.0, 5.0)),
+        "likelihood": Likelihood(kind="bernoulli"),
+    }
+    return Model(**fields | changes)
+
+
+NAMED = Data(
+    shape=(3, SizeDim(name="height", multiple_of=8, min=16, max=64), SizeDim(name="width", multiple_of=8)),
+    range=(-1.0, 1.0),
+)
+SPATIAL = Latent(shape=(4, LatentDim(name="height", divided_by=8), LatentDim(name="width", divided_by=4)))
+
+finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
+
+
+@given(
+    name=st.text(min_size=1, max_size=20),
+    seed=st.integers(0, (1 << 63) - 1),
+    scaling=st.floats(1e-300, 1e300),
+    low=finite.filter(lambda v: v < 1e308),
+)
+def test_round_trip(name: str, seed: int, scaling: float, low: float) -> None:
+    import math
+
+    data = Data(shape=(SizeDim(name="length"), 3), range=(low, math.nextafter(low, math.inf)))
+    latent = Latent(shape=(LatentDim(name="length"),), scaling=scaling, shift=-low)
+    manifest = a_manifest(
+        name=name,
+        model=a_model(data=data, latent=latent, likelihood=Likelihood(kind="gaussian_fixed", variance=scaling)),
+        graphs={
+            "encoder": graph("encoder", ["x"], ["mean", "logvar"]),
+            "decoder": graph("decoder", ["z"], ["sample"]),
+        },
+        golden=Golden(seed=seed, reference="", extremes=0, held_out=0, decoded=0, prior=0),
+    )
+    raw = manifests.encode(manifest)
+    again = manifests.decode(raw)
+    assert msgspec.structs.replace(again, digest="") == manifest
+    assert manifests.encode(again) == raw
+
+
+def test_every_field_is_described() -> None:
+    records = [v for v in vars(manifests).values() if isinstance(v, type) and issubclass(v, manifests.Record)]
+    assert len(records) > 10
+    for record in records:
+        for field in record.__struct_fields__:
+            assert f"        {field}: " in (record.__doc__ or "") + "\n", f"{record.__name__}.{field}"
+
+
+def tampered(change: Callable[[dict[str, Any]], None]) -> bytes:
+    plain = json.loads(manifests.encode(a_manifest()))
+    change(plain)
+    return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def test_tampering_starts_from_the_exact_bytes() -> None:
+    assert tampered(lambda plain: None) == manifests.encode(a_manifest())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update(version=2), r"has version 2; this vae_export reads versions up to 1\. Run: pip install"),
+        (lambda p: p.update(version=0), "Invalid enum value 0"),
+        (lambda p: p.update(format="zip"), "format is 'zip', expected 'vae_export.bundle'"),
+        (lambda p: p.update(extra=1), "unknown field `extra`"),
+        (lambda p: p.pop("model"), "missing required field `model`"),
+        (lambda p: p.update(name=3), r"Expected `str`, got `int` - at `\$\.name`"),
+        (lambda p: p.update(name="other"), "was changed after the export: its digest or its form"),
+        (lambda p: p.update(digest="0" * 64), "was changed after the export"),
+        (lambda p: p["files"].update({"../x": p["files"]["vae_encoder/model.onnx"]}), "a plain path inside"),
+        (lambda p: p["files"].update({"/x": p["files"]["vae_encoder/model.onnx"]}), "a plain path inside"),
+        (lambda p: p["files"].update({"a\\b": p["files"]["vae_encoder/model.onnx"]}), "a plain path inside"),
+        (lambda p: p["files"]["vae_encoder/model.onnx"].update(sha256="X"), "64 lower-case hexadecimal digits"),
+        (lambda p: p["graphs"].pop("encoder"), "an encoder and a decoder expected"),
+        (lambda p: p["files"].pop("vae_encoder/model.onnx"), "is not listed in files"),
+        (lambda p: p["model"]["data"].update(range=[1.0, 0.0]), "two finite, rising numbers"),
+        (lambda p: p["model"]["data"].update(shape=[0]), "every size must be 1 or more"),
+        (lambda p: p["model"]["data"].update(shape=[]), "one dimension or more"),
+        (lambda p: p["model"].update(likelihood={"kind": "gaussian_fixed"}), "variance belongs to gaussian_fixed"),
+        (lambda p: p["model"].update(likelihood={"kind": "gaussian"}), "sample, sample_logvar expected, got"),
+        (lambda p: p["model"]["data"].update(range=[0.0, 2.0]), r"Bernoulli likelihood needs data in \[0, 1\]"),
+        (lambda p: p["model"].update(prior="mixture"), "Invalid enum value 'mixture'"),
+    ],
+)
+def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        manifests.decode(tampered(change))
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 1, "version": 1}', b"null"])
+def test_what_is_no_manifest(raw: bytes) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json is not a manifest: "):
+        manifests.decode(raw)
+
+
+def test_white_space_is_refused() -> None:
+    raw = manifests.encode(a_manifest())
+    with pytest.raises(BundleError, match="its digest or its form"):
+        manifests.decode(raw.replace(b"  ", b" \t", 1))
+
+
+def test_named_dimensions() -> None:
+    model = a_model(data=NAMED, latent=SPATIAL, likelihood=Likelihood(kind="gaussian"))
+    assert model.latent_shape({"height": 32, "width": 24}) == (4, 4, 6)
+    assert shape_text(NAMED.shape) == "(B, 3, height, width)"
+    assert shape_text(SPATIAL.shape) == "(B, 4, height/8, width/4)"
+    assert str(NAMED.shape[1]) == "height (a multiple of 8, at least 16, at most 64)"
+    with pytest.raises(InputError, match=r"this model takes height \(a multiple of 8.*got height = 12"):
+        model.latent_shape({"height": 12, "width": 24})
+    with pytest.raises(InputError, match=r"this model takes height .*got \{\}"):
+        model.latent_shape()
+    with pytest.raises(InputError, match=r"this model takes no sizes; got \{'height': 8\}"):
+        a_model().latent_shape({"height": 8})
+
+
+@pytest.mark.parametrize(
+    ("data", "latent", "message"),
+    [
+        (NAMED, Latent(shape=(LatentDim(name="depth"),)), "'depth' names no dimension"),
+        (NAMED, Latent(shape=(LatentDim(name="width", divided_by=3),)), "which that does not divide"),
+        (NAMED, Latent(shape=(LatentDim(name="width", divided_by=0),)), "which that does not divide"),
+    ],
+)
+def test_latents_follow_the_data(data: Data, latent: Latent, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        a_model(data=data, latent=latent, likelihood=Likelihood(kind="gaussian"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SizeDim(name="a b"), "an identifier, multiple_of ≥ 1 and min ≥ 1"),
+        (lambda: SizeDim(name="a", multiple_of=0), "an identifier, multiple_of ≥ 1"),
+        (lambda: SizeDim(name="a", min=4, max=3), "max 3 is below min 4"),
+        (lambda: Data(shape=(SizeDim(name="a"), SizeDim(name="a")), range=(0.0, 1.0)), "no name twice"),
+        (lambda: Latent(shape=(1,), scaling=0.0), "scaling must be positive"),
+        (lambda: Likelihood(kind="gaussian_fixed", variance=0.0), "variance must be positive, got 0.0"),
+        (lambda: Likelihood(kind="bernoulli", variance=1.0), "variance belongs to gaussian_fixed"),
+    ],
+)
+def test_records_check_themselves(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

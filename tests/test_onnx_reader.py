@@ -1,0 +1,113 @@
+"""The small ONNX reader against the onnx package, and against what is no ONNX file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.defs import get_all_schemas
+
+from vae_export import onnx_reader
+from vae_export.errors import BundleError
+
+
+def model(*nodes: onnx.NodeProto, **fields: object) -> bytes:
+    return helper.make_model(helper.make_graph(list(nodes), "g", [], []), **fields).SerializeToString()
+
+
+def operators(graph: onnx.GraphProto) -> list[str]:
+    return [node.op_type for node in graph.node]
+
+
+@pytest.mark.parametrize("name", ["conv-bernoulli", "spatial-named", "mlp-gaussian"])
+def test_same_operators_as_onnx(member: Callable[..., object], name: str) -> None:
+    for path in member(name).bundle.glob("*/model.onnx"):
+        raw = path.read_bytes()
+        assert list(onnx_reader._model_operators(memoryview(raw), "m")) == operators(onnx.load(path).graph)
+        onnx_reader.check_operators(raw, "m")
+
+
+def test_every_random_operator_of_the_standard_is_known() -> None:
+    named = {s.name for s in get_all_schemas() if s.domain == "" and "seed" in s.attributes}
+    assert named <= onnx_reader._RANDOM
+
+
+@pytest.mark.parametrize("operator", sorted(onnx_reader._RANDOM))
+def test_random_operators(operator: str) -> None:
+    with pytest.raises(BundleError, match=rf"m: the graph draws random numbers \({operator}\).*Noise must be an input"):
+        onnx_reader.check_operators(model(helper.make_node(operator, [], ["y"])), "m")
+
+
+def test_hidden_in_branches_and_functions() -> None:
+    inner = helper.make_graph([helper.make_node("RandomNormal", [], ["u"], shape=[1])], "inner", [], [])
+    middle = helper.make_graph([helper.make_node("If", ["c"], [], then_branch=inner)], "middle", [], [])
+    with pytest.raises(BundleError, match="draws random numbers"):
+        onnx_reader.check_operators(model(helper.make_node("If", ["c"], [], else_branch=middle)), "m")
+    function = helper.make_function("", "f", [], ["u"], [helper.make_node("RandomNormal", [], ["u"])], [])
+    with pytest.raises(BundleError, match="draws random numbers"):
+        onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"]), functions=[function]), "m")
+
+
+def test_loops_and_other_domains() -> None:
+    with pytest.raises(BundleError, match="has a Loop, which may never end"):
+        onnx_reader.check_operators(model(helper.make_node("Loop", [], [])), "m")
+    with pytest.raises(BundleError, match=r"the operator com\.evil\.Open is not a standard ONNX operator"):
+        onnx_reader.check_operators(model(helper.make_node("Open", [], [], domain="com.evil")), "m")
+    onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"], domain="ai.onnx")), "m")
+
+
+def test_weights_elsewhere(tmp_path: Path) -> None:
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    tensor.data_location = TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "/etc/passwd"
+    graph = helper.make_graph([], "g", [], [], initializer=[tensor])
+    for raw in (
+        helper.make_model(graph).SerializeToString(),
+        model(helper.make_node("Constant", [], ["y"], value=tensor)),
+    ):
+        with pytest.raises(BundleError, match="weights lie in another file, which is not read"):
+            onnx_reader.check_operators(raw, "m")
+
+
+def test_sparse_weights() -> None:
+    sparse = onnx.SparseTensorProto(dims=[1])
+    graph = helper.make_graph([], "g", [], [], sparse_initializer=[sparse])
+    with pytest.raises(BundleError, match="sparse weights are not supported"):
+        onnx_reader.check_operators(helper.make_model(graph).SerializeToString(), "m")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff" * 20, b"\x3a\x7f", b"hello world", b"\x3a\x02\x0a\x05", b"\x38\x01"])
+def test_no_onnx_file(raw: bytes) -> None:
+    with pytest.raises(BundleError, match="m: is not an ONNX file: "):
+        onnx_reader.check_operators(raw, "m")
+
+
+def test_deep_nesting_ends() -> None:
+    def field(number: int, content: bytes) -> bytes:
+        length = len(content)
+        return bytes([number << 3 | 2, length & 0x7F | 0x80, length >> 7 & 0x7F | 0x80, length >> 14]) + content
+
+    graph = b""
+    for _ in range(40):
+        graph = field(1, field(5, field(6, graph)))  # node, attribute, graph
+    with pytest.raises(BundleError, match="nested deeper than 32"):
+        onnx_reader.check_operators(field(7, graph), "m")
+
+
+def test_mutations_never_escape(member: Callable[..., object]) -> None:
+    """Whatever the bytes: a verdict or a BundleError, no other exception and no hang."""
+    raw = (member("mlp-gaussian").bundle / "vae_decoder" / "model.onnx").read_bytes()
+    choose = random.Random(1)
+    for _ in range(2000):
+        changed = bytearray(raw)
+        for _ in range(choose.randrange(1, 4)):
+            changed[choose.randrange(min(len(raw), 4000))] = choose.randrange(256)
+        try:
+            onnx_reader.check_operators(bytes(changed[: choose.randrange(len(raw))]), "m")
+        except BundleError:
+            continue

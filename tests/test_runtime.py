@@ -1,0 +1,360 @@
+"""The runtime: one parity body for every model and backend, and the laws that hold whatever the batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vae_export.trainers.objective import LOG_PROB
+from vae_export.trainers.objective import elbo as torch_elbo
+
+import vae_export
+from vae_export import elbo, noise
+from vae_export.errors import BackendError, InputError
+from vae_export.manifest import DECODER_OUTPUTS
+
+#: Float32 against float64, worst of the largest value; see `certificate.TOLERANCES` for the ELBO's.
+CLOSE = 2e-5
+RELATIVE = 5e-6
+
+#: Every backend that can run where the tests run. A new one is a name here.
+DEVICES = ["cpu"]
+
+
+@pytest.fixture(params=sorted(zoo.MEMBERS))
+def case(request: pytest.FixtureRequest, member: Callable[[str], Any]) -> Any:
+    return member(request.param)
+
+
+def examples(source: Any, count: int = 9) -> np.ndarray:
+    low, high = source.model.data.range
+    return (zoo.pictures(count, source.example_shape) * (high - low) + low).astype(np.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parity(case: Any, device: str) -> None:
+    """Posterior, then decoded mean, then ELBO, against PyTorch in float64 with the same noise."""
+    source = case.source
+    model, module = source.model, zoo.MEMBERS[case.bundle.stem]().module.double()
+    x = examples(source)
+    with vae_export.load(case.bundle, device=device) as vae, torch.no_grad():
+        posterior = vae.encode(x)
+        encoded = module.encode(torch.from_numpy(x).double())
+        gaussian = model.posterior.kind == "diagonal_gaussian"
+        mean, logvar = encoded if gaussian else (encoded, None)
+        np.testing.assert_allclose(posterior.mean, mean.numpy(), rtol=CLOSE, atol=CLOSE)
+        if gaussian:
+            np.testing.assert_allclose(posterior.logvar, logvar.numpy(), rtol=CLOSE, atol=CLOSE)
+            np.testing.assert_allclose(posterior.std, np.exp(logvar.numpy() / 2), rtol=CLOSE)
+        assert posterior.mode() is posterior.mean
+
+        z = noise.normals(5, noise.PRIOR, 0, 9, mean[0].numel()).reshape(mean.shape)
+        decoded = module.decode(torch.from_numpy(z).double())
+        decoded = decoded if isinstance(decoded, tuple) else (decoded,)
+        np.testing.assert_allclose(vae.decode(z), decoded[0].numpy(), rtol=CLOSE, atol=CLOSE)
+        for name, expected in zip(DECODER_OUTPUTS[model.likelihood.kind], decoded, strict=True):
+            np.testing.assert_allclose(vae.likelihood(z)[name], expected.numpy(), rtol=CLOSE, atol=CLOSE)
+        if model.likelihood.kind == "none":
+            return
+
+        eps = noise.normals(3, noise.POSTERIOR, 100, 9, mean[0].numel()).reshape(mean.shape)
+        log_prob = LOG_PROB[model.likelihood.kind]
+        exact = torch_elbo(module, log_prob, torch.from_numpy(x).double(), torch.from_numpy(eps).double())
+        drawn = module.decode(mean + torch.exp(logvar / 2) * torch.from_numpy(eps).double())
+        terms = log_prob(torch.from_numpy(x).double(), drawn).abs().flatten(1).sum(1).numpy()
+        scale = terms + exact.kl.numpy()
+        found = vae.elbo(x, seed=3, start=100)
+        for got, expected in ((found.reconstruction, exact.reconstruction), (found.kl, exact.kl)):
+            assert (np.abs(got - expected.numpy()) <= RELATIVE * scale).all()
+        np.testing.assert_array_equal(found.elbo, found.reconstruction - found.kl)
+        np.testing.assert_allclose(vae.reconstruct(x, seed=3, start=100), drawn[0].numpy(), rtol=CLOSE, atol=CLOSE)
+        np.testing.assert_allclose(
+            vae.reconstruct(x), module.decode(mean)[0].numpy(), rtol=CLOSE, atol=CLOSE
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("micro_batch", [1, 2, 7, 64])
+def test_micro_batches_change_nothing(case: Any, device: str, micro_batch: int) -> None:
+    x = examples(case.source, 20)
+    size = dict(zip(("height", "width"), case.source.example_shape[1:], strict=False))
+    size = size if "named" in case.bundle.name else None
+    with (
+        vae_export.load(case.bundle, device=device, micro_batch=micro_batch) as cut,
+        vae_export.load(case.bundle, device=device, micro_batch=1000) as whole,
+    ):
+        for call in (
+            lambda vae: vae.encode(x).mean,
+            lambda vae: vae.sample(20, seed=1, size=size),
+            lambda vae: vae.reconstruct(x),
+            lambda vae: vae.edit(x, np.ones(vae.encode(x).mean.shape[1:]), 0.5),
+            lambda vae: vae.interpolate(x[:3], x[3:6], steps=4),
+        ):
+            close(call(cut), call(whole))
+        if case.source.model.likelihood.kind != "none":
+            close(cut.elbo(x, seed=2).elbo, whole.elbo(x, seed=2).elbo)
+            close(cut.log_likelihood(x, k=5, seed=2), whole.log_likelihood(x, k=5, seed=2))
+            # A draw of p(x|z) is a threshold away from its mean: equal but where rounding crosses it.
+            drawn = [vae.sample(20, seed=1, draw=True, size=size) for vae in (cut, whole)]
+            assert np.mean(np.abs(drawn[0] - drawn[1]) > 1e-5) < 1e-3
+
+
+def close(a: np.ndarray, b: np.ndarray) -> None:
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
+
+
+def test_an_example_is_the_same_in_every_batch_and_thread(digits: dict[str, Path]) -> None:
+    """Sample i of seed s from batches of 1, 7, 64, 1000 and from 8 threads."""
+    with vae_export.load(digits["bernoulli"], micro_batch=1000) as vae:
+        whole = vae.sample(1000, seed=42)
+        for batch in (1, 7, 64):
+            starts = range(0, 1000, batch)
+            parts = [vae.sample(min(batch, 1000 - start), seed=42, start=start) for start in starts]
+            close(np.concatenate(parts), whole)
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(pool.map(lambda start: vae.sample(20, seed=42, start=start), range(0, 1000, 20)))
+        close(np.concatenate(parts), whole)
+        posterior = vae.encode(np.tile(whole[:1], (50, 1, 1, 1)))
+        drawn = posterior.sample(seed=1, start=10)
+        part = vae_export.Posterior(posterior.mean[5:9], posterior.logvar[5:9]).sample(seed=1, start=15)
+        assert np.array_equal(part, drawn[5:9])
+
+
+def test_a_stream_in_pieces_is_the_whole(digits: dict[str, Path], images: np.ndarray) -> None:
+    x = images[:50]
+    with vae_export.load(digits["gaussian"]) as vae:
+        for method in (
+            lambda x, start: vae.elbo(x, seed=1, start=start).elbo,
+            lambda x, start: vae.log_likelihood(x, k=3, seed=1, start=start),
+            lambda x, start: vae.reconstruct(x, seed=1, start=start),
+        ):
+            close(np.concatenate([method(x[:13], 5), method(x[13:], 18)]), method(x, 5))
+
+
+def test_many_threads_at_once(digits: dict[str, Path], images: np.ndarray) -> None:
+    with vae_export.load(digits["gaussian"], micro_batch=16) as vae:
+        expected = vae.elbo(images[:40], seed=1).elbo
+        barrier = threading.Barrier(8)
+
+        def work(_: int) -> np.ndarray:
+            barrier.wait()
+            return np.stack([vae.elbo(images[:40], seed=1).elbo for _ in range(10)])
+
+        with ThreadPoolExecutor(8) as pool:
+            for result in pool.map(work, range(8)):
+                close(result, np.tile(expected, (10, 1)))
+
+
+def test_importance_weighted_bound(digits: dict[str, Path], images: np.ndarray) -> None:
+    with vae_export.load(digits["gaussian"]) as vae:
+        x = images[:60]
+        means = [vae.log_likelihood(x, k=k).mean() for k in (1, 10, 100)]
+        assert means[0] < means[1] < means[2]
+        assert means[2] > vae.elbo(x).elbo.mean()
+        # One draw is the three-term estimate of the ELBO, with the ELBO's own draw.
+        posterior = vae.encode(x)
+        eps = noise.normals(0, noise.POSTERIOR, 0, 60, 8)
+        one = elbo.monte_carlo_elbo(vae.elbo(x).reconstruction, posterior.sample(), eps, posterior.logvar)
+        np.testing.assert_allclose(vae.log_likelihood(x, k=1), one, rtol=1e-9)
+
+
+def test_edit_and_interpolate(digits: dict[str, Path], images: np.ndarray) -> None:
+    with vae_export.load(digits["gaussian"]) as vae:
+        a, b = images[:4], images[4:8]
+        line = vae.interpolate(a, b, steps=5)
+        assert line.shape == (4, 5, 1, 8, 8)
+        close(line[:, 0], vae.reconstruct(a))
+        close(line[:, -1], vae.reconstruct(b))
+        direction = vae.encode(b).mean - vae.encode(a).mean
+        np.testing.assert_allclose(vae.edit(a, direction, 1.0), vae.reconstruct(b), atol=1e-5)
+        close(vae.edit(a, direction[0], 0.0), vae.reconstruct(a))
+
+
+def test_pictures_of_bytes(digits: dict[str, Path], member: Callable[[str], Any]) -> None:
+    pixels = np.arange(128, dtype=np.uint8).reshape(2, 1, 8, 8) * 2
+    with vae_export.load(digits["bernoulli"]) as vae:
+        close(vae.encode(pixels).mean, vae.encode(pixels / np.float32(255)).mean)
+    with vae_export.load(member("spatial").bundle) as vae:  # its range is [-1, 1]
+        pixels = (np.arange(3 * 16 * 24) % 256).astype(np.uint8).reshape(1, 3, 16, 24)
+        close(vae.encode(pixels).mean, vae.encode(pixels / np.float32(127.5) - np.float32(1)).mean)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000))
+def test_any_memory_layout(digits: dict[str, Path], seed: int) -> None:
+    x = zoo.pictures(4, (1, 8, 8))
+    layouts = [
+        x[::-1][::-1],
+        np.asfortranarray(x),
+        np.repeat(x, 2, axis=3)[..., ::2],
+        x.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2),
+        np.ma.masked_array(x),
+        torch.from_numpy(x),
+    ]
+    x.flags.writeable = False
+    with vae_export.load(digits["bernoulli"]) as vae:
+        expected = vae.encode(x).mean
+        assert np.array_equal(vae.encode(layouts[seed % len(layouts)]).mean, expected)
+
+
+GOOD = np.full((2, 1, 8, 8), 0.5, np.float32)
+
+
+def with_value(value: float) -> np.ndarray:
+    x = GOOD.copy()
+    x[1, 0, 2, 3] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (GOOD[0], r"encode: x has shape \(1, 8, 8\); this bundle expects \(B, 1, 8, 8\)\. For one example add a batch"),
+        (GOOD[0, 0], r"x has shape \(8, 8\); .* Reshape x to 4 dimensions, the batch first"),
+        (GOOD[None], r"x has shape \(1, 2, 1, 8, 8\); .* Reshape x to 4 dimensions"),
+        (np.float32(1.0), "x is a float32; pass a NumPy array|Reshape x to 4 dimensions"),
+        (np.zeros((4, 1, 9, 8), np.float32), r"x has shape \(4, 1, 9, 8\); .* Resize or crop the examples"),
+        (GOOD[:0], r"x has shape \(0, 1, 8, 8\); .* The batch is empty; pass one example or more"),
+        (
+            GOOD.astype(np.float64),
+            r"x has dtype float64; expected float32 \(or uint8 pictures\).*astype\(numpy\.float32",
+        ),
+        (GOOD.astype(np.int64), r"x has dtype int64; expected float32"),
+        (GOOD.astype(complex), r"x has dtype complex128; expected float32"),
+        (GOOD.astype(object), r"x has dtype object; expected float32"),
+        (GOOD.astype(">f4"), r"x is big-endian float32, which backends read as if it were not.*x\.astype\('=f4'\)"),
+        (with_value(np.nan), r"x\[1, 0, 2, 3\] is nan, one of 1 such values; expected values in \[0, 1\]"),
+        (with_value(np.inf), r"x\[1, 0, 2, 3\] is inf"),
+        (with_value(1.5), r"x\[1, 0, 2, 3\] is 1\.5, .* expected values in \[0, 1\]\. Scale the data, or pass uint8"),
+        (with_value(-0.25), r"x\[1, 0, 2, 3\] is -0\.25"),
+        ([[1.0]], r"x is a list; pass a NumPy array of shape \(B, 1, 8, 8\)"),
+        (None, "x is a NoneType; pass a NumPy array"),
+        (torch.ones(1, requires_grad=True), "x is a Tensor that NumPy cannot read: "),
+    ],
+)
+def test_bad_data(digits: dict[str, Path], x: Any, message: str) -> None:
+    with vae_export.load(digits["bernoulli"]) as vae, pytest.raises(InputError, match=message):
+        vae.encode(x)
+
+
+def test_negative_zero_is_zero(digits: dict[str, Path]) -> None:
+    with vae_export.load(digits["bernoulli"]) as vae:
+        close(vae.encode(with_value(-0.0)).mean, vae.encode(with_value(0.0)).mean)
+
+
+def test_a_gaussian_takes_any_finite_value(digits: dict[str, Path]) -> None:
+    with vae_export.load(digits["gaussian"]) as vae:
+        vae.encode(with_value(1.5))
+        vae.decode(np.full((1, 8), 3e19, np.float32))  # whose square is not finite in float32
+        with pytest.raises(InputError, match=r"x\[1, 0, 2, 3\] is nan, one of 1 such values; expected finite"):
+            vae.encode(with_value(np.nan))
+
+
+@pytest.mark.parametrize(
+    ("z", "message"),
+    [
+        (np.zeros((4, 9), np.float32), r"decode: z has shape \(4, 9\); this bundle expects \(B, 8\)\. Pass latents"),
+        (np.zeros((4, 8), np.uint8), r"decode: z has dtype uint8; expected float32\."),
+        (np.full((1, 8), np.inf, np.float32), r"decode: z\[0, 0\] is inf, one of 8 such values; expected finite"),
+        (np.zeros((1, 8), ">f4"), "decode: z is big-endian"),
+    ],
+)
+def test_bad_latents(digits: dict[str, Path], z: np.ndarray, message: str) -> None:
+    with vae_export.load(digits["gaussian"]) as vae, pytest.raises(InputError, match=message):
+        vae.decode(z)
+
+
+def test_named_sizes(member: Callable[[str], Any]) -> None:
+    with vae_export.load(member("spatial-named").bundle) as vae:
+        assert vae.sample(2, size={"height": 8, "width": 20}).shape == (2, 3, 8, 20)
+        for height, width in ((4, 8), (32, 12)):
+            x = examples(member("spatial").source, 1)[:, :, :1, :1] * np.ones((1, 3, height, width), np.float32)
+            assert vae.encode(x).mean.shape == (1, 4, height // 4, width // 4)
+            assert vae.reconstruct(x).shape == x.shape
+        with pytest.raises(InputError, match=r"expects \(B, 3, height, width\).*\(height \(a multiple of 4\); width"):
+            vae.encode(np.zeros((1, 3, 10, 8), np.float32))
+        with pytest.raises(InputError, match=r"size: this model takes height \(a multiple of 4\), width"):
+            vae.sample(1)
+
+
+def test_what_a_model_does_not_have(member: Callable[[str], Any]) -> None:
+    with vae_export.load(member("plain").bundle) as vae:
+        x = np.zeros((2, 12), np.float32)
+        with pytest.raises(InputError, match="no likelihood"):
+            vae.elbo(x)
+        with pytest.raises(InputError, match="no likelihood"):
+            vae.sample(1, draw=True)
+        for call in (vae.encode(x).sample, vae.encode(x).kl, lambda: vae.reconstruct(x, seed=0)):
+            with pytest.raises(InputError, match="encoder is deterministic: its posterior has no variance"):
+                call()
+        assert vae.encode(x).logvar is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vae: vae.sample(0), "sample: n is 0; expected 1 or more"),
+        (lambda vae: vae.sample(1.5), r"sample: n is 1\.5; expected an integer"),
+        (lambda vae: vae.sample(1, seed=-1), r"seed, stream and draw must be from 0 to 2\^64 - 1, got -1"),
+        (lambda vae: vae.sample(1, start=-1), "must not be negative"),
+        (lambda vae: vae.log_likelihood(GOOD, k=0), "log_likelihood: k is 0; expected 1 or more"),
+        (lambda vae: vae.interpolate(GOOD, GOOD, steps=1), "interpolate: steps is 1; expected 2 or more"),
+        (lambda vae: vae.interpolate(GOOD, GOOD[:1]), "interpolate: a and b must have one shape"),
+        (
+            lambda vae: vae.edit(GOOD, np.zeros(3), 1.0),
+            r"direction has shape \(3,\); expected finite values of shape \(8\)",
+        ),
+        (lambda vae: vae.edit(GOOD, np.full(8, np.nan), 1.0), "expected finite values"),
+        (lambda vae: vae.edit(GOOD, np.zeros(8), np.inf), "edit: strength is inf; expected a finite number"),
+        (lambda vae: vae.sample(1, size={"height": 3}), "this model takes no sizes; got"),
+    ],
+)
+def test_bad_arguments(digits: dict[str, Path], call: Callable[[vae_export.VAE], object], message: str) -> None:
+    with vae_export.load(digits["bernoulli"]) as vae, pytest.raises(InputError, match=message):
+        call(vae)
+
+
+def test_bad_options(digits: dict[str, Path]) -> None:
+    path = digits["bernoulli"]
+    with pytest.raises(InputError, match="device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"):
+        vae_export.load(path, device="tpu")
+    with pytest.raises(InputError, match="micro_batch is 0; expected 1 or more"):
+        vae_export.load(path, micro_batch=0)
+    with pytest.raises(InputError, match="threads is 0; expected 1 or more, or None"):
+        vae_export.load(path, threads=0)
+
+
+def test_a_device_that_is_not_there_is_an_error(digits: dict[str, Path]) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine's ONNX Runtime has CUDA: its absence cannot be tested")
+    with pytest.raises(BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider; the installed .*\[gpu\]"):
+        vae_export.load(digits["bernoulli"], device="cuda")
+
+
+def test_describe(digits: dict[str, Path]) -> None:
+    with vae_export.load(digits["gaussian"], threads=1, micro_batch=8) as vae:
+        found = vae.describe()
+    assert found["provider"] == "CPUExecutionProvider"
+    assert found["backend"] == "onnxruntime"
+    assert (found["threads"], found["micro_batch"], found["device"]) == (1, 8, "cpu")
+    assert (found["data"], found["latent"], found["likelihood"]) == ("(B, 1, 8, 8)", "(B, 8)", "gaussian")
+    assert found["bundle"] == "gaussian"
+
+
+def test_closed(digits: dict[str, Path]) -> None:
+    vae = vae_export.load(digits["gaussian"])
+    vae.close()
+    with pytest.raises(BackendError, match="this VAE was closed"):
+        vae.sample(1)

@@ -1,0 +1,150 @@
+"""Small models for the tests, with deterministic weights that are made without a random stream."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vae_export.trainers.config import ModelConfig
+from vae_export.trainers.models import build
+
+from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
+from vae_export.sources.protocol import Source
+
+CONFIG = b'{"zoo": true}\n'
+ORIGIN = Origin(kind="module", name="zoo")
+
+
+def fill(module: nn.Module) -> nn.Module:
+    """Give every parameter values of a sine over its indices, scaled like a fresh initialization."""
+    with torch.no_grad():
+        for offset, parameter in enumerate(module.parameters()):
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            phase = torch.arange(parameter.numel(), dtype=torch.float64) * 1.618033988749895 + offset
+            parameter.copy_((torch.sin(phase * 12.9898) * math.sqrt(2.0 / max(fan_in, 4))).reshape(parameter.shape))
+    return module.eval()
+
+
+def trainer_model(
+    model: str, likelihood: str, shape: tuple[int, int, int] = (1, 8, 8), latent: int = 5, **widths: object
+) -> Source:
+    """A model of our trainer, flat latents, unit range."""
+    config = ModelConfig(model=model, data_shape=shape, likelihood=likelihood, latent=latent, **widths)
+    module = fill(build(config))
+    clamp = config.sample_logvar_clamp if likelihood == "gaussian" else None
+    return Source(
+        module=module,
+        model=Model(
+            architecture=model,
+            parameters=sum(p.numel() for p in module.parameters()),
+            data=Data(shape=shape, range=(0.0, 1.0)),
+            latent=Latent(shape=(latent,)),
+            prior="standard_normal",
+            posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=config.logvar_clamp),
+            likelihood=Likelihood(kind=likelihood, logvar_clamp=clamp),
+        ),
+        origin=ORIGIN,
+        config=CONFIG,
+        example_shape=shape,
+        held_out=pictures(300, shape),
+        calibration=pictures(40, shape),
+    )
+
+
+def pictures(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Smooth patterns in [0, 1]: (count, *shape) float32."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) / n for n in shape], indexing="ij")).sum(0)
+    phase = np.arange(count).reshape(-1, *[1] * len(shape))
+    return (0.5 + 0.5 * np.sin(6.0 * grid * (1 + phase % 5) + phase)).astype(np.float32)
+
+
+class Spatial(nn.Module):
+    """Fully convolutional with latents (C, h, w), in a range that is not [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.up = nn.Sequential(
+            nn.Upsample(scale_factor=2.0), nn.Conv2d(4, 8, 3, 1, 1), nn.SiLU(),
+            nn.Upsample(scale_factor=2.0), nn.Conv2d(8, 6, 3, 1, 1),
+        )  # fmt: skip
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.down(x).chunk(2, dim=1)
+        return mean, logvar.clamp(-8.0, 8.0)
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        sample, logvar = self.up(z).chunk(2, dim=1)
+        return sample, logvar.clamp(-6.0, 4.0)
+
+
+def spatial(*, named: bool) -> Source:
+    """`Spatial`, of fixed 16 × 24 or of named height and width."""
+    height, width = (SizeDim(name="height", multiple_of=4), SizeDim(name="width", multiple_of=4)) if named else (16, 24)
+    h, w = (
+        (LatentDim(name="height", divided_by=4), LatentDim(name="width", divided_by=4)) if named else (4, 6)
+    )  # fmt: skip
+    module = fill(Spatial())
+    return Source(
+        module=module,
+        model=Model(
+            architecture="spatial",
+            parameters=sum(p.numel() for p in module.parameters()),
+            data=Data(shape=(3, height, width), range=(-1.0, 1.0)),
+            latent=Latent(shape=(4, h, w)),
+            prior="standard_normal",
+            posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=(-8.0, 8.0)),
+            likelihood=Likelihood(kind="gaussian", logvar_clamp=(-6.0, 4.0)),
+        ),
+        origin=ORIGIN,
+        config=CONFIG,
+        example_shape=(3, 16, 24),
+    )
+
+
+class Plain(nn.Module):
+    """A deterministic autoencoder on vectors: no variance, no likelihood, outputs without a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.back = nn.Linear(12, 3), nn.Linear(3, 12)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.into(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.back(z)
+
+
+def plain() -> Source:
+    """`Plain`, on data of shape (12,)."""
+    return Source(
+        module=fill(Plain()),
+        model=Model(
+            architecture="plain",
+            parameters=87,
+            data=Data(shape=(12,), range=(-2.0, 2.0)),
+            latent=Latent(shape=(3,)),
+            prior="standard_normal",
+            posterior=Posterior(kind="deterministic"),
+            likelihood=Likelihood(kind="none"),
+        ),
+        origin=ORIGIN,
+        config=CONFIG,
+        example_shape=(12,),
+        held_out=pictures(300, (12,)) * 2 - 1,
+    )
+
+
+#: Every kind of model whose export the shared tests cover.
+MEMBERS = {
+    "mlp-bernoulli": lambda: trainer_model("mlp", "bernoulli", widths=(32,)),
+    "mlp-gaussian": lambda: trainer_model("mlp", "gaussian", widths=(16, 8)),
+    "conv-bernoulli": lambda: trainer_model("conv", "bernoulli", widths=(8, 16)),
+    "conv-gaussian": lambda: trainer_model("conv", "gaussian", shape=(3, 8, 12), widths=(8,)),
+    "spatial": lambda: spatial(named=False),
+    "spatial-named": lambda: spatial(named=True),
+    "plain": plain,
+}
