@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/vae-export demo --out out/demo
 
 test: lint types
-	$(BIN)/python -m pytest -p no:cacheprovider
+	$(BIN)/pytest -p no:cacheprovider
 
 setup: $(VENV)/installed
 
@@ -24,7 +24,7 @@ types: setup
 
 bench: setup
 	mkdir -p out/bench
-	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --benchmark-json=out/bench/latency.json
+	$(BIN)/pytest benchmarks -p no:cacheprovider --benchmark-json=out/bench/latency.json
 
 # Every figure that the project promises, measured and compared with its bound.
 figures: setup

@@ -22,7 +22,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor, nn
 
-from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, verifier
+from vae_export import bundle, certificate, elbo, golden, images, model_card, noise, onnx_reader, verifier
 from vae_export.certificate import Certificate
 from vae_export.errors import InputError
 from vae_export.golden import EXTREMES, Reference
@@ -150,6 +150,11 @@ def compute_reference(source: Source) -> Reference:
 
     posterior = exact.encode(x)
     tensors: golden.Tensors = {"x": x, **posterior}
+    if "logvar" in posterior:
+        own = single.encode(x)
+        tensors["float32.divergence"] = elbo.kl_between(
+            posterior["mean"], posterior["logvar"], own["mean"], own["logvar"]
+        )
     eps = noise.normals(seed, noise.POSTERIOR, 0, len(x), size).reshape(-1, *latent)
     tensors |= exact.terms(x, eps)
     if "scale" in tensors:

@@ -13,6 +13,7 @@ Tensors of `golden.safetensors`, N examples and M draws from the prior:
 | sample | (N, *data) float64 | the decoded mean at the drawn latent |
 | reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and S = Σ|terms|; where there is a likelihood |
 | float32.reconstruction, float32.kl | (N,) float64 | the terms of PyTorch in float32, summed in float64 |
+| float32.divergence | (N,) float64 | KL(q in float64 || q in float32) of PyTorch, where it is Gaussian |
 | prior.NAME | (M, *data) float64 | the decoder's outputs for draws from the prior |
 """
 
@@ -27,7 +28,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from vae_export.errors import BundleError
-from vae_export.manifest import DECODER_OUTPUTS, Golden, Model
+from vae_export.manifest import DECODER_OUTPUTS, Golden, Model, shape_text
 
 FILE = "golden.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -113,16 +114,36 @@ def decode(raw: bytes, record: Golden, model: Model) -> Reference:
         tensors: Tensors = safetensors.numpy.load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
         raise BundleError(f"{FILE} is not a safetensors file: {error}") from None
-    count = record.extremes + record.held_out + record.decoded
-    gaussian, likelihood = model.posterior.kind == "diagonal_gaussian", model.likelihood.kind != "none"
-    expected = {"x": count, "mean": count, "sample": count}
-    expected |= {f"prior.{name}": record.prior for name in DECODER_OUTPUTS[model.likelihood.kind]}
-    if gaussian:
-        expected["logvar"] = count
-    if gaussian and likelihood:
-        names = ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl")
-        expected |= dict.fromkeys(names, count)
-    found = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
-    if found != expected:
-        raise BundleError(f"{FILE} has the tensors (with rows) {found}; the manifest says {expected}")
+    expected = _shapes(tensors, record, model)
+    if set(tensors) != set(expected):
+        raise BundleError(f"{FILE} has the tensors {sorted(tensors)}; expected {sorted(expected)}")
+    for name, shape in expected.items():
+        value, dtype = tensors[name], np.dtype(np.float32 if name == "x" else np.float64)
+        if value.shape != shape or value.dtype != dtype:
+            raise BundleError(
+                f"{FILE}: {name} has shape {value.shape} and dtype {value.dtype}; expected {shape} and {dtype}"
+            )
+        if not np.isfinite(value).all():
+            raise BundleError(f"{FILE}: {name} has values that are not finite")
     return Reference(record, tensors)
+
+
+def _shapes(tensors: Tensors, record: Golden, model: Model) -> dict[str, tuple[int, ...]]:
+    """The shape that every tensor must have. Named dimensions have the size that x has."""
+    if "x" not in tensors or tensors["x"].ndim != len(model.data.shape) + 1:
+        raise BundleError(f"{FILE} has no x of shape {shape_text(model.data.shape, 'N')}")
+    sizes = tensors["x"].shape[1:]
+    data = tuple(dim if isinstance(dim, int) else size for dim, size in zip(model.data.shape, sizes, strict=True))
+    named = {dim.name: size for dim, size in zip(model.data.shape, sizes, strict=True) if not isinstance(dim, int)}
+    latent = model.latent_shape(named)
+    count = record.extremes + record.held_out + record.decoded
+    expected = {"x": (count, *data), "mean": (count, *latent), "sample": (count, *data)}
+    for name in DECODER_OUTPUTS[model.likelihood.kind]:
+        expected[f"prior.{name}"] = (record.prior, *data)
+    if model.posterior.kind == "diagonal_gaussian":
+        expected["logvar"] = (count, *latent)
+        expected["float32.divergence"] = (count,)
+        if model.likelihood.kind != "none":
+            for name in ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl"):
+                expected[name] = (count,)
+    return expected

@@ -123,11 +123,12 @@ class _Meter:
         if "logvar" not in self.tensors:
             return
         mean, logvar = self.tensors["mean"], self.tensors["logvar"]
-        divergence = {
-            b: elbo.kl_between(mean, logvar, e["mean"], e["logvar"]) / mean[0].size for b, e in encoded.items()
-        }
-        allowed = self.tolerance.posterior_kl
-        self._worst_row("encoder", "KL(reference || exported)", "nats per dimension", divergence, allowed)
+        divergence = {b: elbo.kl_between(mean, logvar, e["mean"], e["logvar"]) for b, e in encoded.items()}
+        own = float(self.tensors["float32.divergence"].max())
+        allowed = self.tolerance.posterior_kl * mean[0].size
+        if self.tolerance.rms_factor is not None:
+            allowed = max(allowed, self.tolerance.rms_factor**2 * own)
+        self._worst_row("encoder", "KL(reference || exported)", "nats", divergence, allowed, own)
 
     def worst(self, graph: certificates.GraphName, output: str, got: Mapping[int, Array], against: str) -> None:
         errors = {b: _row_max(np.abs(value - self.tensors[against])) for b, value in got.items()}
