@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vae_export.errors import InputError
-from vae_export.manifest import Data, Latent, LatentDim, SizeDim, shape_text
+from vae_export.manifest import Data, Model, SizeDim, shape_text
 
 from .backend import Array
 
@@ -20,19 +20,19 @@ _ONE = int(np.float32(1.0).view(np.uint32))
 class ArrayCheck:
     """Turns what a caller gave into a C-contiguous float32 batch, or says what is wrong with it."""
 
-    def __init__(self, name: str, spec: Data | Latent, *, unit: bool = False) -> None:
-        """Prepare the check of the argument called `name`.
+    def __init__(self, name: str, model: Model) -> None:
+        """Prepare the check of `x` (examples of the model's data) or of `z` (its latents).
 
-        Args:
-            name: `x` or `z`, for messages.
-            spec: the shape (and for data, the range) that is expected.
-            unit: values outside [0, 1] are refused (a Bernoulli likelihood has none there).
+        A Bernoulli likelihood has no density outside of [0, 1]: its data are refused there.
         """
+        spec = model.data if name == "x" else model.latent
         self._name = name
+        self._model = model
         self._dims = spec.shape
         self._fixed = spec.shape if all(isinstance(dim, int) for dim in spec.shape) else None
         self._rank = len(spec.shape) + 1
         self._range = spec.range if isinstance(spec, Data) else None
+        unit = name == "x" and model.likelihood.kind == "bernoulli"
         self._check_values = self._check_unit if unit else self._check_finite
 
     def __call__(self, verb: str, value: Any) -> Array:
@@ -75,15 +75,18 @@ class ArrayCheck:
         if array.shape[0] == 0:
             raise InputError(f"{problem} The batch is empty; pass one example or more")
         if not self._allows(array.shape[1:]):
-            limits = "; ".join(f"{dim}" for dim in self._dims if isinstance(dim, SizeDim) and str(dim) != dim.name)
+            limits = "; ".join(str(dim) for dim in self._model.data.named().values() if str(dim) != dim.name)
             what = "Resize or crop the examples" if self._range else "Pass latents that encode or a prior draw gave"
             raise InputError(f"{problem} {what}{f' ({limits})' if limits else ''}")
 
     def _allows(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == len(self._dims) and all(
-            size == dim if isinstance(dim, int) else isinstance(dim, LatentDim) or dim.allows(size)
-            for size, dim in zip(shape, self._dims, strict=True)
-        )
+        if len(shape) != len(self._dims):
+            return False
+        if any(isinstance(dim, int) and dim != size for dim, size in zip(self._dims, shape, strict=True)):
+            return False
+        data = shape if self._range else self._model.data_shape(shape)
+        sized = zip(self._model.data.shape, data, strict=True)
+        return all(dim.allows(size) for dim, size in sized if isinstance(dim, SizeDim))
 
     def _convert(self, verb: str, array: Array) -> Array:
         dtype = array.dtype

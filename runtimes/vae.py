@@ -6,14 +6,14 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from vae_export import elbo, likelihoods, noise
-from vae_export.errors import InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, shape_text
+from vae_export.errors import BundleError, InputError
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, SizeDim, shape_text
 
 from .backend import Array, Backend
 from .inputs import ArrayCheck
@@ -127,10 +127,11 @@ class VAE:
         self.name = name
         self._backend = backend
         self._micro_batch = micro_batch
-        self._data = ArrayCheck("x", model.data, unit=model.likelihood.kind == "bernoulli")
-        self._latent = ArrayCheck("z", model.latent)
-        fixed = tuple(dim for dim in model.latent.shape if isinstance(dim, int))
-        self._fixed_latent = fixed if len(fixed) == len(model.latent.shape) else None
+        self._data = ArrayCheck("x", model)
+        self._latent = ArrayCheck("z", model)
+        # Shapes that hold for every call; None where the model has named dimensions.
+        self._fixed_latent = None if model.data.named() else model.latent_shape()
+        self._fixed_data = None if self._fixed_latent is None else model.data_shape(self._fixed_latent)
         self._encoder_outputs = ENCODER_OUTPUTS[model.posterior.kind]
         self._decoder_outputs = DECODER_OUTPUTS[model.likelihood.kind]
 
@@ -322,16 +323,20 @@ class VAE:
             InputError: x or direction is not such an array, or strength is not finite.
         """
         mean = self._posterior(self._data("edit", x)).mode()
-        direction = np.asarray(direction, np.float32)
+        direction = np.asarray(direction)
+        if direction.dtype.kind not in "fiu":
+            raise InputError(f"edit: direction has dtype {direction.dtype}; expected numbers")
         if direction.shape not in (mean.shape[1:], mean.shape) or not np.isfinite(direction).all():
             expected = shape_text(self.model.latent.shape, batch="")
             raise InputError(
                 f"edit: direction has shape {direction.shape}; expected finite values of shape {expected}, "
                 "or the same with a batch"
             )
-        if not np.isfinite(strength):
-            raise InputError(f"edit: strength is {strength}; expected a finite number")
-        return self._run("decoder", "z", mean + np.float32(strength) * direction, _SAMPLE)[0]
+        if not (isinstance(strength, (int, float, np.number)) and np.isfinite(strength)):
+            raise InputError(f"edit: strength is {strength!r}; expected a finite number")
+        with np.errstate(over="ignore"):  # too far is told by decode's own check
+            z = (mean + float(strength) * direction.astype(np.float64)).astype(np.float32)
+        return self._run("decoder", "z", self._latent("edit", z), _SAMPLE)[0]
 
     def describe(self) -> dict[str, Any]:
         """What this is and what it runs on, as plain values."""
@@ -370,16 +375,35 @@ class VAE:
 
     def _run(self, graph: str, name: str, value: Array, outputs: tuple[str, ...]) -> list[Array]:
         n = len(value)
+        expected = self._fixed_latent if graph == "encoder" else self._fixed_data
+        if expected is None:
+            expected = self._shape(graph, value.shape[1:])
         if n <= self._micro_batch:
-            return self._backend.run(graph, {name: value}, outputs)
-        results: list[Array] = []
+            results = self._backend.run(graph, {name: value}, outputs)
+            for result in results:
+                if result.shape[1:] != expected:
+                    self._refuse(graph, result.shape, expected)
+            return results
+        results = [np.empty((n, *expected), np.float32) for _ in outputs]
         for first, last in self._slices(n):
             parts = self._backend.run(graph, {name: value[first:last]}, outputs)
-            if not results:
-                results = [np.empty((n, *part.shape[1:]), part.dtype) for part in parts]
             for result, part in zip(results, parts, strict=True):
+                if part.shape[1:] != expected:
+                    self._refuse(graph, part.shape, expected)
                 result[first:last] = part
         return results
+
+    def _shape(self, graph: str, into: tuple[int, ...]) -> tuple[int, ...]:
+        if graph == "decoder":
+            return self.model.data_shape(into)
+        sized = zip(self.model.data.shape, into, strict=True)
+        return self.model.latent_shape({dim.name: size for dim, size in sized if isinstance(dim, SizeDim)})
+
+    def _refuse(self, graph: str, got: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
+        raise BundleError(
+            f"{self.name}: the {graph} gave shape {got}; the manifest promises ({got[0]}, "
+            f"{', '.join(map(str, expected))}). The bundle contradicts itself: export the model again"
+        )
 
     def _slices(self, n: int) -> Iterator[tuple[int, int]]:
         return ((first, min(first + self._micro_batch, n)) for first in range(0, n, self._micro_batch))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from vae_export.trainers.objective import LOG_PROB
+from vae_export.trainers.objective import log_prob_of
 
 from vae_export import likelihoods, noise
 from vae_export.errors import InputError
@@ -74,13 +74,16 @@ def test_discretized_logistic(data_range: tuple[float, float]) -> None:
     assert np.isfinite(terms).all()
 
 
-@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("kind", sorted(likelihoods._KINDS))
 def test_against_torch(kind: str) -> None:
-    x, a, b = (normals(0) > 0).astype(np.float64), normals(1), normals(2)
-    outputs = {"bernoulli": {"sample": a, "logits": b}, "gaussian": {"sample": a, "sample_logvar": b}}[kind]
-    parameters = tuple(torch.from_numpy(outputs[name]) for name in DECODER_OUTPUTS[kind])
-    expected = LOG_PROB[kind](torch.from_numpy(x), parameters).numpy()
-    np.testing.assert_allclose(of(kind).log_prob_terms(x, outputs), expected, rtol=1e-12, atol=1e-14)
+    x = np.rint(np.clip(normals(0) / 4 + 0.5, 0, 1) * 255) / 255
+    names = DECODER_OUTPUTS[kind]
+    outputs = {name: normals(1 + row) for row, name in enumerate(names)}
+    parameters = tuple(torch.from_numpy(outputs[name]) for name in names)
+    record = Likelihood(kind=kind, variance=0.3 if kind == "gaussian_fixed" else None)
+    expected = log_prob_of(record, Data(shape=SHAPE, range=(0.0, 1.0)))(torch.from_numpy(x), parameters).numpy()
+    found = of(kind, **({"variance": 0.3} if kind == "gaussian_fixed" else {})).log_prob_terms(x, outputs)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", sorted(likelihoods._KINDS))

@@ -31,30 +31,41 @@ from vae_export.manifest import (
 )
 
 HASH = "0" * 64
+FILES = (
+    *("config.json", "golden.safetensors", "verification.json"),
+    *("vae_encoder/model.onnx", "vae_decoder/model.onnx"),
+)
 
 
 def a_manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
+        "format": "vae_export.bundle",
+        "version": 1,
+        "digest": "",
         "name": "test",
         "created": "2026-01-01T00:00:00+00:00",
         "model": a_model(),
         "graphs": {
-            "encoder": graph("encoder", ["x"], ["mean", "logvar"]),
-            "decoder": graph("decoder", ["z"], ["sample", "logits"]),
+            "encoder": graph("encoder", {"x": (1, 8, 8)}, {"mean": (2,), "logvar": (2,)}),
+            "decoder": graph("decoder", {"z": (2,)}, {"sample": (1, 8, 8), "logits": (1, 8, 8)}),
         },
         "golden": Golden(seed=1, reference="PyTorch", extremes=4, held_out=8, decoded=0, prior=8),
         "origin": Origin(kind="module", name="test"),
         "tools": {"torch": "2.13.0"},
-        "files": {f"vae_{kind}/model.onnx": File(size=1, sha256=HASH) for kind in ("encoder", "decoder")},
+        "files": {name: File(size=1, sha256=HASH) for name in FILES},
     }
     return Manifest(**fields | changes)
 
 
-def graph(kind: str, inputs: list[str], outputs: list[str]) -> Graph:
-    def tensors(names: list[str]) -> tuple[Tensor, ...]:
-        return tuple(Tensor(name=name, dtype="float32", shape=("batch", 2)) for name in names)
+Ends = dict[str, tuple[int | str, ...]]
 
-    return Graph(file=f"vae_{kind}/model.onnx", opset=20, inputs=tensors(inputs), outputs=tensors(outputs))
+
+def graph(kind: str, inputs: Ends, outputs: Ends) -> Graph:
+    into, out = (
+        tuple(Tensor(name=name, dtype="float32", shape=("batch", *shape)) for name, shape in ends.items())
+        for ends in (inputs, outputs)
+    )
+    return Graph(file=f"vae_{kind}/model.onnx", opset=20, inputs=into, outputs=out)
 
 
 def a_model(**changes: Any) -> Model:
@@ -80,7 +91,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
 
 
 @given(
-    name=st.text(min_size=1, max_size=20),
+    name=st.text(min_size=1, max_size=20).filter(lambda t: t.isprintable() and not set(t) & set("/\\")),
     seed=st.integers(0, (1 << 63) - 1),
     scaling=st.floats(1e-300, 1e300),
     low=finite.filter(lambda v: v < 1e308),
@@ -94,14 +105,15 @@ def test_round_trip(name: str, seed: int, scaling: float, low: float) -> None:
         name=name,
         model=a_model(data=data, latent=latent, likelihood=Likelihood(kind="gaussian_fixed", variance=scaling)),
         graphs={
-            "encoder": graph("encoder", ["x"], ["mean", "logvar"]),
-            "decoder": graph("decoder", ["z"], ["sample"]),
+            "encoder": graph("encoder", {"x": ("length", 3)}, {"mean": ("length",), "logvar": ("length",)}),
+            "decoder": graph("decoder", {"z": ("length",)}, {"sample": ("length", 3)}),
         },
-        golden=Golden(seed=seed, reference="", extremes=0, held_out=0, decoded=0, prior=0),
+        golden=Golden(seed=seed, reference="", extremes=0, held_out=0, decoded=1, prior=1),
     )
     raw = manifests.encode(manifest)
     again = manifests.decode(raw)
     assert msgspec.structs.replace(again, digest="") == manifest
+    assert again.digest != ""
     assert manifests.encode(again) == raw
 
 
@@ -128,6 +140,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
     [
         (lambda p: p.update(version=2), r"has version 2; this vae_export reads versions up to 1\. Run: pip install"),
         (lambda p: p.update(version=0), "Invalid enum value 0"),
+        (lambda p: p["model"]["likelihood"].update(nominal=False), "was changed after the export"),
         (lambda p: p.update(format="zip"), "format is 'zip', expected 'vae_export.bundle'"),
         (lambda p: p.update(extra=1), "unknown field `extra`"),
         (lambda p: p.pop("model"), "missing required field `model`"),
@@ -144,7 +157,24 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p["model"]["data"].update(shape=[0]), "every size must be 1 or more"),
         (lambda p: p["model"]["data"].update(shape=[]), "one dimension or more"),
         (lambda p: p["model"].update(likelihood={"kind": "gaussian_fixed"}), "variance belongs to gaussian_fixed"),
-        (lambda p: p["model"].update(likelihood={"kind": "gaussian"}), "sample, sample_logvar expected, got"),
+        (
+            lambda p: p["model"].update(likelihood={"kind": "gaussian"}),
+            r"sample_logvar \(batch, 1, 8, 8\) expected, got",
+        ),
+        (
+            lambda p: p["model"]["data"].update(shape=[1, 9, 9]),
+            r"encoder: x \(batch, 1, 9, 9\) → .* expected, got x \(",
+        ),
+        (lambda p: p["graphs"]["encoder"].update(opset=-1), "encoder: opset -1 is none"),
+        (lambda p: p["graphs"]["encoder"]["inputs"][0].update(dtype="uint8"), "Invalid enum value 'uint8'"),
+        (lambda p: p["golden"].update(held_out=-3), "one example or more"),
+        (lambda p: p["model"].update(parameters=-5), "parameters must not be negative"),
+        (lambda p: p["model"]["latent"].update(shape=[2, 3]), r"flat \(D,\) or spatial \(C, h, w\), got \(2, 3\)"),
+        (lambda p: p["model"]["posterior"].update(logvar_clamp=[5.0, -5.0]), "two finite, rising numbers"),
+        (lambda p: p["model"]["likelihood"].update(logvar_clamp=[0.0, 1.0]), "logvar_clamp belongs to gaussian"),
+        (lambda p: p["files"].pop("golden.safetensors"), r"files: golden\.safetensors must be listed"),
+        (lambda p: p.update(name="../../x"), "a printable name without slashes"),
+        (lambda p: p.update(name="a\x1b[2Jb"), "a printable name without slashes"),
         (lambda p: p["model"]["data"].update(range=[0.0, 2.0]), r"Bernoulli likelihood needs data in \[0, 1\]"),
         (lambda p: p["model"].update(prior="mixture"), "Invalid enum value 'mixture'"),
     ],
@@ -183,9 +213,10 @@ def test_named_dimensions() -> None:
 @pytest.mark.parametrize(
     ("data", "latent", "message"),
     [
-        (NAMED, Latent(shape=(LatentDim(name="depth"),)), "'depth' names no dimension"),
-        (NAMED, Latent(shape=(LatentDim(name="width", divided_by=3),)), "which that does not divide"),
-        (NAMED, Latent(shape=(LatentDim(name="width", divided_by=0),)), "which that does not divide"),
+        (NAMED, Latent(shape=(4,)), "no latent dimension follows height, width"),
+        (NAMED, Latent(shape=(*SPATIAL.shape[1:], LatentDim(name="depth"))), "'depth' names no dimension"),
+        (NAMED, Latent(shape=(*SPATIAL.shape[:2], LatentDim(name="width", divided_by=3))), "that does not divide"),
+        (NAMED, Latent(shape=(*SPATIAL.shape[:2], LatentDim(name="width", divided_by=0))), "that does not divide"),
     ],
 )
 def test_latents_follow_the_data(data: Data, latent: Latent, message: str) -> None:
@@ -198,7 +229,8 @@ def test_latents_follow_the_data(data: Data, latent: Latent, message: str) -> No
     [
         (lambda: SizeDim(name="a b"), "an identifier, multiple_of ≥ 1 and min ≥ 1"),
         (lambda: SizeDim(name="a", multiple_of=0), "an identifier, multiple_of ≥ 1"),
-        (lambda: SizeDim(name="a", min=4, max=3), "max 3 is below min 4"),
+        (lambda: SizeDim(name="a", min=4, max=3), r"no size is a \(at least 4, at most 3\)"),
+        (lambda: SizeDim(name="a", multiple_of=8, max=7), "no size is a"),
         (lambda: Data(shape=(SizeDim(name="a"), SizeDim(name="a")), range=(0.0, 1.0)), "no name twice"),
         (lambda: Latent(shape=(1,), scaling=0.0), "scaling must be positive"),
         (lambda: Likelihood(kind="gaussian_fixed", variance=0.0), "variance must be positive, got 0.0"),

@@ -14,12 +14,12 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vae_export.trainers.objective import LOG_PROB
 from vae_export.trainers.objective import elbo as torch_elbo
+from vae_export.trainers.objective import log_prob_of
 
 import vae_export
 from vae_export import elbo, noise
-from vae_export.errors import BackendError, InputError
+from vae_export.errors import BackendError, BundleError, InputError
 from vae_export.manifest import DECODER_OUTPUTS
 
 #: Float32 against float64, worst of the largest value; see `certificate.TOLERANCES` for the ELBO's.
@@ -67,7 +67,7 @@ def test_parity(case: Any, device: str) -> None:
             return
 
         eps = noise.normals(3, noise.POSTERIOR, 100, 9, mean[0].numel()).reshape(mean.shape)
-        log_prob = LOG_PROB[model.likelihood.kind]
+        log_prob = log_prob_of(model.likelihood, model.data)
         exact = torch_elbo(module, log_prob, torch.from_numpy(x).double(), torch.from_numpy(eps).double())
         drawn = module.decode(mean + torch.exp(logvar / 2) * torch.from_numpy(eps).double())
         terms = log_prob(torch.from_numpy(x).double(), drawn).abs().flatten(1).sum(1).numpy()
@@ -315,6 +315,9 @@ def test_what_a_model_does_not_have(member: Callable[[str], Any]) -> None:
             r"direction has shape \(3,\); expected finite values of shape \(8\)",
         ),
         (lambda vae: vae.edit(GOOD, np.full(8, np.nan), 1.0), "expected finite values"),
+        (lambda vae: vae.edit(GOOD, "abc", 1.0), "edit: direction has dtype <U3; expected numbers"),
+        (lambda vae: vae.edit(GOOD, np.zeros(8), "a"), "edit: strength is 'a'; expected a finite number"),
+        (lambda vae: vae.edit(GOOD, np.ones(8), 1e39), r"edit: z\[0, 0\] is inf"),
         (lambda vae: vae.edit(GOOD, np.zeros(8), np.inf), "edit: strength is inf; expected a finite number"),
         (lambda vae: vae.sample(1, size={"height": 3}), "this model takes no sizes; got"),
     ],
@@ -351,6 +354,32 @@ def test_describe(digits: dict[str, Path]) -> None:
     assert (found["threads"], found["micro_batch"], found["device"]) == (1, 8, "cpu")
     assert (found["data"], found["latent"], found["likelihood"]) == ("(B, 1, 8, 8)", "(B, 8)", "gaussian")
     assert found["bundle"] == "gaussian"
+
+
+def test_a_bundle_that_contradicts_itself(member: Callable[[str], Any], tmp_path: Path) -> None:
+    """A graph with right hashes and wrong results: it upsamples by 1.5."""
+    import shutil
+
+    import onnx
+    from test_bundle import reseal
+
+    path = Path(shutil.copytree(member("conv-bernoulli").bundle, tmp_path / "b"))
+    model = onnx.load(path / "vae_decoder" / "model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims == [4]:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 1, 1.5, 1.5], np.float32), tensor.name))
+    (path / "vae_decoder" / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(path)
+    with vae_export.load(path) as vae:
+        for n in (1, 100):
+            with pytest.raises(BundleError, match=r"the decoder gave shape \(\d+, 1, 4, 4\); the manifest promises"):
+                vae.sample(n)
+
+
+def test_latents_of_a_size_that_the_data_cannot_have(member: Callable[[str], Any]) -> None:
+    with vae_export.load(member("spatial-named").bundle) as vae:
+        with pytest.raises(InputError, match=r"z has shape \(1, 4, 0, 5\); this bundle expects \(B, 4, height/4"):
+            vae.decode(np.zeros((1, 4, 0, 5), np.float32))
 
 
 def test_closed(digits: dict[str, Path]) -> None:

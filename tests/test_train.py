@@ -15,7 +15,7 @@ import torch
 from vae_export.trainers import checkpoint, data, fit, models
 from vae_export.trainers import config as configs
 from vae_export.trainers.config import ModelConfig, TrainConfig
-from vae_export.trainers.objective import LOG_PROB, elbo
+from vae_export.trainers.objective import elbo, gaussian
 
 from vae_export import noise
 from vae_export.errors import InputError
@@ -50,7 +50,7 @@ def test_checkpoint_round_trip(checkpoints: dict[str, Path]) -> None:
     held_out = torch.from_numpy(data.load("digits", 0).held_out)
     eps = torch.from_numpy(noise.normals(0, noise.TRAINER, 1 << 63, len(held_out), 8))
     with torch.no_grad():
-        terms = elbo(model, LOG_PROB["gaussian"], held_out, eps)
+        terms = elbo(model, gaussian, held_out, eps)
     assert (terms.reconstruction - terms.kl).mean().item() == pytest.approx(config.result.elbo, rel=1e-5)
 
 

@@ -69,6 +69,9 @@ class TrainConfig(Record, frozen=True, kw_only=True):
         epochs: passes over the training data, ≥ 1.
         batch_size: examples in a step, ≥ 1.
         learning_rate: of AdamW at its peak; it falls to 0 along a cosine.
+        weight_decay: of AdamW.
+        gradient_clip: the largest norm of the gradient, of nats for each example. It is a guard against a
+            step that destroys the model: losses are sums over pixels, and norms of hundreds are normal.
         device: Lightning Fabric's accelerator: `auto`, `cpu`, `cuda`, `mps`.
         precision: Lightning Fabric's precision: `32-true`, `bf16-mixed`, `16-mixed`.
     """
@@ -78,6 +81,8 @@ class TrainConfig(Record, frozen=True, kw_only=True):
     epochs: int = 60
     batch_size: int = 64
     learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    gradient_clip: float = 1000.0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
@@ -91,6 +96,11 @@ class TrainConfig(Record, frozen=True, kw_only=True):
             raise InputError(f"train: epochs and batch size must be 1 or more, got {self.epochs} and {self.batch_size}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"train: the learning rate must be positive, got {self.learning_rate}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0 and self.gradient_clip > 0):
+            raise InputError(
+                "train: the weight decay must not be negative and the gradient clip must be positive, got "
+                f"{self.weight_decay} and {self.gradient_clip}"
+            )
         if not 0 <= self.seed < 1 << 64:
             raise InputError(f"train: the seed must be from 0 to 2^64 - 1, got {self.seed}")
 

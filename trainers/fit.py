@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vae_export import noise
 from vae_export.errors import InputError
+from vae_export.manifest import Data, Likelihood
 
 from . import checkpoint, data, models
 from .config import CheckpointConfig, ModelConfig, Result, TrainConfig
-from .objective import LOG_PROB, Elbo, elbo
+from .objective import Elbo, elbo, log_prob_of
 
-_CLIP = 1.0  # gradient norm
 _EVALUATION = 1 << 63  # index of the evaluation's noise, beyond any training step's
 
 
@@ -50,13 +50,16 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
         )
 
     fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
-    torch.manual_seed(config.seed)
-    plain = models.build(model_config)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        plain = models.build(model_config)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     model, optimizer = fabric.setup(plain, optimizer)
     model.mark_forward_method("encode")
     model.mark_forward_method("decode")
-    log_prob = LOG_PROB[model_config.likelihood]
+    log_prob = log_prob_of(
+        Likelihood(kind=model_config.likelihood), Data(shape=model_config.data_shape, range=dataset.range)
+    )
 
     steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
     total = config.epochs * steps_per_epoch
@@ -79,7 +82,7 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
                     )
                 optimizer.zero_grad(set_to_none=True)
                 fabric.backward(loss)
-                fabric.clip_gradients(model, optimizer, max_norm=_CLIP)
+                fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip)
                 optimizer.step()
                 step += 1
                 seen += len(x)

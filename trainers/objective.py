@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vae_export.manifest import Data, Likelihood
+
 Parameters = tuple[Tensor, ...]
 LogProb = Callable[[Tensor, Parameters], Tensor]
 
@@ -49,7 +51,47 @@ def gaussian(x: Tensor, parameters: Parameters) -> Tensor:
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - sample).square() * torch.exp(-logvar))
 
 
-LOG_PROB: dict[str, LogProb] = {"bernoulli": bernoulli, "gaussian": gaussian}
+def gaussian_fixed(variance: float) -> LogProb:
+    """Log N(x; sample, variance) for each value, as a function of x and the parameters."""
+
+    def log_prob(x: Tensor, parameters: Parameters) -> Tensor:
+        (sample,) = parameters
+        return -0.5 * (math.log(2 * math.pi * variance) + (x - sample).square() / variance)
+
+    return log_prob
+
+
+def discretized_logistic(low: float, high: float) -> LogProb:
+    """log-probability of the nearest of 256 levels from low to high under a logistic distribution.
+
+    Kingma et al. 2016; the outermost levels take the tails (Salimans et al. 2017, eq. 2).
+    """
+    half = (high - low) / 255 / 2
+
+    def log_prob(x: Tensor, parameters: Parameters) -> Tensor:
+        _, location, log_scale = parameters
+        upper = (x + half - location) * torch.exp(-log_scale)
+        lower = (x - half - location) * torch.exp(-log_scale)
+        # log(σ(u) − σ(l)) = log σ(u) + log σ(−l) + log(1 − e^(l−u))
+        inside = functional.logsigmoid(upper) + functional.logsigmoid(-lower)
+        inside = inside + torch.log(-torch.expm1(lower - upper))
+        tails = torch.where(x < low + half, functional.logsigmoid(upper), functional.logsigmoid(-lower))
+        return torch.where((x < low + half) | (x > high - half), tails, inside)
+
+    return log_prob
+
+
+def log_prob_of(likelihood: Likelihood, data: Data) -> LogProb:
+    """Log p(x|z) for each value, for the likelihood that a manifest names. Not for `none`."""
+    if likelihood.kind == "bernoulli":
+        return bernoulli
+    if likelihood.kind == "gaussian":
+        return gaussian
+    if likelihood.kind == "gaussian_fixed" and likelihood.variance is not None:
+        return gaussian_fixed(likelihood.variance)
+    if likelihood.kind == "discretized_logistic":
+        return discretized_logistic(*data.range)
+    raise ValueError(f"no log-probability for {likelihood.kind}")
 
 
 def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
@@ -60,7 +102,7 @@ def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
 
     Args:
         model: encoder and decoder.
-        log_prob: log p(x|z) for each value, from `LOG_PROB`.
+        log_prob: log p(x|z) for each value, from `log_prob_of`.
         x: (B, *data).
         eps: (B, *latent) standard normal noise.
     """

@@ -25,19 +25,20 @@ class Tolerance(Record, frozen=True, kw_only=True):
 
     Attributes:
         relative: the worst error of ELBO, reconstruction and KL, divided by S, the sum of the absolute terms
-            of the reference example's log p(x|z) and KL.
-        rms_factor: the RMS of those errors, as a multiple of PyTorch's own in float32; null where that says
-            nothing. KL(q_reference || q_exported), which is quadratic in the error, is held to its square.
-        rms_floor: an RMS that is always allowed, whatever PyTorch's own.
-        posterior_kl: KL(q_reference || q_exported) of the worst example that is always allowed, in nats for
-            each latent dimension.
-        pixel: the worst error of the decoded mean, as a share of the data's range.
+            of the reference example's log p(x|z) and KL; and of each output of a graph, divided by the
+            largest reference value, where PyTorch's own error in float32 does not allow more.
+        own_factor: the RMS of the errors of ELBO, reconstruction and KL as a multiple of PyTorch's own in
+            float32; and the worst error of each output. KL(q_reference || q_exported), which is quadratic in
+            the error, is held to its square.
+        rms_floor: an RMS that is always allowed, before the factor, whatever PyTorch's own.
+        posterior_kl: KL(q_reference || q_exported) of the worst latent dimension that is always allowed.
+        pixel: the worst error of the decoded mean from end to end, as a share of the data's range.
         pixels_off: the share of pixels that are off by more than 1/255 of the range.
         split: the worst difference between two ways to split a batch, as a share of the largest output.
     """
 
     relative: float
-    rms_factor: float | None
+    own_factor: float
     rms_floor: float
     posterior_kl: float
     pixel: float
@@ -51,7 +52,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     # of 1e-9 is a mean that is off by 1/20,000 of a standard deviation.
     "float32": Tolerance(
         relative=5e-6,
-        rms_factor=3.0,
+        own_factor=3.0,
         rms_floor=2.0**-25,
         posterior_kl=1e-9,
         pixel=5e-5,

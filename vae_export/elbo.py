@@ -39,12 +39,13 @@ def kl(mean: Array, logvar: Array) -> Float64:
     return per_example(kl_terms(mean, logvar))
 
 
-def kl_between(mean_p: Array, logvar_p: Array, mean_q: Array, logvar_q: Array) -> Float64:
-    """KL(p || q) between two diagonal Gaussians of shape (B, *latent), in nats: (B,) float64."""
+def kl_between_terms(mean_p: Array, logvar_p: Array, mean_q: Array, logvar_q: Array) -> Float64:
+    """KL(p || q) between two diagonal Gaussians for each dimension, in nats: (B, *latent) float64."""
     mean_p, mean_q = np.asarray(mean_p, np.float64), np.asarray(mean_q, np.float64)
     log_ratio = np.asarray(logvar_p, np.float64) - np.asarray(logvar_q, np.float64)
     precision_q = np.exp(-np.asarray(logvar_q, np.float64))
-    return per_example(0.5 * (np.expm1(log_ratio) - log_ratio + (mean_p - mean_q) ** 2 * precision_q))
+    terms: Float64 = 0.5 * (np.expm1(log_ratio) - log_ratio + (mean_p - mean_q) ** 2 * precision_q)
+    return terms
 
 
 def log_prior(z: Array) -> Float64:
@@ -71,6 +72,7 @@ def monte_carlo_elbo(log_likelihood: Array, z: Array, eps: Array, logvar: Array)
 def importance_weighted_bound(log_weights: Array) -> Float64:
     """Log (1/K Σ_k w_k) from log-weights (K, B): (B,) float64. Burda et al. 2016, eq. 8."""
     weights = np.asarray(log_weights, np.float64)
-    top = weights.max(axis=0)
-    bound: Float64 = top + np.log(np.exp(weights - top).mean(axis=0))
+    top = np.maximum(weights.max(axis=0), np.finfo(np.float64).min)  # all weights may be 0
+    with np.errstate(divide="ignore"):
+        bound: Float64 = top + np.log(np.exp(weights - top).mean(axis=0))
     return bound

@@ -49,8 +49,9 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
     raise BackendError(
-        f"{purpose}: the Python package {module!r} is not installed. Run: pip install 'vae-export[{extra}]'"
+        f"{purpose}: the Python package {module.partition('.')[0]!r} is not installed. "
+        f"Run: pip install 'vae-export[{extra}]'"
     )

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,10 @@ import onnx_ir
 import safetensors.numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vae_export import bundle, certificate, elbo, golden, images, model_card, noise, onnx_reader, verifier
+from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
 from vae_export.errors import InputError
 from vae_export.golden import EXTREMES, Reference
@@ -31,7 +34,7 @@ from vae_export.manifest import Tensor as TensorRecord
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import checkpoint
 from vae_export.sources.protocol import Decoder, Encoder, Source
-from vae_export.trainers.objective import LOG_PROB
+from vae_export.trainers.objective import log_prob_of
 
 #: The newest version of the ONNX operators that PyTorch's exporter writes by default; every backend that
 #: is built for has kernels for it.
@@ -100,6 +103,8 @@ def export(
 
     progress("writing the bundle")
     kept = reference.shrunk()
+    rows = golden.encode(kept)
+    golden.decode(rows, kept.record, model)
     vae = VAE(model, backend)
     with bundle.create(path, overwrite=overwrite) as folder:
         for kind, graph in graphs.items():
@@ -107,7 +112,7 @@ def export(
             file.parent.mkdir()
             file.write_bytes(graph)
         (folder / "config.json").write_bytes(source.config)
-        (folder / golden.FILE).write_bytes(golden.encode(kept))
+        (folder / golden.FILE).write_bytes(rows)
         (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
         (folder / "verification.json").write_bytes(certificate.encode(measured))
         picture = images.is_picture(model.data.shape)
@@ -117,6 +122,9 @@ def export(
         card = model_card.write(name, model, source.origin, measured, picture=picture)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
         manifest = Manifest(
+            format=manifests.FORMAT,
+            version=manifests.VERSION,
+            digest="",
             name=name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             model=model,
@@ -141,35 +149,36 @@ def compute_reference(source: Source) -> Reference:
     size = math.prod(latent)
     z = noise.normals(seed, noise.PRIOR, 0, _ROWS, size).reshape(-1, *latent)
     prior = exact.decode(z)
+    held_out = np.zeros((0, *source.example_shape), np.float32)
     if source.held_out is not None:
         rows = noise.permutation(seed, noise.VERIFIER, 0, len(source.held_out))[:_ROWS]
-        examples = np.ascontiguousarray(source.held_out[np.sort(rows)], np.float32)
-    else:
-        examples = np.clip(prior["sample"], *model.data.range).astype(np.float32)
-    x = np.concatenate([golden.extremes(source.example_shape, model.data.range), examples])
+        held_out = np.asarray(source.held_out[np.sort(rows)], np.float32)
+    decoded = np.clip(prior["sample"], *model.data.range).astype(np.float32)[: _ROWS - len(held_out)]
+    x = np.concatenate([golden.extremes(source.example_shape, model.data.range), held_out, decoded])
 
     posterior = exact.encode(x)
-    tensors: golden.Tensors = {"x": x, **posterior}
-    if "logvar" in posterior:
-        own = single.encode(x)
-        tensors["float32.divergence"] = elbo.kl_between(
-            posterior["mean"], posterior["logvar"], own["mean"], own["logvar"]
-        )
+    _check_claims(model, posterior, prior)
     eps = noise.normals(seed, noise.POSTERIOR, 0, len(x), size).reshape(-1, *latent)
-    tensors |= exact.terms(x, eps)
-    if "scale" in tensors:
-        own = single.terms(x, eps)
-        tensors |= {f"float32.{name}": own[name] for name in ("reconstruction", "kl")}
+    tensors: golden.Tensors = {"x": x, **posterior, **exact.terms(x, eps)}
     tensors |= {f"prior.{name}": value for name, value in prior.items()}
-    computed = [posterior["mean"], prior["sample"]]
-    rounded = all(np.array_equal(value, value.astype(np.float32)) for value in computed)
-    precision = "float32 (the model computes in float32 even when asked for float64)" if rounded else "float64"
+    own = single.encode(x) | {f"prior.{name}": value for name, value in single.decode(z).items()}
+    if "logvar" in posterior:
+        divergence = elbo.kl_between_terms(posterior["mean"], posterior["logvar"], own["mean"], own["logvar"])
+        tensors["float32.divergence"] = divergence.reshape(len(x), -1).max(axis=1)
+    if "scale" in tensors:
+        terms = single.terms(x, eps)
+        tensors |= {f"float32.{name}": terms[name] for name in ("reconstruction", "kl")}
+    for name, value in own.items():
+        tensors[f"float32.{name}"] = np.abs(value - tensors[name]).reshape(len(value), -1).max(axis=1)
+    precision = "float64"
+    if exact.lower:
+        precision = f"float64, of which it computes some in {', '.join(sorted(exact.lower))} all the same"
     record = Golden(
         seed=seed,
         reference=f"PyTorch {torch.__version__} {precision}",
         extremes=EXTREMES,
-        held_out=len(examples) if source.held_out is not None else 0,
-        decoded=len(examples) if source.held_out is None else 0,
+        held_out=len(held_out),
+        decoded=len(decoded),
         prior=_ROWS,
     )
     return Reference(record, tensors)
@@ -185,12 +194,17 @@ class _Torch:
         self.model = source.model
         self.dtype = dtype
         self.encoder, self.decoder = Encoder(module, source.model), Decoder(module, source.model)
+        self.likelihood = None
+        if source.model.likelihood.kind != "none":
+            self.likelihood = log_prob_of(source.model.likelihood, source.model.data)
+        #: Precisions below its own that the model computed in.
+        self.lower: set[str] = set()
 
     def encode(self, x: npt.NDArray[np.float32]) -> golden.Tensors:
-        return self._run(lambda part: self._named(self.encoder, part), x)
+        return self._run(lambda part: self._named("encode", self.encoder, part), x)
 
     def decode(self, z: npt.NDArray[np.float32]) -> golden.Tensors:
-        return self._run(lambda part: self._named(self.decoder, part), z)
+        return self._run(lambda part: self._named("decode", self.decoder, part), z)
 
     def terms(self, x: npt.NDArray[np.float32], eps: npt.NDArray[np.float32]) -> golden.Tensors:
         """The decoded mean at the drawn latent, and the ELBO's terms where the model has them."""
@@ -203,19 +217,32 @@ class _Torch:
         mean, logvar = posterior
         parameters = self.decoder(mean + torch.exp(0.5 * logvar) * eps)
         result = {"sample": parameters[0]}
-        log_prob = LOG_PROB.get(self.model.likelihood.kind)
-        if log_prob:
+        if self.likelihood:
             # Whatever the model's precision, the terms are formed and summed in float64: what remains is
             # the model's own error.
             x, mean, logvar = x.double(), mean.double(), logvar.double()
-            terms = log_prob(x, tuple(p.double() for p in parameters)).flatten(1)
+            terms = self.likelihood(x, tuple(p.double() for p in parameters)).flatten(1)
             kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1)
             scale = terms.abs().sum(1) + kl.abs().sum(1)
             result |= {"reconstruction": terms.sum(1), "kl": kl.sum(1), "scale": scale}
         return result
 
-    def _named(self, wrapper: Encoder | Decoder, value: Tensor) -> dict[str, Tensor]:
-        return dict(zip(wrapper.outputs, wrapper(value), strict=True))
+    def _named(self, method: str, wrapper: Encoder | Decoder, value: Tensor) -> dict[str, Tensor]:
+        """The outputs by name, their shapes checked, and the precisions watched in which they are computed."""
+        with _Watch() as watch:
+            outputs = dict(zip(wrapper.outputs, wrapper(value), strict=True))
+        self.lower |= {name for name in watch.seen if self.dtype == torch.float64}
+        into = tuple(value.shape[1:])
+        sized = zip(self.model.data.shape, into, strict=True) if method == "encode" else ()
+        named = {dim.name: size for dim, size in sized if isinstance(dim, SizeDim)}
+        expected = self.model.latent_shape(named) if method == "encode" else self.model.data_shape(into)
+        for name, output in outputs.items():
+            if tuple(output.shape) != (len(value), *expected):
+                raise InputError(
+                    f"export: {method} gave {name} of shape {tuple(output.shape)} for a batch of {len(value)}; "
+                    f"expected {(len(value), *expected)}"
+                )
+        return outputs
 
     def _run(self, function: Callable[..., dict[str, Tensor]], *arrays: npt.NDArray[np.float32]) -> golden.Tensors:
         parts = []
@@ -224,6 +251,44 @@ class _Torch:
                 inputs = [torch.from_numpy(a[first : first + self.BATCH]).to(self.dtype) for a in arrays]
                 parts.append(function(*inputs))
         return {name: torch.cat([part[name] for part in parts]).double().numpy() for name in parts[0]}
+
+
+class _Watch(TorchDispatchMode):
+    """Notes floating-point results that are not float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+                self.seen.add(str(value.dtype).removeprefix("torch."))
+        return result
+
+
+def _check_claims(model: Model, posterior: golden.Tensors, prior: golden.Tensors) -> None:
+    """Refuse a source that says of its model what its outputs contradict."""
+    for name, value in (*posterior.items(), *prior.items()):
+        if not np.isfinite(value).all():
+            raise InputError(f"export: the model's {name} has values that are not finite, in float64 in PyTorch")
+    clamps = (
+        ("logvar", posterior.get("logvar"), model.posterior.logvar_clamp),
+        ("sample_logvar", prior.get("sample_logvar"), model.likelihood.logvar_clamp),
+    )
+    for name, values, clamp in clamps:
+        if values is not None and clamp and not (clamp[0] <= values.min() and values.max() <= clamp[1]):
+            raise InputError(
+                f"export: {name} is said to be clamped to {list(clamp)}, and the model gives values from "
+                f"{values.min():g} to {values.max():g}"
+            )
+    if model.likelihood.kind == "bernoulli":
+        error = np.abs(prior["sample"] - 1.0 / (1.0 + np.exp(-prior["logits"]))).max()
+        if error > 1e-6:
+            raise InputError(
+                f"export: decode must return (sample, logits) with sample = sigmoid(logits); they differ by {error:.3g}"
+            )
 
 
 def _trace(
@@ -260,6 +325,7 @@ def _trace(
         ) from error
     assert program is not None
     graph = program.model
+    _rename_inner(graph)
     for value, dims in [*((v, into) for v in graph.graph.inputs), *((v, out) for v in graph.graph.outputs)]:
         value.shape = onnx_ir.Shape(["batch", *dims])
     _forget_origin(graph)
@@ -288,6 +354,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _rename_inner(model: onnx_ir.Model) -> None:
+    """Keep the names of inputs and outputs for them: PyTorch may call an inner value `mean`, too."""
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    names = {value.name for value in ends}
+    inner = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for index, value in enumerate([*inner, *model.graph.initializers.values()]):
+        if value.name in names and not any(value is end for end in ends):
+            value.name = f"{value.name}_inner_{index}"
 
 
 def _forget_origin(model: onnx_ir.Model) -> None:

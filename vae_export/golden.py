@@ -13,7 +13,9 @@ Tensors of `golden.safetensors`, N examples and M draws from the prior:
 | sample | (N, *data) float64 | the decoded mean at the drawn latent |
 | reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and S = Σ|terms|; where there is a likelihood |
 | float32.reconstruction, float32.kl | (N,) float64 | the terms of PyTorch in float32, summed in float64 |
-| float32.divergence | (N,) float64 | KL(q in float64 || q in float32) of PyTorch, where it is Gaussian |
+| float32.divergence | (N,) float64 | KL(q in float64 || q in float32) of the worst latent dimension |
+| float32.mean, float32.logvar | (N,) float64 | the worst error of PyTorch in float32, absolute |
+| float32.prior.NAME | (M,) float64 | the same for the decoder's outputs |
 | prior.NAME | (M, *data) float64 | the decoder's outputs for draws from the prior |
 """
 
@@ -27,8 +29,8 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from vae_export.errors import BundleError
-from vae_export.manifest import DECODER_OUTPUTS, Golden, Model, shape_text
+from vae_export.errors import BundleError, InputError
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Golden, Model, shape_text
 
 FILE = "golden.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -63,7 +65,7 @@ class Reference:
         rows = {True: len(self.tensors["x"]), False: self.record.prior}
         size = {True: 0, False: 0}
         for name, value in self.tensors.items():
-            size[not name.startswith("prior.")] += value.nbytes
+            size["prior." not in name] += value.nbytes
         fixed = size[True] // rows[True] * EXTREMES
         free = size[True] - fixed + size[False]
         share = min(1.0, max(0.0, (limit - (64 << 10) - fixed) / free))
@@ -75,13 +77,12 @@ class Reference:
             seed=self.record.seed,
             reference=self.record.reference,
             extremes=EXTREMES,
-            held_out=examples if self.record.held_out else 0,
-            decoded=examples if self.record.decoded else 0,
+            held_out=min(examples, self.record.held_out),
+            decoded=max(0, examples - self.record.held_out),
             prior=prior,
         )
         keep = {
-            name: value[: prior if name.startswith("prior.") else EXTREMES + examples]
-            for name, value in self.tensors.items()
+            name: value[: prior if "prior." in name else EXTREMES + examples] for name, value in self.tensors.items()
         }
         return Reference(record, keep)
 
@@ -135,13 +136,17 @@ def _shapes(tensors: Tensors, record: Golden, model: Model) -> dict[str, tuple[i
     sizes = tensors["x"].shape[1:]
     data = tuple(dim if isinstance(dim, int) else size for dim, size in zip(model.data.shape, sizes, strict=True))
     named = {dim.name: size for dim, size in zip(model.data.shape, sizes, strict=True) if not isinstance(dim, int)}
-    latent = model.latent_shape(named)
-    count = record.extremes + record.held_out + record.decoded
-    expected = {"x": (count, *data), "mean": (count, *latent), "sample": (count, *data)}
+    try:
+        latent = model.latent_shape(named)
+    except InputError as error:
+        raise BundleError(f"{FILE}: x has a size that the model does not take: {error}") from None
+    count = record.examples
+    expected = {"x": (count, *data), "sample": (count, *data)}
+    for name in ENCODER_OUTPUTS[model.posterior.kind]:
+        expected |= {name: (count, *latent), f"float32.{name}": (count,)}
     for name in DECODER_OUTPUTS[model.likelihood.kind]:
-        expected[f"prior.{name}"] = (record.prior, *data)
+        expected |= {f"prior.{name}": (record.prior, *data), f"float32.prior.{name}": (record.prior,)}
     if model.posterior.kind == "diagonal_gaussian":
-        expected["logvar"] = (count, *latent)
         expected["float32.divergence"] = (count,)
         if model.likelihood.kind != "none":
             for name in ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl"):

@@ -128,6 +128,8 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
 
 
 def _read_npz(path: Path, key: str) -> Array:
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if key not in arrays:

@@ -44,7 +44,13 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """A strict, immutable record."""
 
 
-class SizeDim(Record, frozen=True, kw_only=True):
+class Part(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A record of the manifest. What has its default value is not written, so that fields may be added: old
+    manifests keep their canonical bytes.
+    """
+
+
+class SizeDim(Part, frozen=True, kw_only=True):
     """A dimension of the data that may differ from call to call, such as the height of an image.
 
     Attributes:
@@ -62,8 +68,9 @@ class SizeDim(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.multiple_of < 1 or self.min < 1:
             raise ValueError(f"dimension {self.name!r}: an identifier, multiple_of ≥ 1 and min ≥ 1 expected")
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"dimension {self.name!r}: max {self.max} is below min {self.min}")
+        first = -(-self.min // self.multiple_of) * self.multiple_of
+        if self.max is not None and self.max < first:
+            raise ValueError(f"dimension {self.name!r}: no size is {self}")
 
     def allows(self, size: int) -> bool:
         """Whether the model takes this size."""
@@ -76,7 +83,7 @@ class SizeDim(Record, frozen=True, kw_only=True):
         return f"{self.name} ({', '.join(limits)})" if limits else self.name
 
 
-class LatentDim(Record, frozen=True, kw_only=True):
+class LatentDim(Part, frozen=True, kw_only=True):
     """A dimension of the latent that follows one of the data's named dimensions.
 
     Attributes:
@@ -91,7 +98,7 @@ class LatentDim(Record, frozen=True, kw_only=True):
         return self.name if self.divided_by == 1 else f"{self.name}/{self.divided_by}"
 
 
-class Data(Record, frozen=True, kw_only=True):
+class Data(Part, frozen=True, kw_only=True):
     """The examples x.
 
     Attributes:
@@ -109,8 +116,12 @@ class Data(Record, frozen=True, kw_only=True):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"range: two finite, rising numbers expected, got [{low}, {high}]")
 
+    def named(self) -> dict[str, SizeDim]:
+        """The dimensions that may differ from call to call."""
+        return {dim.name: dim for dim in self.shape if isinstance(dim, SizeDim)}
 
-class Latent(Record, frozen=True, kw_only=True):
+
+class Latent(Part, frozen=True, kw_only=True):
     """The latents z.
 
     Attributes:
@@ -131,7 +142,7 @@ class Latent(Record, frozen=True, kw_only=True):
             raise ValueError(f"scaling must be positive and shift finite, got {self.scaling} and {self.shift}")
 
 
-class Posterior(Record, frozen=True, kw_only=True):
+class Posterior(Part, frozen=True, kw_only=True):
     """The approximate posterior q(z|x) that the encoder gives.
 
     Attributes:
@@ -142,8 +153,11 @@ class Posterior(Record, frozen=True, kw_only=True):
     kind: PosteriorKind
     logvar_clamp: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        _check_clamp(self.logvar_clamp, self.kind, "diagonal_gaussian")
 
-class Likelihood(Record, frozen=True, kw_only=True):
+
+class Likelihood(Part, frozen=True, kw_only=True):
     """The likelihood p(x|z) that the decoder gives.
 
     Attributes:
@@ -159,6 +173,7 @@ class Likelihood(Record, frozen=True, kw_only=True):
     nominal: bool = False
 
     def __post_init__(self) -> None:
+        _check_clamp(self.logvar_clamp, self.kind, "gaussian")
         if (self.kind == "gaussian_fixed") != (self.variance is not None):
             raise ValueError(
                 f"variance belongs to gaussian_fixed and to no other likelihood, got {self.variance} for {self.kind}"
@@ -167,7 +182,7 @@ class Likelihood(Record, frozen=True, kw_only=True):
             raise ValueError(f"variance must be positive, got {self.variance}")
 
 
-class Model(Record, frozen=True, kw_only=True):
+class Model(Part, frozen=True, kw_only=True):
     """The model that the graphs compute.
 
     Attributes:
@@ -189,7 +204,14 @@ class Model(Record, frozen=True, kw_only=True):
     likelihood: Likelihood
 
     def __post_init__(self) -> None:
-        named = {dim.name: dim for dim in self.data.shape if isinstance(dim, SizeDim)}
+        if self.parameters < 0:
+            raise ValueError(f"parameters must not be negative, got {self.parameters}")
+        if len(self.latent.shape) not in (1, 3):
+            raise ValueError(f"latents are flat (D,) or spatial (C, h, w), got {shape_text(self.latent.shape, '')}")
+        named = self.data.named()
+        unknown = set(named) - {dim.name for dim in self.latent.shape if isinstance(dim, LatentDim)}
+        if unknown:
+            raise ValueError(f"no latent dimension follows {', '.join(sorted(unknown))}: decoding could not tell it")
         for dim in self.latent.shape:
             if isinstance(dim, LatentDim):
                 if dim.name not in named:
@@ -208,7 +230,7 @@ class Model(Record, frozen=True, kw_only=True):
         Raises:
             InputError: a named dimension has no size, or one that the model does not take.
         """
-        named = {dim.name: dim for dim in self.data.shape if isinstance(dim, SizeDim)}
+        named = self.data.named()
         size = size or {}
         wanted = ", ".join(map(str, named.values())) or "no sizes"
         if set(size) != set(named):
@@ -218,8 +240,17 @@ class Model(Record, frozen=True, kw_only=True):
                 raise InputError(f"size: this model takes {wanted}; got {name} = {value}")
         return tuple(dim if isinstance(dim, int) else size[dim.name] // dim.divided_by for dim in self.latent.shape)
 
+    def data_shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """One example's shape for a latent's, the inverse of `latent_shape`."""
+        named = {
+            dim.name: size * dim.divided_by
+            for dim, size in zip(self.latent.shape, latent, strict=True)
+            if isinstance(dim, LatentDim)
+        }
+        return tuple(dim if isinstance(dim, int) else named[dim.name] for dim in self.data.shape)
 
-class Tensor(Record, frozen=True, kw_only=True):
+
+class Tensor(Part, frozen=True, kw_only=True):
     """An input or output of a graph.
 
     Attributes:
@@ -229,11 +260,14 @@ class Tensor(Record, frozen=True, kw_only=True):
     """
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16", "uint8"]
+    dtype: Literal["float32"]
     shape: tuple[int | str, ...]
 
 
-class Graph(Record, frozen=True, kw_only=True):
+Shape = tuple[int | str, ...]
+
+
+class Graph(Part, frozen=True, kw_only=True):
     """One ONNX graph.
 
     Attributes:
@@ -249,7 +283,7 @@ class Graph(Record, frozen=True, kw_only=True):
     outputs: tuple[Tensor, ...]
 
 
-class Golden(Record, frozen=True, kw_only=True):
+class Golden(Part, frozen=True, kw_only=True):
     """The examples of `golden.safetensors`, in its order. Their noise is made again from the seed.
 
     Attributes:
@@ -257,7 +291,7 @@ class Golden(Record, frozen=True, kw_only=True):
         reference: what computed the results, such as `PyTorch 2.13.0 float64`.
         extremes: rows at the ends of the data's range.
         held_out: rows of data that the model was not trained on.
-        decoded: rows of decoded prior draws, which stand in where no held-out data could be had.
+        decoded: rows of decoded prior draws, which stand in where there is too little held-out data.
         prior: draws from the prior.
     """
 
@@ -268,24 +302,33 @@ class Golden(Record, frozen=True, kw_only=True):
     decoded: int
     prior: int
 
+    def __post_init__(self) -> None:
+        if min(self.seed, self.extremes, self.held_out, self.decoded) < 0 or self.prior < 1 or self.examples < 1:
+            raise ValueError("golden: a seed of 0 or more, one example or more and one prior draw or more expected")
 
-class Origin(Record, frozen=True, kw_only=True):
+    @property
+    def examples(self) -> int:
+        """The rows of x."""
+        return self.extremes + self.held_out + self.decoded
+
+
+class Origin(Part, frozen=True, kw_only=True):
     """Where the model came from.
 
     Attributes:
-        kind: `checkpoint` (of our trainer) or `module` (a PyTorch module).
+        kind: `checkpoint` (of our trainer), `diffusers` (a folder) or `module` (a PyTorch module).
         name: the checkpoint folder's or the module class's name.
         weights_sha256: hash of the weights file, where there is one.
         data: what the model was trained on, where that is known.
     """
 
-    kind: Literal["checkpoint", "module"]
+    kind: Literal["checkpoint", "diffusers", "module"]
     name: str
     weights_sha256: str | None = None
     data: str | None = None
 
 
-class File(Record, frozen=True, kw_only=True):
+class File(Part, frozen=True, kw_only=True):
     """A file of the bundle.
 
     Attributes:
@@ -301,7 +344,7 @@ class File(Record, frozen=True, kw_only=True):
             raise ValueError("a size of 0 or more and 64 lower-case hexadecimal digits expected")
 
 
-class Manifest(Record, frozen=True, kw_only=True):
+class Manifest(Part, frozen=True, kw_only=True):
     """What `manifest.json` says.
 
     Attributes:
@@ -318,9 +361,9 @@ class Manifest(Record, frozen=True, kw_only=True):
         files: every file of the bundle but the manifest, by its path with forward slashes.
     """
 
-    format: Literal["vae_export.bundle"] = FORMAT
-    version: Literal[1] = VERSION
-    digest: str = ""
+    format: Literal["vae_export.bundle"]
+    version: Literal[1]
+    digest: str
     name: str
     created: str
     model: Model
@@ -331,23 +374,34 @@ class Manifest(Record, frozen=True, kw_only=True):
     files: dict[str, File]
 
     def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable() or set(self.name) & set("/\\"):
+            raise ValueError(f"name {self.name!r}: a printable name without slashes expected")
         for path in self.files:
             pure = PurePosixPath(path)
             if str(pure) != path or pure.is_absolute() or ".." in pure.parts or re.search(r"[\\:\0]", path):
                 raise ValueError(f"file {path!r}: a plain path inside the bundle expected")
         if set(self.graphs) != {"encoder", "decoder"}:
             raise ValueError(f"graphs: an encoder and a decoder expected, got {sorted(self.graphs)}")
-        encoder, decoder = self.graphs["encoder"], self.graphs["decoder"]
-        self._check_names("encoder", encoder, "x", ENCODER_OUTPUTS[self.model.posterior.kind])
-        self._check_names("decoder", decoder, "z", DECODER_OUTPUTS[self.model.likelihood.kind])
+        model = self.model
+        data = tuple(dim.name if isinstance(dim, SizeDim) else dim for dim in model.data.shape)
+        latent = tuple(dim if isinstance(dim, int) else str(dim) for dim in model.latent.shape)
+        self._check_graph("encoder", "x", data, ENCODER_OUTPUTS[model.posterior.kind], latent)
+        self._check_graph("decoder", "z", latent, DECODER_OUTPUTS[model.likelihood.kind], data)
+        missing = {"config.json", "golden.safetensors", "verification.json"} - set(self.files)
+        if missing:
+            raise ValueError(f"files: {', '.join(sorted(missing))} must be listed")
 
-    def _check_names(self, name: str, graph: Graph, takes: str, gives: tuple[str, ...]) -> None:
+    def _check_graph(self, name: str, takes: str, into: Shape, gives: tuple[str, ...], out: Shape) -> None:
+        graph = self.graphs[name]
         if graph.file not in self.files:
             raise ValueError(f"{name}: its file {graph.file!r} is not listed in files")
-        inputs, outputs = [t.name for t in graph.inputs], [t.name for t in graph.outputs]
-        if inputs != [takes] or outputs != list(gives):
+        if graph.opset < 1:
+            raise ValueError(f"{name}: opset {graph.opset} is none")
+        inputs = (Tensor(name=takes, dtype="float32", shape=("batch", *into)),)
+        outputs = tuple(Tensor(name=given, dtype="float32", shape=("batch", *out)) for given in gives)
+        if graph.inputs != inputs or graph.outputs != outputs:
             raise ValueError(
-                f"{name}: {takes} → {', '.join(gives)} expected, got {', '.join(inputs)} → {', '.join(outputs)}"
+                f"{name}: {_signature(inputs, outputs)} expected, got {_signature(graph.inputs, graph.outputs)}"
             )
 
 
@@ -393,6 +447,20 @@ def decode(raw: bytes) -> Manifest:
 
 def _canonical(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def _signature(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> str:
+    ends = (", ".join(f"{t.name} ({', '.join(map(str, t.shape))})" for t in ts) for ts in (inputs, outputs))
+    return " → ".join(ends)
+
+
+def _check_clamp(clamp: tuple[float, float] | None, kind: str, owner: str) -> None:
+    if clamp is None:
+        return
+    if kind != owner:
+        raise ValueError(f"logvar_clamp belongs to {owner}, got one for {kind}")
+    if not (math.isfinite(clamp[0]) and math.isfinite(clamp[1]) and clamp[0] < clamp[1]):
+        raise ValueError(f"logvar_clamp: two finite, rising numbers expected, got {list(clamp)}")
 
 
 def _check_shape(shape: tuple[int | SizeDim, ...] | tuple[int | LatentDim, ...]) -> None:

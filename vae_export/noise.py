@@ -5,6 +5,9 @@ a keyed bijection from a 256-bit counter to 256 bits. The key is (seed, stream).
 bits are ``example · ⌈size / 8⌉ + block``, its third 64-bit word is the importance draw, its fourth is 0.
 Each block of four 64-bit words gives eight 32-bit halves, low half first.
 
+The address holds no size: examples of different sizes draw from the same words. Use another seed where
+draws of two models must be independent.
+
 Example ``i`` of seed ``s`` is therefore the same whatever the batch size, the split, the thread, the
 backend or the processor.
 """

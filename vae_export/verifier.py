@@ -55,8 +55,7 @@ def measure(model: Model, backend: Backend, reference: Reference, name: str) -> 
     meter.finite("decoder", decoded)
     meter.pixels("decoder", {b: d["sample"] for b, d in decoded.items()}, "prior.sample", model)
     for output in decoded[1]:
-        if output != "sample":
-            meter.worst("decoder", output, {b: d[output] for b, d in decoded.items()}, f"prior.{output}")
+        meter.worst("decoder", output, {b: d[output] for b, d in decoded.items()}, f"prior.{output}")
     seed = reference.record.seed
     x = reference.tensors["x"]
     gaussian = model.posterior.kind == "diagonal_gaussian"
@@ -123,16 +122,22 @@ class _Meter:
         if "logvar" not in self.tensors:
             return
         mean, logvar = self.tensors["mean"], self.tensors["logvar"]
-        divergence = {b: elbo.kl_between(mean, logvar, e["mean"], e["logvar"]) for b, e in encoded.items()}
+        terms = {b: elbo.kl_between_terms(mean, logvar, e["mean"], e["logvar"]) for b, e in encoded.items()}
+        divergence = {b: elbo.per_example(t) for b, t in terms.items()}
+        self._worst_row("encoder", "KL(reference || exported)", "nats", divergence, None)
         own = float(self.tensors["float32.divergence"].max())
-        allowed = self.tolerance.posterior_kl * mean[0].size
-        if self.tolerance.rms_factor is not None:
-            allowed = max(allowed, self.tolerance.rms_factor**2 * own)
-        self._worst_row("encoder", "KL(reference || exported)", "nats", divergence, allowed, own)
+        allowed = max(self.tolerance.posterior_kl, self.tolerance.own_factor**2 * own)
+        worst = {b: _row_max(t) for b, t in terms.items()}
+        self._worst_row("encoder", "the same, worst dimension", "nats", worst, allowed, own)
 
     def worst(self, graph: certificates.GraphName, output: str, got: Mapping[int, Array], against: str) -> None:
-        errors = {b: _row_max(np.abs(value - self.tensors[against])) for b, value in got.items()}
-        self._worst_row(graph, f"{output}, worst error", "absolute", errors, None)
+        """The worst error of an output, as a share of the largest reference value, beside PyTorch's own."""
+        exact = self.tensors[against]
+        largest = max(float(np.abs(exact).max()), 1e-30)
+        own = float(self.tensors[f"float32.{against}"].max()) / largest
+        allowed = max(self.tolerance.relative, self.tolerance.own_factor * own)
+        errors = {b: _row_max(np.abs(value - exact)) / largest for b, value in got.items()}
+        self._worst_row(graph, f"{output}, worst", "of the largest", errors, allowed, own)
 
     def pixels(self, graph: certificates.GraphName, got: Mapping[int, Array], against: str, model: Model) -> None:
         low, high = model.data.range
@@ -141,7 +146,7 @@ class _Meter:
         self._worst_row(graph, "sample, worst error", "of the range", worst, self.tolerance.pixel)
         off = {b: float((e > 1 / 255).mean()) for b, e in errors.items()}
         # Capped at 300 dB, far beyond float64, for results that are equal.
-        noise_ratio = {b: -20 * math.log10(max(_rms(e), 1e-15)) for b, e in errors.items()}
+        noise_ratio = {b: -20 * math.log10(np.maximum(_rms(e), 1e-15)) for b, e in errors.items()}
         batch = max(off, key=off.__getitem__)
         self._add(
             graph,
@@ -151,8 +156,8 @@ class _Meter:
             self.tolerance.pixels_off,
             batch=batch,
         )
-        batch = min(noise_ratio, key=noise_ratio.__getitem__)
-        self._add(graph, "PSNR of the sample", "dB", noise_ratio[batch], None, batch=batch)
+        batch = min(noise_ratio, key=lambda b: np.nan_to_num(noise_ratio[b], nan=-np.inf))
+        self._add(graph, "PSNR of the sample", "dB", np.nan_to_num(noise_ratio[batch]), None, batch=batch)
 
     def terms(self, quantity: str, got: Mapping[int, Array]) -> None:
         """ELBO, reconstruction or KL: nats, and relative to S, beside PyTorch's own in float32."""
@@ -171,9 +176,8 @@ class _Meter:
         self._worst_row("end to end", f"{quantity}, worst", "of S", relative, allowed, float((own / scale).max()))
         rms = {b: _rms(r) for b, r in relative.items()}
         batch = max(rms, key=rms.__getitem__)
-        budget = None
-        if self.tolerance.rms_factor is not None:
-            budget = self.tolerance.rms_factor * max(_rms(own / scale), self.tolerance.rms_floor)
+        own_rms = _rms(own / scale)
+        budget = min(allowed, self.tolerance.own_factor * max(own_rms, self.tolerance.rms_floor))
         self._add(
             "end to end",
             f"{quantity}, RMS",
@@ -181,7 +185,7 @@ class _Meter:
             rms[batch],
             budget,
             batch=batch,
-            pytorch=_rms(own / scale),
+            pytorch=own_rms,
         )
 
     def splits(self, graph: certificates.GraphName, outputs: Mapping[int, _Outputs]) -> None:

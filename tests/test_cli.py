@@ -1,0 +1,273 @@
+"""Every verb as a person or a script runs it: what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vae_export
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def failed(done: subprocess.CompletedProcess[str], code: int, message: str) -> None:
+    """An expected failure: its exit code, its words on stderr, and never a traceback."""
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_road(run: Run, tmp_path: Path) -> None:
+    said = succeeded(run("train", "run", "--epochs", 2, "--model", "mlp", "--widths", "32", "--latent", 4))
+    assert "run: held-out ELBO -" in said
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    said = succeeded(run("export", "run", "m.bundle"))
+    assert "m.bundle is written and verified" in said
+    assert "FAILED" not in said
+    failed(
+        run("export", "run", "m.bundle"), 2, "m.bundle exists already. Choose another path, or overwrite it (--force)"
+    )
+    succeeded(run("export", "run", "m.bundle", "--force"))
+    assert "end to end" in succeeded(run("verify", "m.bundle", "--out", "c.json"))
+    assert json.loads((tmp_path / "c.json").read_text())["bundle"] == "m"
+    failed(run("train", "run", "--epochs", 1), 2, "run exists already. Choose another folder")
+    assert "run: model" in succeeded(run("inspect", "run"))
+    assert json.loads(succeeded(run("inspect", "run", "--json")))["kind"] == "checkpoint"
+
+
+def test_verify(run: Run, digits: dict[str, Path]) -> None:
+    plain = json.loads(succeeded(run("verify", digits["gaussian"], "--json")))
+    assert plain["passed"] is True
+    assert plain["measured"]["provider"] == "CPUExecutionProvider"
+
+
+def test_verify_says_no(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    from test_verify import change, one_bias
+
+    path = Path(shutil.copytree(digits["gaussian"], tmp_path / "b"))
+    change(path, "decoder", one_bias)
+    done = run("verify", path)
+    failed(done, 1, "gaussian differs from its reference:\n  ")
+    assert "decoder: sample, worst is" in done.stderr
+    assert "FAILED" in done.stdout
+    done = run("verify", path, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["passed"] is False
+
+
+def test_inspect(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    shown = succeeded(run("inspect", digits["gaussian"]))
+    for part in ("conv, ", "(B, 1, 8, 8) in [0, 1]", "gaussian, logvar clamped to [-6, 4]", "vae_decoder/model.onnx"):
+        assert part in shown
+    plain = json.loads(succeeded(run("inspect", digits["gaussian"], "--json")))
+    assert plain["kind"] == "bundle"
+    assert plain["certificate"]["passed"] is True
+    copy = Path(shutil.copytree(digits["gaussian"], tmp_path / "copy"))
+    (copy / "extra").touch()
+    assert "extra (never read)" in succeeded(run("inspect", copy))
+    failed(run("inspect", tmp_path / "nothing"), 2, "nothing does not exist; expected the folder of a bundle")
+
+
+def test_sample(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    assert "a.npy: 10 samples, seed 3, from 2" in succeeded(
+        run("sample", digits["gaussian"], "--out", "a.npy", "--n", 10, "--seed", 3, "--start", 2)
+    )
+    with vae_export.load(digits["gaussian"]) as vae:
+        assert np.array_equal(np.load(tmp_path / "a.npy"), vae.sample(10, seed=3, start=2))
+    succeeded(run("sample", digits["gaussian"], "--out", "deep/er/s.png", "--n", 6))
+    with Image.open(tmp_path / "deep/er/s.png") as picture:
+        assert picture.size == (3 * (48 + 3) + 3, 2 * (48 + 3) + 3)
+    succeeded(run("sample", digits["bernoulli"], "--out", "d.npy", "--draw"))
+    assert set(np.unique(np.load(tmp_path / "d.npy"))) == {0.0, 1.0}
+    failed(run("sample", digits["gaussian"], "--out", "s.gif"), 2, "s.gif: expected a file that ends in .png")
+    failed(run("sample", digits["gaussian"], "--out", "s.png", "--n", 0), 2, "n is 0; expected 1 or more")
+    failed(run("sample", digits["gaussian"]), 2, "--out")
+
+
+def test_reconstruct_and_every_input(run: Run, digits: dict[str, Path], images: np.ndarray, tmp_path: Path) -> None:
+    bundle = digits["gaussian"]
+    pixels = np.rint(images[:5, 0] * 255).astype(np.uint8)
+    np.save(tmp_path / "x.npy", images[:5])
+    np.savez(tmp_path / "x.npz", good=images[:5], bytes=pixels[:, None])
+    (tmp_path / "folder").mkdir()
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "folder" / f"{index}.png")
+    (tmp_path / "folder" / "notes.txt").write_text("not a picture")
+    with vae_export.load(bundle) as vae:
+        exact, rounded = vae.reconstruct(images[:5]), vae.reconstruct(pixels[:, None])
+    for given, expected in (
+        ("x.npy", exact),
+        ("x.npz:good", exact),
+        ("x.npz:bytes", rounded),
+        ("folder", rounded),
+        ("folder/3.png", rounded[3:4]),
+    ):
+        succeeded(run("reconstruct", bundle, given, "--out", "r.npy"))
+        np.testing.assert_allclose(np.load(tmp_path / "r.npy"), expected, atol=1e-6)
+    succeeded(run("reconstruct", bundle, "folder", "--out", "r.png"))
+    with Image.open(tmp_path / "r.png") as picture:
+        assert picture.size[1] == 2 * (48 + 3) + 3  # an original above its reconstruction
+    succeeded(run("reconstruct", bundle, "x.npy", "--seed", 4, "--start", 7, "--out", "r.npy"))
+    with vae_export.load(bundle) as vae:
+        assert np.array_equal(np.load(tmp_path / "r.npy"), vae.reconstruct(images[:5], seed=4, start=7))
+
+
+def test_score(run: Run, digits: dict[str, Path], images: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", images[:1500])
+    with vae_export.load(digits["gaussian"]) as vae:
+        exact = vae.elbo(images[:1500], seed=2)
+        bound = vae.log_likelihood(images[:20], k=4)
+    rows = list(csv.DictReader(succeeded(run("score", digits["gaussian"], "x.npy", "--seed", 2)).splitlines()))
+    assert list(rows[0]) == ["index", "elbo", "reconstruction", "kl"]
+    np.testing.assert_allclose([float(row["elbo"]) for row in rows], exact.elbo, rtol=1e-9)
+    assert [int(row["index"]) for row in rows] == list(range(1500))
+    np.save(tmp_path / "x.npy", images[:20])
+    succeeded(run("score", digits["gaussian"], "x.npy", "--k", 4, "--json", "--out", "s.json"))
+    scores = json.loads((tmp_path / "s.json").read_text())
+    np.testing.assert_allclose([row["log_likelihood"] for row in scores], bound, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("gone.npy", None, "gone.npy does not exist; expected a picture, a folder, array.npy or arrays.npz:key"),
+        ("gone.npz:x", None, "gone.npz does not exist"),
+        ("cut.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01"), "cut.npy is not a plain NumPy array: "),
+        ("o.npy", lambda p: np.save(p, np.array([{}])), "o.npy is not a plain NumPy array: "),
+        ("x.npz", lambda p: np.savez(p, a=np.zeros(3)), "x.npz has the arrays a; name one: x.npz:KEY"),
+        ("x.npz:b", lambda p: np.savez(p.with_name("x.npz"), a=np.zeros(3)), "x.npz has the arrays a; name one"),
+        ("junk.npz:a", lambda p: p.with_name("junk.npz").write_bytes(b"junk"), "junk.npz is not a NumPy archive: "),
+        ("empty", lambda p: p.mkdir(), "empty has no pictures in it (.bmp, .gif"),
+        ("bad.png", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\njunk"), "bad.png is not a picture that can be read: "),
+        ("big.png", lambda p: Image.new("L", (9, 7)).save(p), "big.png has 9 × 7 pixels; this bundle expects 8 × 8"),
+        ("f64.npy", lambda p: np.save(p, np.zeros((2, 1, 8, 8))), "x has dtype float64; expected float32"),
+        ("be.npy", lambda p: np.save(p, np.zeros((2, 1, 8, 8), ">f4")), "x is big-endian float32"),
+        ("flat.npy", lambda p: np.save(p, np.zeros(64, np.float32)), "x has shape (64,); this bundle expects"),
+        ("none.npy", lambda p: np.save(p, np.zeros((0, 1, 8, 8), np.float32)), "The batch is empty"),
+        ("zero.npy", lambda p: np.save(p, np.float32(0)), "x has shape (); this bundle expects (B, 1, 8, 8)"),
+        ("nan.npy", lambda p: np.save(p, np.full((1, 1, 8, 8), np.nan, "f4")), "is nan, one of 64 such values"),
+    ],
+)
+def test_bad_inputs(
+    run: Run, digits: dict[str, Path], tmp_path: Path, name: str, make: Callable[[Path], object] | None, message: str
+) -> None:
+    if make:
+        make(tmp_path / name)
+    for verb in (["score"], ["reconstruct", "--out", "r.png"]):
+        failed(run(verb[0], digits["bernoulli"], name, *verb[1:]), 2, message)
+
+
+def test_resize(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    for mode in ("RGBA", "P", "I;16", "L", "1"):
+        Image.new(mode, (20, 16)).save(tmp_path / "p.png")
+        succeeded(run("score", digits["gaussian"], "p.png", "--resize"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "o", "--model", "unet"], "train: Invalid enum value 'unet' - at `$.model`"),
+        (["train", "o", "--likelihood", "poisson"], "Invalid enum value 'poisson'"),
+        (["train", "o", "--data", "mnist"], "data set 'mnist' is not known; expected 'digits'"),
+        (["train", "o", "--widths", "a,b"], "train: invalid literal for int()"),
+        (["train", "o", "--latent", "0"], "latent is 0; expected 1 or more"),
+        (["train", "o", "--widths", "4,4,4,4"], "8 × 8 does not divide by 16"),
+        (["export", "gone", "b"], "gone is not a checkpoint"),
+        (["bench", "gone"], "gone does not exist"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["sample"], "Missing argument 'BUNDLE'"),
+        (["verify", "b", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_usage(run: Run, arguments: list[str], message: str) -> None:
+    failed(run(*arguments), 2, message)
+
+
+def test_broken_bundle(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(digits["gaussian"], tmp_path / "b"))
+    (path / "golden.safetensors").write_bytes(b"")
+    for verb in (["verify"], ["inspect"], ["sample", "--out", "s.png"], ["score", "x.npy"]):
+        failed(run(verb[0], path, *verb[1:]), 3, "golden.safetensors: has 0 bytes, expected")
+
+
+def test_no_such_device(run: Run, digits: dict[str, Path]) -> None:
+    failed(run("sample", digits["gaussian"], "--out", "s.png", "--device", "cuda"), 4, "CUDAExecutionProvider")
+
+
+def test_unwritable(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failed(run("sample", digits["gaussian"], "--out", "file/s.png"), 2, "error: file")
+
+
+def test_doctor(run: Run) -> None:
+    plain = json.loads(succeeded(run("doctor", "--json")))
+    assert plain["onnxruntime"]["providers"][-1] == "CPUExecutionProvider"
+    assert plain["extras"]["cpu"]["packages"]["onnxruntime"]
+    assert plain["extras"]["cpu"]["install"] is None
+    assert plain["extras"]["openvino"]["install"] in (None, "pip install 'vae-export[openvino]'")
+    assert plain["problems"] == []
+    shown = succeeded(run("doctor"))
+    assert "[export]" in shown
+    assert "make bundles: onnx " in shown
+
+
+def test_doctor_finds_the_clash_and_the_lack(run: Run, tmp_path: Path) -> None:
+    """Real metadata of both packages on the path; and an onnxruntime that does not load."""
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        info = tmp_path / "site" / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n")
+    done = run("doctor", PYTHONPATH=str(tmp_path / "site"))
+    failed(done, 0, "problem: onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files")
+    (tmp_path / "site" / "onnxruntime.py").write_text("raise OSError('libcudart.so.13 is missing')")
+    done = run("doctor", PYTHONPATH=str(tmp_path / "site"))
+    failed(done, 4, "onnxruntime is installed and does not load: libcudart.so.13 is missing")
+
+
+def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    path, source = digits["gaussian"], checkpoints["gaussian"]
+    rows = json.loads(succeeded(run("bench", path, "--source", source, "--batches", "1,3", "--json")))
+    assert {row["runtime"] for row in rows} == {"PyTorch eager", "ONNX Runtime, bare", "vae_export"}
+    assert {(row["verb"], row["batch"]) for row in rows} == {
+        (verb, batch) for verb in ("encode", "decode", "sample") for batch in (1, 3)
+    }
+    assert all(0 < row["p10_us"] <= row["median_us"] <= row["p90_us"] for row in rows)
+    failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 1,8,64")
+    failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "vae_export", "train", "out", "--epochs", "100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(6 if os.environ.get("CI") else 5)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_accident(digits: dict[str, Path], tmp_path: Path, images: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", np.tile(images, (3, 1, 1, 1)))
+    command = f"{sys.executable} -m vae_export score {digits['gaussian']} x.npy | head -1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "index,elbo,reconstruction,kl\n"
+    assert "Traceback" not in done.stderr
