@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from vae_export import onnx_reader
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, InputError
+from vae_export.manifest import Graph
 
 from .backend import Backend
 from .ort import OrtBackend
@@ -40,23 +42,40 @@ def load(
         BackendError: the device or a package that it needs is not available.
     """
     bundle = Bundle(path)
-    graphs = {name: bundle.read(graph.file) for name, graph in bundle.manifest.graphs.items()}
+    manifest = bundle.manifest
+    graphs = {name: bundle.read(graph.file) for name, graph in manifest.graphs.items()}
     bundle.check()
-    backend = open_backend(graphs, device=device, threads=threads)
-    return VAE(bundle.manifest.model, backend, micro_batch=micro_batch, name=bundle.manifest.name)
+    backend = open_backend(graphs, manifest.graphs, device=device, threads=threads)
+    return VAE(manifest.model, backend, micro_batch=micro_batch, name=manifest.name)
 
 
-def open_backend(graphs: dict[str, bytes], *, device: str = "auto", threads: int | None = None) -> Backend:
-    """Open serialized ONNX graphs, called `encoder` and `decoder`, on a device. Errors as for `load`."""
+def open_backend(
+    graphs: Mapping[str, bytes],
+    records: Mapping[str, Graph],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Backend:
+    """Check and open serialized ONNX graphs, called `encoder` and `decoder`, on a device.
+
+    Args:
+        graphs: their verified bytes.
+        records: what the manifest says of them.
+        device: as for `load`.
+        threads: as for `load`.
+
+    Raises:
+        InputError, BundleError, BackendError: as for `load`.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"load: device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
-    if threads is not None and threads < 1:
-        raise InputError(f"load: threads is {threads}; expected 1 or more, or None")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads < 1 << 16):
+        raise InputError(f"load: threads is {threads!r}; expected a number from 1 on, or None")
     for name, graph in graphs.items():
         onnx_reader.check_operators(graph, name)
     if device == "auto":
         try:
-            return OrtBackend(graphs, device="cuda", threads=threads)
+            return OrtBackend(graphs, records, device="cuda", threads=threads)
         except BackendError:
             device = "cpu"
-    return OrtBackend(graphs, device=device, threads=threads)
+    return OrtBackend(graphs, records, device=device, threads=threads)

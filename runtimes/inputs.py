@@ -52,10 +52,12 @@ class ArrayCheck:
         return array
 
     def _as_array(self, verb: str, value: Any) -> Array:
+        if isinstance(value, np.ma.MaskedArray):
+            raise InputError(f"{verb}: {self._name} is a masked array; fill its gaps first: {self._name}.filled(0)")
         if isinstance(value, np.ndarray) or hasattr(value, "__array__"):
             try:
                 return np.asarray(value)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except Exception as error:  # another library's conversion, which may raise anything
                 raise InputError(
                     f"{verb}: {self._name} is a {type(value).__name__} that NumPy cannot read: {error}"
                 ) from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vae_export.errors import BackendError, BundleError, require
+from vae_export.manifest import Graph
 
 from .backend import Array
 
@@ -19,17 +20,25 @@ _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 class OrtBackend:
     """One session for each graph. Sessions are safe to run from many threads."""
 
-    def __init__(self, graphs: Mapping[str, bytes], *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        graphs: Mapping[str, bytes],
+        records: Mapping[str, Graph],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
         """Open graphs.
 
         Args:
             graphs: serialized ONNX models by name. Their bytes were verified; no path is ever opened.
+            records: what the manifest says of them.
             device: `cpu` or `cuda`.
             threads: threads inside one call; None leaves it to ONNX Runtime (one for each core).
 
         Raises:
             BackendError: ONNX Runtime or the device is not available.
-            BundleError: ONNX Runtime does not accept a graph.
+            BundleError: ONNX Runtime does not accept a graph, or finds another than the manifest says.
         """
         ort = require("onnxruntime", _EXTRAS[device], "load")
         provider, options = _PROVIDERS[device]
@@ -43,6 +52,8 @@ class OrtBackend:
             ort.preload_dlls()
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
+        # Bytes of its own format would be taken for what they are: unchecked by us.
+        settings.add_session_config_entry("session.load_model_format", "ONNX")
         if threads is not None:
             settings.intra_op_num_threads = threads
         self._device = device
@@ -60,6 +71,7 @@ class OrtBackend:
                     f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "
                     "instead. `vae-export doctor` shows what is missing"
                 )
+            _check_signature(name, session, records[name])
             self._sessions[name] = session
 
     def run(self, graph: str, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
@@ -85,3 +97,15 @@ class OrtBackend:
     def close(self) -> None:
         """Drop the sessions."""
         self._sessions = {}
+
+
+def _check_signature(name: str, session: Any, record: Graph) -> None:
+    found, said = (
+        [(t.name, t.type, tuple(t.shape)) for t in (*session.get_inputs(), *session.get_outputs())],
+        [(t.name, "tensor(float)", t.shape) for t in (*record.inputs, *record.outputs)],
+    )
+    if found != said:
+        raise BundleError(
+            f"{name}: the manifest promises {said}, and the graph has {found}. The bundle contradicts itself: "
+            "export the model again"
+        )

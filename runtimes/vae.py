@@ -192,6 +192,7 @@ class VAE:
             InputError: an argument is out of range, or draw was asked of a model without a likelihood.
         """
         n = _count("sample", "n", n, 1)
+        start = _count("sample", "start", start, 0)
         shape = self._fixed_latent if size is None and self._fixed_latent else self.model.latent_shape(size)
         likelihood = likelihoods.of(self.model) if draw else None
         parts = []
@@ -233,6 +234,7 @@ class VAE:
         Raises:
             InputError: x is not such an array, or the model has no likelihood or no posterior variance.
         """
+        start = _count("elbo", "start", start, 0)
         likelihood = likelihoods.of(self.model)
         x = self._data("elbo", x)
         reconstruction, kl = np.empty(len(x)), np.empty(len(x))
@@ -262,6 +264,7 @@ class VAE:
             InputError: as for `elbo`, or k is below 1.
         """
         k = _count("log_likelihood", "k", k, 1)
+        start = _count("log_likelihood", "start", start, 0)
         likelihood = likelihoods.of(self.model)
         x = self._data("log_likelihood", x)
         bound = np.empty(len(x))
@@ -381,15 +384,15 @@ class VAE:
         if n <= self._micro_batch:
             results = self._backend.run(graph, {name: value}, outputs)
             for result in results:
-                if result.shape[1:] != expected:
-                    self._refuse(graph, result.shape, expected)
+                if result.shape != (n, *expected):
+                    self._refuse(graph, result.shape, (n, *expected))
             return results
         results = [np.empty((n, *expected), np.float32) for _ in outputs]
         for first, last in self._slices(n):
             parts = self._backend.run(graph, {name: value[first:last]}, outputs)
             for result, part in zip(results, parts, strict=True):
-                if part.shape[1:] != expected:
-                    self._refuse(graph, part.shape, expected)
+                if part.shape != (last - first, *expected):
+                    self._refuse(graph, part.shape, (last - first, *expected))
                 result[first:last] = part
         return results
 
@@ -401,8 +404,8 @@ class VAE:
 
     def _refuse(self, graph: str, got: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
         raise BundleError(
-            f"{self.name}: the {graph} gave shape {got}; the manifest promises ({got[0]}, "
-            f"{', '.join(map(str, expected))}). The bundle contradicts itself: export the model again"
+            f"{self.name}: the {graph} gave shape {got}; the manifest promises {expected}. The bundle "
+            "contradicts itself: export the model again"
         )
 
     def _slices(self, n: int) -> Iterator[tuple[int, int]]:

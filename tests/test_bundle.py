@@ -117,6 +117,15 @@ def test_the_bytes_that_were_checked_are_the_bytes_that_run(copy: Path) -> None:
         assert np.array_equal(vae.sample(3), before)
 
 
+def test_large_files_are_checked_piece_by_piece(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_PIECE", 1000)
+    Bundle(copy).check()
+    original = (copy / "golden.safetensors").read_bytes()
+    (copy / "golden.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(BundleError, match="its SHA-256 is not the one in the manifest"):
+        Bundle(copy).check()
+
+
 def test_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist; expected the folder of a bundle"):
         vae_export.load(tmp_path / "nothing")
@@ -177,11 +186,17 @@ def test_creation_is_whole_or_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_only_a_bundle_is_overwritten(tmp_path: Path) -> None:
+def test_only_a_bundle_is_overwritten(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("…")
-    with pytest.raises(InputError, match="exists and is not a bundle"):
+    with pytest.raises(InputError, match="exists and is not a whole bundle"):
         bundles.create(tmp_path / "precious", overwrite=True).__enter__()
+    (tmp_path / "precious" / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(InputError, match="exists and is not a whole bundle"):
+        bundles.create(tmp_path / "precious", overwrite=True).__enter__()
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files that are not the bundle's: notes\.txt\. Move them away"):
+        bundles.create(copy, overwrite=True).__enter__()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="exists and is not a folder"):
         bundles.create(tmp_path / "file", overwrite=True).__enter__()
@@ -216,11 +231,22 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     assert (tmp_path / "folder").exists()
 
 
-def test_write_atomic(tmp_path: Path) -> None:
-    files.write_atomic(tmp_path / "file", b"one")
-    files.write_atomic(tmp_path / "file", b"two")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"two"
+def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    for content in (b"one", b"two"):
+        with files.atomic_file(tmp_path / "deep" / "file") as stage:
+            stage.write_bytes(content)
+
+    def fail() -> None:
+        with files.atomic_file(tmp_path / "deep" / "file") as stage:
+            stage.write_bytes(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file"]
+    assert (tmp_path / "deep" / "file").read_bytes() == b"two"
+    with files.atomic_file(Path("/dev/null")) as stage:
+        stage.write_bytes(b"gone")
 
 
 def test_all_errors_have_one_base() -> None:

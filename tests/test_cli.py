@@ -144,6 +144,17 @@ def test_score(run: Run, digits: dict[str, Path], images: np.ndarray, tmp_path: 
     np.testing.assert_allclose([row["log_likelihood"] for row in scores], bound, rtol=1e-9)
 
 
+def misnamed(save: Callable[..., None], path: Path) -> None:
+    with path.open("wb") as file:
+        save(file, np.zeros(3))
+
+
+def half_an_archive(path: Path) -> None:
+    path = path.with_name("half.npz")
+    np.savez(path, a=np.arange(1000))
+    path.write_bytes(path.read_bytes()[:2000])
+
+
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
@@ -162,6 +173,10 @@ def test_score(run: Run, digits: dict[str, Path], images: np.ndarray, tmp_path: 
         ("flat.npy", lambda p: np.save(p, np.zeros(64, np.float32)), "x has shape (64,); this bundle expects"),
         ("none.npy", lambda p: np.save(p, np.zeros((0, 1, 8, 8), np.float32)), "The batch is empty"),
         ("zero.npy", lambda p: np.save(p, np.float32(0)), "x has shape (); this bundle expects (B, 1, 8, 8)"),
+        ("zip.npy", lambda p: misnamed(np.savez, p), "zip.npy is not a plain NumPy array; is it an"),
+        ("npy.npz:a", lambda p: misnamed(np.save, p.with_name("npy.npz")), "npy.npz is not a NumPy arch"),
+        ("half.npz:a", half_an_archive, "half.npz is not a NumPy archive: "),
+        ("pipe.png", os.mkfifo, "pipe.png is no plain file; expected a picture"),
         ("nan.npy", lambda p: np.save(p, np.full((1, 1, 8, 8), np.nan, "f4")), "is nan, one of 64 such values"),
     ],
 )
@@ -175,19 +190,78 @@ def test_bad_inputs(
 
 
 def test_resize(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
-    for mode in ("RGBA", "P", "I;16", "L", "1"):
+    for mode in ("RGB", "P", "L", "1"):
         Image.new(mode, (20, 16)).save(tmp_path / "p.png")
         succeeded(run("score", digits["gaussian"], "p.png", "--resize"))
+
+
+def test_pictures_that_would_be_misread(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    """Alpha, more than 8 bits, several frames: none can be shown as one 8-bit picture without a decision."""
+    for mode, suffix in (("RGBA", "png"), ("LA", "png"), ("I;16", "png"), ("F", "tif")):
+        Image.new(mode, (8, 8)).save(tmp_path / f"p.{suffix}")
+        failed(run("score", digits["gaussian"], f"p.{suffix}"), 2, "has transparency or more than 8 bits (mode ")
+    frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "p.gif", save_all=True, append_images=frames[1:])
+    failed(run("score", digits["gaussian"], "p.gif"), 2, "has 2 frames; convert it to one 8-bit grey or RGB picture")
+
+
+def test_a_bundle_is_never_written_into(run: Run, digits: dict[str, Path], images: np.ndarray, tmp_path: Path) -> None:
+    bundle = digits["gaussian"]
+    np.save(tmp_path / "x.npy", images[:2])
+    before = {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    for verb in (["verify"], ["sample"], ["reconstruct", "x.npy"], ["score", "x.npy"]):
+        done = run(verb[0], bundle, *verb[1:], "--out", bundle / "verification.json")
+        failed(done, 2, "lies inside the bundle, which is never changed. Choose a path outside of it")
+    assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == before
+
+
+def test_force_replaces_only_what_we_made(run: Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
+    failed(run("export", checkpoints["gaussian"], "app", "--force"), 2, "exists and is not a whole bundle")
+    failed(run("train", "app", "--epochs", 1, "--force"), 2, "app is not just a checkpoint (manifest.json)")
+    assert (tmp_path / "app" / "manifest.json").exists()
+
+
+def test_a_strangers_names_are_only_text(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    from test_bundle import reseal
+
+    path = Path(shutil.copytree(digits["gaussian"], tmp_path / "b"))
+    reseal(path, name="[bold red]x[nope]")
+    for verb in ("inspect", "verify"):
+        assert "[bold red]x[nope]" in succeeded(run(verb, path))
+
+
+def test_a_terminal_without_unicode(run: Run, digits: dict[str, Path]) -> None:
+    succeeded(run("inspect", digits["gaussian"], PYTHONIOENCODING="ascii", PYTHONUTF8="0"))
+
+
+def test_an_index_beyond_signed_integers(run: Run, digits: dict[str, Path], images: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", images[:2])
+    said = succeeded(run("score", digits["gaussian"], "x.npy", "--start", 2**63 - 1))
+    assert [line.partition(",")[0] for line in said.splitlines()[1:]] == [str(2**63 - 1), str(2**63)]
+
+
+def test_hidden_graphs_are_refused_by_bench_too(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    import onnx
+    from test_bundle import reseal
+
+    path = Path(shutil.copytree(digits["gaussian"], tmp_path / "b"))
+    model = onnx.load(path / "vae_decoder" / "model.onnx")
+    model.graph.node.append(onnx.helper.make_node("Loop", [], []))
+    (path / "vae_decoder" / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(path)
+    failed(run("bench", path, "--batches", "1"), 3, "decoder: the graph has a Loop, which may never end")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "o", "--model", "unet"], "train: Invalid enum value 'unet' - at `$.model`"),
-        (["train", "o", "--likelihood", "poisson"], "Invalid enum value 'poisson'"),
+        (["train", "o", "--model", "unet"], "'unet' is not one of"),
+        (["train", "o", "--likelihood", "poisson"], "'poisson' is not one of"),
         (["train", "o", "--data", "mnist"], "data set 'mnist' is not known; expected 'digits'"),
-        (["train", "o", "--widths", "a,b"], "train: invalid literal for int()"),
-        (["train", "o", "--latent", "0"], "latent is 0; expected 1 or more"),
+        (["train", "o", "--widths", "a,b"], "train: widths are 'a,b'; expected numbers such as 8,64"),
+        (["train", "o", "--latent", "0"], "latent is 0; expected 1 to 65,536"),
         (["train", "o", "--widths", "4,4,4,4"], "8 × 8 does not divide by 16"),
         (["export", "gone", "b"], "gone is not a checkpoint"),
         (["bench", "gone"], "gone does not exist"),
@@ -249,7 +323,7 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path]) 
         (verb, batch) for verb in ("encode", "decode", "sample") for batch in (1, 3)
     }
     assert all(0 < row["p10_us"] <= row["median_us"] <= row["p90_us"] for row in rows)
-    failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 1,8,64")
+    failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 8,64")
     failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
 
 

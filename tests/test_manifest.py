@@ -173,8 +173,8 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p["model"]["posterior"].update(logvar_clamp=[5.0, -5.0]), "two finite, rising numbers"),
         (lambda p: p["model"]["likelihood"].update(logvar_clamp=[0.0, 1.0]), "logvar_clamp belongs to gaussian"),
         (lambda p: p["files"].pop("golden.safetensors"), r"files: golden\.safetensors must be listed"),
-        (lambda p: p.update(name="../../x"), "a printable name without slashes"),
-        (lambda p: p.update(name="a\x1b[2Jb"), "a printable name without slashes"),
+        (lambda p: p.update(name="../../x"), "a name without slashes"),
+        (lambda p: p.update(name="a\x1b[2Jb"), "printable text expected"),
         (lambda p: p["model"]["data"].update(range=[0.0, 2.0]), r"Bernoulli likelihood needs data in \[0, 1\]"),
         (lambda p: p["model"].update(prior="mixture"), "Invalid enum value 'mixture'"),
     ],
@@ -184,7 +184,9 @@ def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> Non
         manifests.decode(tampered(change))
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 1, "version": 1}', b"null"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b'{"x":' * 100_000, b"[]", b"\xff\xfe", b'{"format": 1, "version": 1}', b"null"]
+)
 def test_what_is_no_manifest(raw: bytes) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json is not a manifest: "):
         manifests.decode(raw)

@@ -74,6 +74,36 @@ def test_weights_elsewhere(tmp_path: Path) -> None:
             onnx_reader.check_operators(raw, "m")
 
 
+def field(number: int, content: bytes, *, more: int = 0) -> bytes:
+    """A length-delimited field; `more` is added to its key, as for a reader that cuts keys to 32 bits."""
+    return varint((number << 3 | 2) + more) + varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    found = b""
+    while value >> 7:
+        found, value = found + bytes([value & 0x7F | 0x80]), value >> 7
+    return found + bytes([value])
+
+
+NODE = field(4, b"RandomNormal")
+HIDDEN = {
+    "a key above 32 bits": field(7, field(1, NODE, more=1 << 32)),
+    "an external location above 32 bits": field(7, field(5, varint(14 << 3) + varint(1 + (1 << 32)))),
+    "an external location without the mark": field(7, field(5, field(13, b"")) + field(1, field(4, b"Relu"))),
+    "field 0": field(7, b"") + b"\x00\x00",
+    "a long form of a number": field(7, b"\xf8\x82\x00\x01"),
+    "ONNX Runtime's own format": b"\x18\x00\x00\x00ORTM" + bytes(40),
+    "a default attribute of a function": field(7, b"") + field(25, field(11, field(6, field(1, NODE)))),
+}
+
+
+@pytest.mark.parametrize("raw", HIDDEN.values(), ids=HIDDEN.keys())
+def test_nothing_hides_from_it(raw: bytes) -> None:
+    with pytest.raises(BundleError, match=r"is not an ONNX file|draws random|another file|own format"):
+        onnx_reader.check_operators(raw, "m")
+
+
 def test_sparse_weights() -> None:
     sparse = onnx.SparseTensorProto(dims=[1])
     graph = helper.make_graph([], "g", [], [], sparse_initializer=[sparse])
@@ -88,10 +118,6 @@ def test_no_onnx_file(raw: bytes) -> None:
 
 
 def test_deep_nesting_ends() -> None:
-    def field(number: int, content: bytes) -> bytes:
-        length = len(content)
-        return bytes([number << 3 | 2, length & 0x7F | 0x80, length >> 7 & 0x7F | 0x80, length >> 14]) + content
-
     graph = b""
     for _ in range(40):
         graph = field(1, field(5, field(6, graph)))  # node, attribute, graph

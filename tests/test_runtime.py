@@ -130,6 +130,11 @@ def test_an_example_is_the_same_in_every_batch_and_thread(digits: dict[str, Path
         assert np.array_equal(part, drawn[5:9])
 
 
+def test_small_integers_do_not_wrap(digits: dict[str, Path]) -> None:
+    with vae_export.load(digits["bernoulli"], micro_batch=np.uint8(50)) as vae:
+        close(vae.sample(100, start=np.uint8(200)), vae.sample(300)[200:])
+
+
 def test_a_stream_in_pieces_is_the_whole(digits: dict[str, Path], images: np.ndarray) -> None:
     x = images[:50]
     with vae_export.load(digits["gaussian"]) as vae:
@@ -198,7 +203,6 @@ def test_any_memory_layout(digits: dict[str, Path], seed: int) -> None:
         np.asfortranarray(x),
         np.repeat(x, 2, axis=3)[..., ::2],
         x.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2),
-        np.ma.masked_array(x),
         torch.from_numpy(x),
     ]
     x.flags.writeable = False
@@ -239,6 +243,7 @@ def with_value(value: float) -> np.ndarray:
         (with_value(-0.25), r"x\[1, 0, 2, 3\] is -0\.25"),
         ([[1.0]], r"x is a list; pass a NumPy array of shape \(B, 1, 8, 8\)"),
         (None, "x is a NoneType; pass a NumPy array"),
+        (np.ma.masked_array(GOOD, GOOD > 0), r"x is a masked array; fill its gaps first: x\.filled\(0\)"),
         (torch.ones(1, requires_grad=True), "x is a Tensor that NumPy cannot read: "),
     ],
 )
@@ -306,7 +311,9 @@ def test_what_a_model_does_not_have(member: Callable[[str], Any]) -> None:
         (lambda vae: vae.sample(0), "sample: n is 0; expected 1 or more"),
         (lambda vae: vae.sample(1.5), r"sample: n is 1\.5; expected an integer"),
         (lambda vae: vae.sample(1, seed=-1), r"seed, stream and draw must be from 0 to 2\^64 - 1, got -1"),
-        (lambda vae: vae.sample(1, start=-1), "must not be negative"),
+        (lambda vae: vae.sample(1, start=-1), "sample: start is -1; expected 0 or more"),
+        (lambda vae: vae.elbo(GOOD, start=1.5), r"elbo: start is 1\.5; expected an integer"),
+        (lambda vae: vae.sample(1, size=5), "size: expected names and sizes such as .* got 5"),
         (lambda vae: vae.log_likelihood(GOOD, k=0), "log_likelihood: k is 0; expected 1 or more"),
         (lambda vae: vae.interpolate(GOOD, GOOD, steps=1), "interpolate: steps is 1; expected 2 or more"),
         (lambda vae: vae.interpolate(GOOD, GOOD[:1]), "interpolate: a and b must have one shape"),
@@ -333,7 +340,7 @@ def test_bad_options(digits: dict[str, Path]) -> None:
         vae_export.load(path, device="tpu")
     with pytest.raises(InputError, match="micro_batch is 0; expected 1 or more"):
         vae_export.load(path, micro_batch=0)
-    with pytest.raises(InputError, match="threads is 0; expected 1 or more, or None"):
+    with pytest.raises(InputError, match="threads is 0; expected a number from 1 on, or None"):
         vae_export.load(path, threads=0)
 
 
@@ -376,10 +383,46 @@ def test_a_bundle_that_contradicts_itself(member: Callable[[str], Any], tmp_path
                 vae.sample(n)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda graph: setattr(graph.input[0], "name", "y"),
+            "decoder: the manifest promises .*'z'.* the graph has .*'y'",
+        ),
+        (lambda graph: graph.output.pop(), "decoder: the manifest promises .*'sample', .* the graph has"),
+        (lambda graph: setattr(dims(graph.input[0])[0], "dim_value", 3), r"and the graph has \[\('z'.*\(3, "),
+    ],
+)
+def test_a_graph_that_is_not_as_the_manifest_says(
+    member: Callable[[str], Any], tmp_path: Path, edit: Callable[[Any], object], message: str
+) -> None:
+    import shutil
+
+    import onnx
+    from test_bundle import reseal
+
+    path = Path(shutil.copytree(member("mlp-bernoulli").bundle, tmp_path / "b"))
+    model = onnx.load(path / "vae_decoder" / "model.onnx")
+    edit(model.graph)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "z":
+                node.input[index] = model.graph.input[0].name
+    (path / "vae_decoder" / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(path)
+    with pytest.raises(BundleError, match=message):
+        vae_export.load(path)
+
+
+def dims(value: Any) -> Any:
+    return value.type.tensor_type.shape.dim
+
+
 def test_latents_of_a_size_that_the_data_cannot_have(member: Callable[[str], Any]) -> None:
-    with vae_export.load(member("spatial-named").bundle) as vae:
-        with pytest.raises(InputError, match=r"z has shape \(1, 4, 0, 5\); this bundle expects \(B, 4, height/4"):
-            vae.decode(np.zeros((1, 4, 0, 5), np.float32))
+    message = r"z has shape \(1, 4, 0, 5\); this bundle expects \(B, 4, height/4"
+    with vae_export.load(member("spatial-named").bundle) as vae, pytest.raises(InputError, match=message):
+        vae.decode(np.zeros((1, 4, 0, 5), np.float32))
 
 
 def test_closed(digits: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ from vae_export.trainers.config import ModelConfig, TrainConfig
 from vae_export.trainers.objective import elbo, gaussian
 
 from vae_export import noise
-from vae_export.errors import InputError
+from vae_export.errors import BackendError, InputError
 
 DIGITS = (1, 8, 8)
 
@@ -103,8 +103,8 @@ def test_schedule() -> None:
 @pytest.mark.parametrize(
     ("model", "train", "message"),
     [
-        ({"latent": 0}, {}, "latent is 0; expected 1 or more"),
-        ({"widths": ()}, {}, r"widths are \[\]; expected one or more positive numbers"),
+        ({"latent": 0}, {}, "latent is 0; expected 1 to 65,536"),
+        ({"widths": ()}, {}, r"widths are \[\]; expected one or more numbers from 1"),
         ({"widths": (4, 0)}, {}, r"widths are \[4, 0\]"),
         ({"widths": (4,) * 4}, {}, "4 widths halve the image 4 times, but 8 × 8 does not divide by 16"),
         ({"data_shape": (0, 8, 8)}, {}, r"data shape is \(0, 8, 8\)"),
@@ -112,6 +112,7 @@ def test_schedule() -> None:
         ({}, {"epochs": 0}, "epochs and batch size must be 1 or more, got 0 and 64"),
         ({}, {"batch_size": 0}, "got 60 and 0"),
         ({}, {"learning_rate": 0.0}, r"learning rate must be positive, got 0\.0"),
+        ({}, {"gradient_clip": 0.0}, "the gradient clip must be positive"),
         ({}, {"learning_rate": math.nan}, "learning rate must be positive, got nan"),
         ({}, {"seed": -1}, r"the seed must be from 0 to 2\^64 - 1, got -1"),
         ({}, {"data": "mnist"}, "data set 'mnist' is not known; expected 'digits'"),
@@ -133,6 +134,27 @@ def test_a_loss_that_explodes_is_told(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"exists already\. Choose another folder, or overwrite it"):
         fit.fit(checkpoints["gaussian"], ModelConfig(data_shape=DIGITS), TrainConfig(epochs=1))
+
+
+def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("…")
+    config = ModelConfig(model="mlp", data_shape=DIGITS, widths=(8,))
+    with pytest.raises(InputError, match=r"is not just a checkpoint \(thesis\.txt\)\. Remove it yourself"):
+        fit.fit(tmp_path, config, TrainConfig(epochs=1), overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_place_that_cannot_be_written_costs_no_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        fit.fit(tmp_path / "file" / "out", ModelConfig(data_shape=DIGITS), TrainConfig(epochs=100_000))
+
+
+def test_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA: its absence cannot be tested")
+    with pytest.raises(BackendError, match="train: device 'cuda' is not available here: "):
+        fit.fit(Path("never"), ModelConfig(data_shape=DIGITS), TrainConfig(device="cuda"))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_splits_that_differ_are_found(digits: dict[str, Path]) -> None:
     class Uneven:
         """A real backend whose results depend on the batch, as a wrong kernel's would."""
 
-        inner = verifier.open_backend(graphs)
+        inner = verifier.open_backend(graphs, manifest.graphs)
 
         def run(self, graph: str, inputs: dict[str, Any], outputs: Any) -> list[Any]:
             batch = len(next(iter(inputs.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,10 +22,32 @@ def write(path: Path, config: CheckpointConfig, model: VAEModel, *, overwrite: b
     Raises:
         InputError: something is at `path` and overwrite is false.
     """
+    check_target(path, overwrite=overwrite)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_folder(path, overwrite=overwrite) as stage:
         (stage / configs.WEIGHTS).write_bytes(save(tensors))
         (stage / configs.CONFIG).write_bytes(configs.encode(config))
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any training time is spent, a place where the checkpoint cannot be written.
+
+    Raises:
+        InputError: something is at `path` and overwrite is false, or it is not just a checkpoint.
+        OSError: its folder cannot be written to.
+    """
+    if path.is_dir() and overwrite:
+        strangers = sorted({entry.name for entry in path.iterdir()} - {configs.CONFIG, configs.WEIGHTS})
+        if strangers or (any(path.iterdir()) and not configs.is_checkpoint(path)):
+            raise InputError(
+                f"train: {path} is not just a checkpoint ({', '.join(strangers[:5]) or 'a part is missing'}). "
+                "Remove it yourself, or choose another folder"
+            )
+    elif path.exists() or path.is_symlink():
+        raise InputError(f"train: {path} exists already. Choose another folder, or overwrite it (--force)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):
+        pass
 
 
 def read(path: Path) -> tuple[CheckpointConfig, VAEModel]:

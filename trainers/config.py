@@ -15,6 +15,7 @@ FORMAT: Final = "vae_export.checkpoint"
 VERSION: Final = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_LARGEST = 1 << 16
 
 
 class ModelConfig(Record, frozen=True, kw_only=True):
@@ -45,10 +46,12 @@ class ModelConfig(Record, frozen=True, kw_only=True):
         Raises:
             InputError: a size is below 1, or the image does not divide by the model's strides.
         """
-        if self.latent < 1:
-            raise InputError(f"train: latent is {self.latent}; expected 1 or more")
-        if not self.widths or min(self.widths) < 1:
-            raise InputError(f"train: widths are {list(self.widths)}; expected one or more positive numbers")
+        if not 1 <= self.latent <= _LARGEST:
+            raise InputError(f"train: latent is {self.latent}; expected 1 to {_LARGEST:,}")
+        if not self.widths or min(self.widths) < 1 or max(self.widths) > _LARGEST:
+            raise InputError(
+                f"train: widths are {list(self.widths)}; expected one or more numbers from 1 to {_LARGEST:,}"
+            )
         if min(self.data_shape) < 1:
             raise InputError(f"train: data shape is {self.data_shape}; expected (C, H, W) of positive numbers")
         stride = 2 ** len(self.widths)
@@ -152,7 +155,7 @@ def read(path: Path) -> CheckpointConfig:
         raise InputError(f"{path} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
     try:
         config = msgspec.json.decode((path / CONFIG).read_bytes(), type=CheckpointConfig)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path / CONFIG} is not a checkpoint's configuration: {error}") from None
     config.model.check()
     return config

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vae_export import noise
-from vae_export.errors import InputError
+from vae_export.errors import BackendError, InputError
 from vae_export.manifest import Data, Likelihood
 
 from . import checkpoint, data, models
@@ -37,11 +37,11 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
 
     Raises:
         InputError: the configuration or the data does not fit, `out` exists, or the loss became NaN.
+        BackendError: the device is not there.
     """
     config.check()
     model_config.check()
-    if out.exists() and not overwrite:
-        raise InputError(f"train: {out} exists already. Choose another folder, or overwrite it (--force)")
+    checkpoint.check_target(out, overwrite=overwrite)
     dataset = data.load(config.data, config.seed)
     if dataset.train.shape[1:] != model_config.data_shape:
         raise InputError(
@@ -49,7 +49,10 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
             f"{dataset.train.shape[1:]}"
         )
 
-    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    try:
+        fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"train: device {config.device!r} is not available here: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         plain = models.build(model_config)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from vae_export import golden, noise
+from vae_export import golden, noise, onnx_reader
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError, VaeExportError, require
 from vae_export.runtimes import VAE, load
@@ -71,10 +71,11 @@ class Bare:
     def __init__(self, path: Path) -> None:
         ort = require("onnxruntime", "cpu", "bench")
         bundle = Bundle(path)
-        self.sessions = {
-            name: ort.InferenceSession(bundle.read(graph.file), providers=["CPUExecutionProvider"])
-            for name, graph in bundle.manifest.graphs.items()
-        }
+        self.sessions = {}
+        for name, graph in bundle.manifest.graphs.items():
+            model = bundle.read(graph.file)
+            onnx_reader.check_operators(model, name)
+            self.sessions[name] = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
         self.random = np.random.default_rng(0)
 
     def prepare(self, verb: str, value: Array) -> Call:
@@ -132,7 +133,8 @@ def candidates(path: Path, source: Path | None = None) -> list[Candidate]:
     Raises:
         InputError, BundleError, BackendError: as for `load`, and for reading the checkpoint.
     """
-    found: list[Candidate] = [Bare(path), Ours(path)]
+    ours = Ours(path)  # first: it checks the bundle
+    found: list[Candidate] = [Bare(path), ours]
     if source is not None:
         require("torch", "export", "bench --source")
         from vae_export.sources.checkpoint import load as load_source

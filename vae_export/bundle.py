@@ -22,6 +22,7 @@ from vae_export.manifest import File, Manifest
 MANIFEST = "manifest.json"
 #: A manifest larger than this is not read.
 _MANIFEST_LIMIT = 16 << 20
+_PIECE = 16 << 20
 
 
 class Bundle:
@@ -66,45 +67,57 @@ class Bundle:
         """
         for name in self.manifest.files:
             if name not in self._checked:
-                self.read(name)
+                self._content(name, self.manifest.files[name], keep=False)
+                self._checked.add(name)
 
     def unlisted(self) -> list[str]:
         """Files in the folder that the manifest does not list. They are never read."""
         found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir())
         return sorted(set(found) - set(self.manifest.files) - {MANIFEST})
 
-    def _content(self, name: str, expected: File | None) -> bytes:
+    def _content(self, name: str, expected: File | None, *, keep: bool = True) -> bytes:
+        """A file's content, checked; with `keep` false it is only checked, piece by piece."""
         path = self.path.joinpath(*PurePosixPath(name).parts)
-        for part in (path, *path.parents):
-            if part == self.path:
-                break
-            if part.is_symlink():
-                raise BundleError(f"{path}: {part.name} is a symbolic link. Copy the bundle with its files instead")
+        digest, pieces = hashlib.sha256(), []
         try:
+            for part in (path, *path.parents):
+                if part == self.path:
+                    break
+                if part.is_symlink():
+                    raise BundleError(f"{path}: {part.name} is a symbolic link. Copy the bundle with its files instead")
             with open(path, "rb", opener=_opener) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise BundleError(f"{path}: is not a plain file")
-                if status.st_nlink != 1:
-                    raise BundleError(
-                        f"{path}: is a hard link, so that it can be changed from outside the bundle. "
-                        "Copy the bundle with its content instead"
-                    )
-                limit = _MANIFEST_LIMIT if expected is None else expected.size
-                if status.st_size > limit or (expected and status.st_size != limit):
-                    raise BundleError(
-                        f"{path}: has {status.st_size} bytes, expected {'at most ' * (expected is None)}{limit}. "
-                        "It is truncated or was changed; export or copy the bundle again"
-                    )
-                content = file.read(limit + 1)
+                left = _check_status(path, os.fstat(file.fileno()), expected) + 1
+                while left and (piece := file.read(min(left, _PIECE))):
+                    left -= len(piece)
+                    digest.update(piece)
+                    if keep:
+                        pieces.append(piece)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror}. Export or copy the bundle again") from None
-        if expected and (len(content) != limit or hashlib.sha256(content).hexdigest() != expected.sha256):
+        if expected and (left != 1 or digest.hexdigest() != expected.sha256):
             raise BundleError(
                 f"{path}: its SHA-256 is not the one in the manifest: it was damaged or changed. "
                 "Export or copy the bundle again"
             )
-        return content
+        return b"".join(pieces)
+
+
+def _check_status(path: Path, status: os.stat_result, expected: File | None) -> int:
+    """Refuse what is not a plain file of the expected size. Gives the largest size that may be read."""
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path}: is not a plain file")
+    if status.st_nlink != 1:
+        raise BundleError(
+            f"{path}: is a hard link, so that it can be changed from outside the bundle. "
+            "Copy the bundle with its content instead"
+        )
+    limit = _MANIFEST_LIMIT if expected is None else expected.size
+    if status.st_size > limit or (expected and status.st_size != limit):
+        raise BundleError(
+            f"{path}: has {status.st_size} bytes, expected {'at most ' * (expected is None)}{limit}. "
+            "It is truncated or was changed; export or copy the bundle again"
+        )
+    return limit
 
 
 def _opener(path: str, flags: int) -> int:
@@ -117,10 +130,20 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill and to end with `write_manifest`. On success it becomes the bundle at `path`.
 
     Raises:
-        InputError: something is at `path` and overwrite is false, or what is there is not a bundle.
+        InputError: something is at `path` and overwrite is false, or what is there is not just a bundle.
     """
-    if overwrite and path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
-        raise InputError(f"{path} exists and is not a bundle. Remove it yourself, or choose another path")
+    if overwrite and path.is_dir() and any(path.iterdir()):
+        try:
+            strangers = Bundle(path).unlisted()
+        except BundleError as error:
+            raise InputError(
+                f"{path} exists and is not a whole bundle ({error}). Remove it yourself, or choose another path"
+            ) from None
+        if strangers:
+            raise InputError(
+                f"{path} holds files that are not the bundle's: {', '.join(strangers[:5])}. Move them away, or "
+                "choose another path"
+            )
     with atomic_folder(path, overwrite=overwrite) as stage:
         yield stage
 

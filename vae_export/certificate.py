@@ -127,6 +127,10 @@ class Certificate(Record, frozen=True, kw_only=True):
     splits_identical: bool
     checks: tuple[Check, ...]
 
+    def __post_init__(self) -> None:
+        if not self.checks:
+            raise ValueError("one check or more expected")
+
     @property
     def passed(self) -> bool:
         """Whether every check is within its budget."""
@@ -164,5 +168,5 @@ def decode(raw: bytes) -> Certificate:
     """
     try:
         return msgspec.json.decode(raw, type=Certificate)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"verification.json is not a certificate: {error}") from None

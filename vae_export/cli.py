@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
+import io
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from vae_export.errors import BackendError, InputError, VaeExportError, VerificationError, require
+from vae_export.errors import BackendError, InputError, VaeExportError, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,37 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class ModelName(enum.StrEnum):
+    """What the trainer makes."""
+
+    mlp = "mlp"
+    conv = "conv"
+
+
+class LikelihoodName(enum.StrEnum):
+    """What the trainer fits."""
+
+    bernoulli = "bernoulli"
+    gaussian = "gaussian"
+
+
+class Accelerator(enum.StrEnum):
+    """Where the trainer runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Precision(enum.StrEnum):
+    """The trainer's arithmetic, by Lightning Fabric's names."""
+
+    full = "32-true"
+    bfloat16 = "bf16-mixed"
+    float16 = "16-mixed"
+
+
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="A picture, a folder, array.npy or arrays.npz:key.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
@@ -43,21 +75,45 @@ Start = Annotated[int, typer.Option(help="Index of the first example.")]
 Resize = Annotated[bool, typer.Option("--resize", help="Scale pictures of another size.")]
 
 
+_terminated = False
+
+
 def main() -> None:
     """Run the command line. An expected failure prints one message and exits with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for a table's lines
     try:
         app()
-    except VaeExportError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        typer.echo(f"error: {error.filename or 'file system'}: {error.strerror or error}", err=True)
-        sys.exit(InputError.exit_code)
+    except BaseException as error:
+        if _terminated:  # whatever came of it: an import that was cut short raises its own error
+            sys.exit(128 + signal.SIGTERM)
+        if isinstance(error, VaeExportError):
+            _exit(str(error), error.exit_code)
+        if isinstance(error, MemoryError):
+            _exit(f"not enough memory: {error or 'ask for fewer or smaller examples'}", InputError.exit_code)
+        if isinstance(error, OSError):
+            _exit(f"{error.filename or 'file system'}: {error.strerror or error}", InputError.exit_code)
+        raise
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    global _terminated
+    _terminated = True
     sys.exit(128 + signal.SIGTERM)
+
+
+def _target(out: Path, bundle: Path) -> Path:
+    """Where a result goes: not into the bundle, which is never changed after its export."""
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise InputError(f"{out} lies inside the bundle, which is never changed. Choose a path outside of it")
+    return out
 
 
 @app.command()
@@ -72,8 +128,8 @@ def demo(out: Annotated[Path, typer.Option(help="Where the results go.")] = Path
 def train(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint's folder.")],
     data: Annotated[str, typer.Option(help="The data set: digits.")] = "digits",
-    model: Annotated[str, typer.Option(help="mlp or conv.")] = "conv",
-    likelihood: Annotated[str, typer.Option(help="bernoulli or gaussian.")] = "bernoulli",
+    model: Annotated[ModelName, typer.Option(help="What to train.")] = ModelName.conv,
+    likelihood: Annotated[LikelihoodName, typer.Option(help="p(x|z).")] = LikelihoodName.bernoulli,
     latent: Annotated[int, typer.Option(help="Latent dimensions.")] = 16,
     widths: Annotated[
         str, typer.Option(help="mlp: units of each hidden layer; conv: channels at each halving.")
@@ -82,46 +138,33 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 60,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    device: Annotated[Accelerator, typer.Option(help="Where to train.")] = Accelerator.auto,
+    precision: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.full,
     force: Force = False,
 ) -> None:
     """Train a VAE and leave a checkpoint."""
     require("lightning_fabric", "train", "train")
-    import msgspec
-
     from vae_export.trainers import data as datasets
     from vae_export.trainers.config import ModelConfig, TrainConfig
     from vae_export.trainers.fit import fit
 
-    try:
-        shape = datasets.load(data, seed).train.shape[1:]
-        model_config = msgspec.convert(
-            {
-                "model": model,
-                "data_shape": shape,
-                "likelihood": likelihood,
-                "latent": latent,
-                "widths": [int(width) for width in widths.split(",")],
-            },
-            ModelConfig,
-        )
-        train_config = msgspec.convert(
-            {
-                "data": data,
-                "seed": seed,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "device": device,
-                "precision": precision,
-            },
-            TrainConfig,
-        )
-    except (msgspec.ValidationError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"train: {error}") from None
+    colours, height, width = datasets.load(data, seed).train.shape[1:]
+    model_config = ModelConfig(
+        model=model.value,
+        data_shape=(colours, height, width),
+        likelihood=likelihood.value,
+        latent=latent,
+        widths=_numbers("train: widths", widths),
+    )
+    train_config = TrainConfig(
+        data=data,
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        device=device.value,
+        precision=precision.value,
+    )
     result = fit(out, model_config, train_config, overwrite=force)
     typer.echo(
         f"{out}: held-out ELBO {result.elbo:.2f} nats (reconstruction {result.reconstruction:.2f}, KL {result.kl:.2f})"
@@ -155,18 +198,20 @@ def verify(
     out: Annotated[Path | None, typer.Option(help="Write the certificate as JSON.")] = None,
 ) -> None:
     """Measure a bundle's certificate again, on this machine, without PyTorch."""
-    from vae_export import certificate, report
+    from vae_export import certificate, files, report
     from vae_export.verifier import verify as run
 
+    target = _target(out, bundle) if out else None
     measured = run(bundle, device=device.value)
-    if out:
-        out.write_bytes(certificate.encode(measured))
+    if target:
+        with files.atomic_file(target) as stage:
+            stage.write_bytes(certificate.encode(measured))
     if json:
         _print_json(measured.to_dict())
     else:
         _console().print(report.certificate(measured))
     if not measured.passed:
-        _fail(VerificationError, measured)
+        measured.require()
 
 
 @app.command()
@@ -216,6 +261,7 @@ def sample(
     from vae_export.runtimes import load
 
     with load(bundle, device=device.value) as vae:
+        images.check_target(_target(out, bundle), vae.model.data)
         images.write(out, vae.sample(n, seed, start, draw=draw), vae.model.data)
     typer.echo(f"{out}: {n} samples, seed {seed}, from {start}")
 
@@ -238,6 +284,7 @@ def reconstruct(
 
     with load(bundle, device=device.value) as vae:
         data = vae.model.data
+        images.check_target(_target(out, bundle), data)
         x = images.read(input, data, resize=resize)
         reconstruction = vae.reconstruct(x, seed, start)
         if x.dtype == np.uint8:
@@ -260,15 +307,17 @@ def score(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Each example's ELBO in nats, or a tighter bound on its evidence, as CSV or JSON."""
-    from vae_export import images, scoring
+    from vae_export import files, images, scoring
     from vae_export.runtimes import load
 
+    target = _target(out, bundle) if out else None
     with load(bundle, device=device.value) as vae:
         x = images.read(input, vae.model.data, resize=resize)
         columns = scoring.score(vae, x, k=k, seed=seed, start=start)
     text = scoring.to_json(columns) if json else scoring.to_csv(columns)
-    if out:
-        out.write_text(text, encoding="utf-8")
+    if target:
+        with files.atomic_file(target) as stage:
+            stage.write_text(text, encoding="utf-8")
     else:
         typer.echo(text, nl=False)
 
@@ -283,11 +332,7 @@ def bench(
     """Time encode, decode and sample: our runtime, a bare ONNX Runtime session, and PyTorch."""
     from vae_export import bench as module
 
-    try:
-        sizes = [int(size) for size in batches.split(",")]
-    except ValueError:
-        raise InputError(f"bench: batches are {batches!r}; expected numbers such as 1,8,64") from None
-    rows = module.run(bundle, source, sizes)
+    rows = module.run(bundle, source, _numbers("bench: batches", batches))
     if json:
         _print_json(rows)
     else:
@@ -323,9 +368,11 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(BackendError.exit_code)
 
 
-def _fail(kind: type[VaeExportError], measured: Any) -> NoReturn:
-    measured.require()
-    raise kind("the certificate failed")
+def _numbers(what: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"{what} are {text!r}; expected numbers such as 8,64") from None
 
 
 def _console() -> Console:

@@ -97,7 +97,7 @@ def export(
     progress("computing the reference in float64")
     reference = compute_reference(source)
     progress("measuring the certificate")
-    backend = open_backend(graphs, device="cpu")
+    backend = open_backend(graphs, records, device="cpu")
     measured = verifier.measure(model, backend, reference, name)
     measured.require()
 
@@ -257,7 +257,7 @@ class _Watch(TorchDispatchMode):
     """Notes floating-point results that are not float64."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

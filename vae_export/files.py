@@ -46,11 +46,19 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new one."""
-    stage = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a new file's path beside `path` to write to; on success it becomes `path`, on failure it goes.
+
+    Folders on the way are made. What is no plain file, such as a device, is written to directly.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    stage = path.parent / f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}"
     try:
-        stage.write_bytes(content)
+        yield stage
         _sync(stage)
         stage.replace(path)
         _sync(path.parent)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vae_export.errors import InputError
+from vae_export.files import atomic_file
 from vae_export.manifest import Data
 
 Array = npt.NDArray[Any]
@@ -18,6 +20,7 @@ Array = npt.NDArray[Any]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _TILE = 48  # pixels that a tile of a grid has at least along its shorter side
 _MODES = {1: "L", 3: "RGB"}
+_CLEAR = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes that convert without loss of meaning
 
 
 def is_picture(shape: tuple[object, ...]) -> bool:
@@ -79,15 +82,24 @@ def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
     Raises:
         InputError: another ending, or examples that are no pictures.
     """
-    if path.suffix not in (".png", ".npy"):
+    check_target(path, data)
+    with atomic_file(path) as stage:
+        if path.suffix.lower() == ".npy":
+            np.save(stage, x if below is None else below)
+        else:
+            (grid(x, data.range) if below is None else pairs(x, below, data.range)).save(stage)
+
+
+def check_target(path: Path, data: Data) -> None:
+    """Refuse, before anything is computed, a file that `write` cannot write.
+
+    Raises:
+        InputError: an ending other than `.png` and `.npy`, or examples that are no pictures.
+    """
+    if path.suffix.lower() not in (".png", ".npy"):
         raise InputError(f"{path}: expected a file that ends in .png (pictures) or .npy (array)")
-    if path.suffix == ".png" and not is_picture(data.shape):
+    if path.suffix.lower() == ".png" and not is_picture(data.shape):
         raise InputError(f"{path}: only data of shape (1 or 3, H, W) can be shown; write .npy instead")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, x if below is None else below)
-    else:
-        (grid(x, data.range) if below is None else pairs(x, below, data.range)).save(path)
 
 
 def read(spec: str, data: Data, *, resize: bool = False) -> Array:
@@ -108,19 +120,21 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
         InputError: it is missing, damaged, or not of a kind or size that can be read.
     """
     name, _, key = spec.rpartition(":")
-    if name.endswith(".npz"):
-        return _read_npz(Path(name), key)
-    path = Path(spec)
+    path = Path(name) if name.endswith(".npz") else Path(spec)
     if not path.exists():
         raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is no plain file; expected a picture, a folder, array.npy or arrays.npz:key")
     if path.suffix == ".npz":
-        return _read_npz(path, "")
+        return _read_npz(path, key if name.endswith(".npz") else "")
     if path.suffix == ".npy":
         try:
-            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return array
-        except (ValueError, EOFError, OSError) as error:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy's reader raises whatever its parts raise on damaged files
             raise InputError(f"{path} is not a plain NumPy array: {error}") from None
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{path} is not a plain NumPy array; is it an .npz?")
+        return array
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
@@ -128,17 +142,15 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
 
 
 def _read_npz(path: Path, key: str) -> Array:
-    if not path.exists():
-        raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if key not in arrays:
-                raise InputError(f"{path} has the arrays {', '.join(arrays) or 'none'}; name one: {path}:KEY")
-            return np.asarray(arrays[key])
-    except (ValueError, EOFError, OSError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+            found = list(arrays)
+            array = np.asarray(arrays[key]) if key in found else None
+    except Exception as error:  # NumPy's reader raises whatever its parts raise on damaged files
         raise InputError(f"{path} is not a NumPy archive: {error}") from None
+    if array is None:
+        raise InputError(f"{path} has the arrays {', '.join(found) or 'none'}; name one: {path}:KEY")
+    return array
 
 
 def _read_picture(path: Path, data: Data, resize: bool) -> Array:
@@ -147,10 +159,17 @@ def _read_picture(path: Path, data: Data, resize: bool) -> Array:
     colours, height, width = data.shape
     assert isinstance(colours, int)
     try:
-        with Image.open(path) as file:
-            picture = file.convert(_MODES[colours])
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                frames, mode = getattr(file, "n_frames", 1), file.mode
+                clear = mode in _CLEAR and "transparency" not in file.info
+                picture = file.convert(_MODES[colours])
+    except Exception as error:  # Pillow's readers raise whatever their formats raise on damaged files
         raise InputError(f"{path} is not a picture that can be read: {error}") from None
+    if not clear or frames > 1:
+        what = f"{frames} frames" if frames > 1 else f"transparency or more than 8 bits (mode {mode})"
+        raise InputError(f"{path} has {what}; convert it to one 8-bit grey or RGB picture")
     if isinstance(height, int) and isinstance(width, int) and picture.size != (width, height):
         if not resize:
             raise InputError(

@@ -204,6 +204,7 @@ class Model(Part, frozen=True, kw_only=True):
     likelihood: Likelihood
 
     def __post_init__(self) -> None:
+        _check_text(self.architecture)
         if self.parameters < 0:
             raise ValueError(f"parameters must not be negative, got {self.parameters}")
         if len(self.latent.shape) not in (1, 3):
@@ -231,6 +232,8 @@ class Model(Part, frozen=True, kw_only=True):
             InputError: a named dimension has no size, or one that the model does not take.
         """
         named = self.data.named()
+        if size is not None and not isinstance(size, Mapping):
+            raise InputError(f"size: expected names and sizes such as {{'height': 64}}, got {size!r}")
         size = size or {}
         wanted = ", ".join(map(str, named.values())) or "no sizes"
         if set(size) != set(named):
@@ -303,7 +306,9 @@ class Golden(Part, frozen=True, kw_only=True):
     prior: int
 
     def __post_init__(self) -> None:
-        if min(self.seed, self.extremes, self.held_out, self.decoded) < 0 or self.prior < 1 or self.examples < 1:
+        _check_text(self.reference)
+        data = self.held_out + self.decoded
+        if min(self.seed, self.extremes, self.held_out, self.decoded) < 0 or self.prior < 1 or data < 1:
             raise ValueError("golden: a seed of 0 or more, one example or more and one prior draw or more expected")
 
     @property
@@ -326,6 +331,9 @@ class Origin(Part, frozen=True, kw_only=True):
     name: str
     weights_sha256: str | None = None
     data: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, self.weights_sha256 or "", self.data or "")
 
 
 class File(Part, frozen=True, kw_only=True):
@@ -374,11 +382,19 @@ class Manifest(Part, frozen=True, kw_only=True):
     files: dict[str, File]
 
     def __post_init__(self) -> None:
-        if not self.name or not self.name.isprintable() or set(self.name) & set("/\\"):
-            raise ValueError(f"name {self.name!r}: a printable name without slashes expected")
+        _check_text(self.name, self.created, *self.tools, *self.tools.values())
+        if not self.name or set(self.name) & set("/\\"):
+            raise ValueError(f"name {self.name!r}: a name without slashes expected")
         for path in self.files:
             pure = PurePosixPath(path)
-            if str(pure) != path or pure.is_absolute() or ".." in pure.parts or re.search(r"[\\:\0]", path):
+            if (
+                str(pure) != path
+                or not pure.parts
+                or not path.isprintable()
+                or pure.is_absolute()
+                or ".." in pure.parts
+                or re.search(r"[\\:\0]", path)
+            ):
                 raise ValueError(f"file {path!r}: a plain path inside the bundle expected")
         if set(self.graphs) != {"encoder", "decoder"}:
             raise ValueError(f"graphs: an encoder and a decoder expected, got {sorted(self.graphs)}")
@@ -424,7 +440,7 @@ def decode(raw: bytes) -> Manifest:
     """
     try:
         header = msgspec.json.decode(raw, type=_Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"manifest.json is not a manifest: {error}") from None
     if header.format != FORMAT:
         raise BundleError(f"manifest.json: format is {header.format!r}, expected {FORMAT!r}")
@@ -435,7 +451,7 @@ def decode(raw: bytes) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"manifest.json: {error}") from None
     if encode(manifest) != raw:
         raise BundleError(
@@ -447,6 +463,12 @@ def decode(raw: bytes) -> Manifest:
 
 def _canonical(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def _check_text(*texts: str) -> None:
+    for text in texts:
+        if not text.isprintable():
+            raise ValueError(f"printable text expected, got {text!r}")
 
 
 def _signature(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> str:

@@ -21,11 +21,10 @@ _DEPTH = 32
 # Field numbers of onnx.proto3.
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_FUNCTION_NODE = 7
+_FUNCTION_NODE, _FUNCTION_DEFAULT = 7, 11
 _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
-_TENSOR_LOCATION = 14
-_EXTERNAL = 1
+_TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 
 
 def check_operators(model: bytes, name: str) -> None:
@@ -39,6 +38,8 @@ def check_operators(model: bytes, name: str) -> None:
         BundleError: it has a random operator, a loop, an operator of another domain, weights in another
             file, or is not an ONNX file.
     """
+    if model[4:8] == b"ORTM":
+        raise BundleError(f"{name}: is a model in ONNX Runtime's own format, which is not read; expected ONNX")
     for operator in _model_operators(memoryview(model), name):
         if "." in operator:
             raise BundleError(f"{name}: the operator {operator} is not a standard ONNX operator. It is not run")
@@ -62,6 +63,8 @@ def _model_operators(model: memoryview, name: str) -> Iterator[str]:
                 for inner, node in _fields(_bytes(value)):
                     if inner == _FUNCTION_NODE:
                         yield from _node(_bytes(node), name, 0)
+                    elif inner == _FUNCTION_DEFAULT:
+                        yield from _attribute(_bytes(node), name, 0)
     except (IndexError, UnicodeDecodeError, ValueError) as error:
         raise BundleError(f"{name}: is not an ONNX file: {error}") from None
     if not found:
@@ -88,17 +91,21 @@ def _node(node: memoryview, name: str, depth: int) -> Iterator[str]:
         elif field == _NODE_DOMAIN:
             domain = str(_bytes(value), "utf-8")
         elif field == _NODE_ATTRIBUTE:
-            for inner, content in _fields(_bytes(value)):
-                if inner in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-                    _tensor(_bytes(content), name)
-                elif inner in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                    yield from _graph(_bytes(content), name, depth + 1)
+            yield from _attribute(_bytes(value), name, depth)
     yield operator if domain in _STANDARD else f"{domain}.{operator}"
+
+
+def _attribute(attribute: memoryview, name: str, depth: int) -> Iterator[str]:
+    for field, value in _fields(attribute):
+        if field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+            _tensor(_bytes(value), name)
+        elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+            yield from _graph(_bytes(value), name, depth + 1)
 
 
 def _tensor(tensor: memoryview, name: str) -> None:
     for field, value in _fields(tensor):
-        if field == _TENSOR_LOCATION and value == _EXTERNAL:
+        if field == _TENSOR_EXTERNAL or (field == _TENSOR_LOCATION and value != 0):
             raise BundleError(f"{name}: weights lie in another file, which is not read. Export the model again")
 
 
@@ -114,6 +121,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while at < len(message):
         key, at = _varint(message, at)
         number, kind = key >> 3, key & 7
+        # Other readers cut a key to 32 bits, or stop at field 0: they would see another message than this.
+        if number == 0 or key >> 32:
+            raise ValueError(f"{number} is no field number")
         if kind == 0:
             value, at = _varint(message, at)
             yield number, value
@@ -137,6 +147,8 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
+            if byte == 0 and shift:
+                raise ValueError("a number is not in its shortest form")
             return value, at
         shift += 7
         if shift > 63:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vae_export.certificate import Certificate
 from vae_export.manifest import Manifest, shape_text
@@ -19,7 +21,7 @@ def facts(title: str, values: Mapping[str, object]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(name, str(value))
+        table.add_row(Text(name), Text(str(value)))
     return table
 
 
@@ -28,9 +30,9 @@ def certificate(measured: Certificate) -> Table:
     ran = measured.measured
     kinds = ", ".join(f"{count} {name}" for name, count in measured.examples.items() if count)
     table = Table(
-        title=f"{measured.bundle}: certificate, {measured.precision}",
+        title=escape(f"{measured.bundle}: certificate, {measured.precision}"),
         title_justify="left",
-        caption=(
+        caption=escape(
             f"{measured.reference} against {ran.get('backend')} {ran.get('version')} {ran.get('provider')}; "
             f"{kinds}; worst over batches {', '.join(map(str, measured.batches))}. S: sum of the absolute terms "
             f"of log p(x|z) and KL. Batch splits bit-identical: {'yes' if measured.splits_identical else 'no'}"
@@ -65,7 +67,10 @@ def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list
         "likelihood p(x|z)": _with_clamp(model.likelihood.kind, model.likelihood.logvar_clamp),
         "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
-        "certificate": f"{'passed' if measured.passed else 'FAILED'}, {measured.precision}, {measured.created}",
+        "certificate": (
+            f"{'passed' if measured.passed else 'FAILED'} at the export, {measured.precision}, as the bundle says; "
+            "`vae-export verify` measures it here"
+        ),
     }
     if unlisted:
         overview["unlisted files"] = f"{', '.join(unlisted)} (never read)"
@@ -75,12 +80,12 @@ def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list
             "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.shape))})" for t in tensors)
             for tensors in (graph.inputs, graph.outputs)
         )
-        graphs.add_row(name, graph.file, str(graph.opset), *ends)
+        graphs.add_row(*map(Text, (name, graph.file, str(graph.opset), *ends)))
     files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
     files.columns[1].justify = "right"
     for name, file in manifest.files.items():
-        files.add_row(name, f"{file.size:,}", file.sha256[:16] + "…")
-    return [facts(manifest.name, overview), graphs, files]
+        files.add_row(Text(name), f"{file.size:,}", file.sha256[:16] + "…")
+    return [facts(escape(manifest.name), overview), graphs, files]
 
 
 def as_text(*renderables: Any, width: int = 120) -> str:

@@ -43,7 +43,7 @@ def score(vae: VAE, x: npt.NDArray[Any], *, k: int | None = None, seed: int = 0,
             parts.append({"log_likelihood": vae.log_likelihood(piece, k, seed, at)})
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     count = len(next(iter(columns.values())))
-    return {"index": np.arange(start, start + count), **columns}
+    return {"index": np.arange(count, dtype=np.uint64) + np.uint64(start), **columns}
 
 
 def to_csv(columns: Columns) -> str:

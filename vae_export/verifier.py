@@ -41,7 +41,9 @@ def verify(path: str | os.PathLike[str], *, device: str = "auto", threads: int |
     graphs = {name: bundle.read(graph.file) for name, graph in manifest.graphs.items()}
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, manifest.model)
     bundle.check()
-    return measure(manifest.model, open_backend(graphs, device=device, threads=threads), reference, manifest.name)
+    return measure(
+        manifest.model, open_backend(graphs, manifest.graphs, device=device, threads=threads), reference, manifest.name
+    )
 
 
 def measure(model: Model, backend: Backend, reference: Reference, name: str) -> Certificate:
