@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,25 @@ import vae_export
 from vae_export.sources.protocol import Source
 
 ROOT = Path(__file__).parents[1]
+
+
+def command(*parts: object, cwd: Path) -> str:
+    """Run a program that must succeed; what it prints."""
+    done = subprocess.run([str(p) for p in parts], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the repository has, to build from: the tests leave the real one as it is."""
+    target = tmp_path_factory.mktemp("checkout") / "repository"
+    listed = command("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def run(path: Path, source: Path | None, batches: Sequence[int]) -> list[dict[st
             times: dict[str, list[float]] = {name: [] for name in calls}
             for _ in range(_ROUNDS):
                 for name, call in calls.items():
-                    times[name] += _turn(call)
+                    times[name] += turn(call)
             for runner in runners:
                 try:
                     runner.check(verb, calls[runner.name](), expected)
@@ -232,8 +232,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def _turn(call: Call) -> list[float]:
-    """Seconds of each call of one turn."""
+def turn(call: Call) -> list[float]:
+    """Seconds of each call of one turn: after a while that is not counted, 50 ms of calls."""
     settled = time.perf_counter() + _SETTLE_SECONDS
     while time.perf_counter() < settled:
         call()

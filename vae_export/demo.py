@@ -72,7 +72,7 @@ def demo(out: Path, console: Console) -> None:
                     f"{result.elbo:.2f} nats (reconstruction {result.reconstruction:.2f}, KL {result.kl:.2f})"
                 ),
                 "the same from the bundle": f"{ran['elbo']:.2f} nats on its {ran['examples']} golden examples",
-                "load to first sample": f"{ran['first_sample'] * 1e3:.0f} ms, imports included",
+                "load and first sample": f"{ran['first_sample'] * 1e3:.0f} ms",
                 "samples per second": f"{ran['samples_per_second']:,.0f}",
                 "trained in": f"{trained - began:.0f} s",
                 "altogether": f"{time.perf_counter() - began:.0f} s",

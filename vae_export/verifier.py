@@ -145,7 +145,7 @@ class _Meter:
         low, high = model.data.range
         errors = {b: np.abs(v - self.tensors[against]) / (high - low) for b, v in got.items()}
         worst = {b: _row_max(e) for b, e in errors.items()}
-        self._worst_row(graph, "sample, worst error", "of the range", worst, self.tolerance.pixel)
+        self._worst_row(graph, "pixel, worst", "of the range", worst, self.tolerance.pixel)
         off = {b: float((e > 1 / 255).mean()) for b, e in errors.items()}
         # Capped at 300 dB, far beyond float64, for results that are equal.
         noise_ratio = {b: -20 * math.log10(np.maximum(_rms(e), 1e-15)) for b, e in errors.items()}
@@ -159,7 +159,7 @@ class _Meter:
             batch=batch,
         )
         batch = min(noise_ratio, key=lambda b: np.nan_to_num(noise_ratio[b], nan=-np.inf))
-        self._add(graph, "PSNR of the sample", "dB", np.nan_to_num(noise_ratio[batch]), None, batch=batch)
+        self._add(graph, "PSNR", "dB", np.nan_to_num(noise_ratio[batch]), None, batch=batch)
 
     def terms(self, quantity: str, got: Mapping[int, Array]) -> None:
         """ELBO, reconstruction or KL: nats, and relative to S, beside PyTorch's own in float32."""

@@ -1,0 +1,139 @@
+"""The README's commands and code, in its order, in the checkout, as a newcomer would run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def shell(script: str, cwd: Path) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("MAKEFLAGS", None)  # of the make that runs these tests
+    environment.pop("MAKELEVEL", None)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo() -> str:
+    """What `make demo` says."""
+    return shell("make demo", ROOT)
+
+
+def test_the_blocks_are_those_that_the_tests_below_run() -> None:
+    first = [block.splitlines()[0].split()[0:2] for block in blocks("bash")]
+    assert first == [["make", "demo"], ["make", "test"], ["python3", "-m"], ["vae-export", "train"]]
+    assert len(blocks("python")) == 2
+
+
+def test_make_demo(demo: str) -> None:
+    out = ROOT / "out" / "demo"
+    assert "certificate.txt (passed)" in demo
+    assert {p.name for p in out.iterdir()} >= {
+        *("checkpoint", "digits.bundle", "samples.png", "reconstructions.png", "certificate.txt"),
+    }
+    with Image.open(out / "samples.png") as picture:
+        assert np.asarray(picture).std() > 60  # strokes on black, not grey fog
+    assert "ELBO, worst" in (out / "certificate.txt").read_text()
+
+
+def test_a_demo_replaces_only_a_demo(demo: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    command = [sys.executable, "-m", "vae_export", "demo", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "is not empty and no demo made it. Choose another folder (--out)" in done.stderr
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_samples_look_like_digits(demo: str) -> None:
+    """To the nearest training digits they are about as close, and as clear in kind, as unseen digits are."""
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import KNeighborsClassifier
+    from vae_export.trainers import data
+
+    import vae_export
+
+    digits = load_digits()
+    x = (digits.images / 16).astype(np.float32).reshape(-1, 64)
+    trained = {row.tobytes() for row in data.load("digits", 0).train}
+    seen = np.array([row.tobytes() in trained for row in x])
+    neighbours = KNeighborsClassifier(10).fit(x[seen], digits.target[seen])
+
+    def distance(pictures: np.ndarray) -> float:
+        return float(np.quantile(neighbours.kneighbors(pictures, 1)[0], 0.9))
+
+    def clear(pictures: np.ndarray) -> float:
+        return float((neighbours.predict_proba(pictures).max(axis=1) >= 0.8).mean())
+
+    with vae_export.load(ROOT / "out" / "demo" / "digits.bundle") as vae:
+        samples = vae.sample(500, seed=1).reshape(-1, 64)
+    shuffled = np.random.default_rng(0).permuted(samples, axis=1)
+    assert distance(samples) < 1.2 * distance(x[~seen]) < distance(shuffled)
+    assert clear(samples) > 0.5 > clear(shuffled)
+    assert np.bincount(neighbours.predict(samples), minlength=10).min() > 5  # all ten kinds are drawn
+
+
+def test_the_code(demo: str) -> None:
+    for block in blocks("python"):
+        shell(f"{sys.executable} -W error -c {quoted(block)}", ROOT)
+
+
+def test_the_command_line(demo: str) -> None:
+    shutil.rmtree(ROOT / "out" / "readme", ignore_errors=True)
+    said = shell(blocks("bash")[3], ROOT)
+    assert "index,log_likelihood" in said
+    assert {p.name for p in (ROOT / "out" / "readme").iterdir()} == {
+        *("run", "digits.bundle", "samples.png", "x.npy", "pairs.png"),
+    }
+
+
+def test_the_pip_form(checkout: Path) -> None:
+    assert "run bundles on the CPU: onnxruntime" in shell(blocks("bash")[2], checkout)
+
+
+def test_its_figures_are_those_of_the_records() -> None:
+    """Each number in the tables stands in the recorded result that the README links to."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "figures-cpu.json").read_text())
+    assert all(figure["met"] for figure in record["figures"])
+    measured = [figure["measured"] for figure in record["figures"]]
+    table = README[README.index("| figure | Bernoulli") : README.index("S is the sum of")]
+    numbers = re.findall(r"\d\.\d+e-\d+", re.sub(r"\([^)]*\)", "", table))
+    assert len(numbers) == 6
+    for number in numbers:
+        assert any(f"{value:.1e}" == number for value in measured), number
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bench-mlp-cpu.json").read_text())
+    for row in rows:
+        assert f" {row['median_us']:.1f} |" in README, row
+
+
+def quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
