@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard vae_export/*.py vae_export/*/*.py trainers/*.py runtimes/*.py)
 
-.PHONY: demo test setup lint types bench figures clean
+.PHONY: demo test setup lint types bench figures record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -30,6 +30,11 @@ bench: setup
 figures: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/figures.py out/bench/figures.json
+
+# Renew the recorded results that the README quotes; it prints the README's tables.
+record: setup
+	$(BIN)/python benchmarks/figures.py benchmarks/results/figures-cpu.json
+	$(BIN)/python benchmarks/latency.py benchmarks/results/latency-cpu.json
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

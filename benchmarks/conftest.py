@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zoo
 from cases import MODELS
+from machine import machine
 
 import vae_export
 from vae_export import bench
@@ -28,12 +27,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, d
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Versions and cores beside what pytest-benchmark finds; not the machine's name."""
+    """The same as in our own records, and not the machine's name."""
     machine_info.pop("node", None)
-    machine_info["cores"] = os.cpu_count()
-    machine_info["versions"] = {
-        name: importlib.metadata.version(name) for name in ("vae-export", "onnxruntime", "torch", "numpy")
-    }
+    machine_info.update(machine())
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:

@@ -7,10 +7,7 @@ Prints a table and writes JSON, with the machine and the versions. Exits with 1 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import shutil
 import statistics
@@ -39,6 +36,7 @@ from vae_export.sources import checkpoint as source
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo
 from cases import MODELS
+from machine import machine
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 Figure = tuple[str, float, float]  # what, measured, bound (not more than)
@@ -60,13 +58,8 @@ def main(out: Path) -> int:
     for what, measured, bound in figures:
         table.add_row(what, f"{measured:.4g}", f"{bound:.4g}", "ok" if measured <= bound else "[red]MISSED[/]")
     Console(width=140).print(table)
-    versions = {name: importlib.metadata.version(name) for name in ("vae-export", "onnxruntime", "torch", "numpy")}
-    record = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": versions,
-        "figures": [{"figure": w, "measured": m, "bound": b, "met": m <= b} for w, m, b in figures],
-    }
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    rows = [{"figure": w, "measured": m, "bound": b, "met": m <= b} for w, m, b in figures]
+    out.write_text(json.dumps({**machine(), "figures": rows}, indent=2) + "\n", encoding="utf-8")
     return int(any(measured > bound for _, measured, bound in figures))
 
 
@@ -198,15 +191,6 @@ def flips(path: Path) -> Figure:
             accepted += error.exit_code != 3
         file.write_bytes(original)
     return "bit flips at 2,000 places that are not refused", accepted, 0
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def inputs(path: Path, verb: str, batch: int) -> tuple[Array, Array]:
         return z[rows], vae.decode(first)
 
 
-def run(path: Path, source: Path | None, batches: Sequence[int]) -> list[dict[str, Any]]:
+def run(path: Path, runners: Sequence[Candidate], batches: Sequence[int]) -> list[dict[str, Any]]:
     """Time every candidate at every verb and batch.
 
     The candidates take turns, ten times 50 ms each, every call timed on its own. The result is checked after
@@ -178,11 +178,11 @@ def run(path: Path, source: Path | None, batches: Sequence[int]) -> list[dict[st
         `per_second`, examples each second.
 
     Raises:
-        InputError: a batch size is below 1; and as for `candidates`.
+        InputError: a batch size is below 1.
+        VaeExportError: a candidate's result is wrong.
     """
     if not batches or min(batches) < 1:
         raise InputError(f"bench: batches are {list(batches)}; expected numbers from 1 on")
-    runners = candidates(path, source)
     rows: list[dict[str, Any]] = []
     for verb in VERBS:
         for batch in batches:

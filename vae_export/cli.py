@@ -332,7 +332,8 @@ def bench(
     """Time encode, decode and sample: our runtime, a bare ONNX Runtime session, and PyTorch."""
     from vae_export import bench as module
 
-    rows = module.run(bundle, source, _numbers("bench: batches", batches))
+    sizes = _numbers("bench: batches", batches)
+    rows = module.run(bundle, module.candidates(bundle, source), sizes)
     if json:
         _print_json(rows)
     else:
