@@ -22,6 +22,7 @@ from vae_export import exporter, golden
 from vae_export.bundle import Bundle
 from vae_export.errors import BundleError, InputError, VerificationError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
+from vae_export.sources import reference
 from vae_export.sources.protocol import Source
 
 
@@ -105,7 +106,7 @@ def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoi
 
 def test_golden_shrinks_to_its_limit() -> None:
     source = zoo.MEMBERS["spatial"]()
-    full = exporter.compute_reference(source)
+    full = reference.compute(source)
     assert full.shrunk() is full
     for limit in (1 << 20, 300_000, 1):
         small = full.shrunk(limit)

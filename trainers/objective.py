@@ -109,5 +109,9 @@ def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
     mean, logvar = model.encode(x)
     z = mean + torch.exp(0.5 * logvar) * eps
     reconstruction = log_prob(x, model.decode(z)).flatten(1).sum(1)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
-    return Elbo(reconstruction, kl)
+    return Elbo(reconstruction, kl_terms(mean, logvar).flatten(1).sum(1))
+
+
+def kl_terms(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(q(z|x) || N(0, I)) for each latent dimension (Kingma & Welling 2014, appendix B). (B, *latent)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)

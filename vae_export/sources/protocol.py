@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from vae_export.errors import InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, Origin
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, Origin, SizeDim
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Source:
     example_shape: tuple[int, ...]
     held_out: npt.NDArray[np.float32] | None = None
     calibration: npt.NDArray[np.float32] | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """The named dimensions' sizes in `example_shape`."""
+        dims = zip(self.model.data.shape, self.example_shape, strict=True)
+        return {dim.name: size for dim, size in dims if isinstance(dim, SizeDim)}
 
 
 class Encoder(nn.Module):
