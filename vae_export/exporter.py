@@ -22,7 +22,7 @@ from torch import nn
 from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, verifier
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
-from vae_export.errors import InputError
+from vae_export.errors import BundleError, InputError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Graph, Manifest, Model, SizeDim
 from vae_export.manifest import Tensor as TensorRecord
 from vae_export.runtimes import VAE, open_backend
@@ -61,8 +61,8 @@ def export(
         The certificate, which the bundle holds as `verification.json`.
 
     Raises:
-        InputError: the source cannot be read or exported, or something is at `path`.
-        BundleError: the graph is no pure function (random operators, loops, custom operators).
+        InputError: the source cannot be read or exported, its graphs would be no pure functions (random
+            operators, loops, custom operators), or something is at `path`.
         BackendError: ONNX Runtime is not installed.
         VerificationError: the exported graphs differ from the model by more than their budgets.
     """
@@ -73,6 +73,8 @@ def export(
         source = checkpoint.load(Path(source))
     _check_size(source)
     name = re.sub(r"\.bundle$", "", path.resolve().name)
+    if not name or not name.isprintable():
+        raise InputError(f"export: {path} gives the bundle no printable name. Choose another path")
     model = source.model
 
     graphs, records = {}, {}
@@ -84,7 +86,10 @@ def export(
         progress(f"tracing the {kind}")
         module = wrapper(source.module, model).eval()
         graphs[kind], records[kind] = _trace(kind, module, takes, shape, gives, model)
-        onnx_reader.check_operators(graphs[kind], kind)
+        try:
+            onnx_reader.check_operators(graphs[kind], kind)
+        except BundleError as error:
+            raise InputError(f"export: {error}") from None
 
     progress("computing the reference in float64")
     reference = references.compute(source)
