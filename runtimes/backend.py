@@ -1,4 +1,4 @@
-"""The protocol of all backends, and how one is chosen."""
+"""The protocol of all backends."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ class OrtBackend:
             try:
                 session = ort.InferenceSession(model, settings, providers=[(provider, options)])
             except Exception as error:
-                raise BundleError(f"{name}: ONNX Runtime {ort.__version__} does not open it: {error}") from None
+                kind = BundleError if device == "cpu" else BackendError  # a device has reasons of its own
+                raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {error}") from None
             if session.get_providers()[0] != provider:
                 raise BackendError(
                     f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,9 @@ def test_the_road(run: Run, tmp_path: Path) -> None:
     assert "m.bundle is written and verified" in said
     assert "FAILED" not in said
     failed(
-        run("export", "run", "m.bundle"), 2, "m.bundle exists already. Choose another path, or overwrite it (--force)"
+        run("export", "run", "m.bundle"),
+        2,
+        "m.bundle exists already. Choose another path, or overwrite it on purpose (--force)",
     )
     succeeded(run("export", "run", "m.bundle", "--force"))
     assert "end to end" in succeeded(run("verify", "m.bundle", "--out", "c.json"))
@@ -289,12 +292,46 @@ def test_unwritable(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
     failed(run("sample", digits["gaussian"], "--out", "file/s.png"), 2, "error: file")
 
 
+def test_named_sizes(run: Run, member: Callable[[str], object], tmp_path: Path) -> None:
+    bundle = member("spatial-named").bundle
+    succeeded(run("sample", bundle, "--out", "s.NPY", "--n", 2, "--size", "height=8,width=12"))
+    assert np.load(tmp_path / "s.NPY").shape == (2, 3, 8, 12)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.NPY"]
+    failed(run("sample", bundle, "--out", "s.npy", "--size", "8x12"), 2, "size is '8x12'; expected names and numbers")
+    failed(run("sample", bundle, "--out", "s.npy"), 2, "this model takes height (a multiple of 4), width")
+    (tmp_path / "folder").mkdir()
+    for name, size in (("a.png", (8, 12)), ("b.png", (12, 12))):
+        Image.new("RGB", size).save(tmp_path / "folder" / name)
+    failed(run("score", bundle, "folder"), 2, "b.png has 12 × 12 pixels and a.png has 8 × 12; pictures of one folder")
+    assert len(json.loads(succeeded(run("bench", bundle, "--batches", "2", "--json")))) == 6
+
+
+def test_the_choices_are_those_of_the_contract() -> None:
+    from typing import get_args, get_type_hints
+
+    from vae_export.trainers.config import ModelConfig, TrainConfig
+
+    from vae_export import cli
+
+    hints = get_type_hints(ModelConfig) | get_type_hints(TrainConfig)
+    for field, choices in (
+        ("model", cli.ModelName),
+        ("likelihood", cli.LikelihoodName),
+        ("device", cli.Accelerator),
+        ("precision", cli.Precision),
+    ):
+        assert get_args(hints[field]) == tuple(choice.value for choice in choices)
+
+
 def test_doctor(run: Run) -> None:
     plain = json.loads(succeeded(run("doctor", "--json")))
     assert plain["onnxruntime"]["providers"][-1] == "CPUExecutionProvider"
     assert plain["extras"]["cpu"]["packages"]["onnxruntime"]
     assert plain["extras"]["cpu"]["install"] is None
-    assert plain["extras"]["openvino"]["install"] in (None, "pip install 'vae-export[openvino]'")
+    assert plain["extras"]["openvino"]["install"] is None
+    if plain["extras"]["gpu"]["packages"]["onnxruntime-gpu"] is None:
+        install = "pip uninstall -y onnxruntime; pip install 'vae-export[gpu]'"
+        assert plain["extras"]["gpu"]["install"] == install
     assert plain["problems"] == []
     shown = succeeded(run("doctor"))
     assert "[export]" in shown
@@ -357,7 +394,9 @@ def test_signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
 
 def test_a_closed_pipe_is_no_accident(digits: dict[str, Path], tmp_path: Path, images: np.ndarray) -> None:
     np.save(tmp_path / "x.npy", np.tile(images, (3, 1, 1, 1)))
-    command = f"{sys.executable} -m vae_export score {digits['gaussian']} x.npy | head -1"
+    command = (
+        f"{shlex.quote(sys.executable)} -m vae_export score {shlex.quote(str(digits['gaussian']))} x.npy | head -1"
+    )
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "index,elbo,reconstruction,kl\n"
     assert "Traceback" not in done.stderr

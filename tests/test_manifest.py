@@ -206,6 +206,8 @@ def test_named_dimensions() -> None:
     assert str(NAMED.shape[1]) == "height (a multiple of 8, at least 16, at most 64)"
     with pytest.raises(InputError, match=r"this model takes height \(a multiple of 8.*got height = 12"):
         model.latent_shape({"height": 12, "width": 24})
+    with pytest.raises(InputError, match=r"this model takes height .*got height = '8'"):
+        model.latent_shape({"height": "8", "width": 24})
     with pytest.raises(InputError, match=r"this model takes height .*got \{\}"):
         model.latent_shape()
     with pytest.raises(InputError, match=r"this model takes no sizes; got \{'height': 8\}"):
@@ -229,8 +231,9 @@ def test_latents_follow_the_data(data: Data, latent: Latent, message: str) -> No
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SizeDim(name="a b"), "an identifier, multiple_of ≥ 1 and min ≥ 1"),
-        (lambda: SizeDim(name="a", multiple_of=0), "an identifier, multiple_of ≥ 1"),
+        (lambda: SizeDim(name="a b"), "an identifier that is not batch"),
+        (lambda: SizeDim(name="batch"), "an identifier that is not batch"),
+        (lambda: SizeDim(name="a", multiple_of=0), "an identifier that is not batch, multiple_of ≥ 1"),
         (lambda: SizeDim(name="a", min=4, max=3), r"no size is a \(at least 4, at most 3\)"),
         (lambda: SizeDim(name="a", multiple_of=8, max=7), "no size is a"),
         (lambda: Data(shape=(SizeDim(name="a"), SizeDim(name="a")), range=(0.0, 1.0)), "no name twice"),

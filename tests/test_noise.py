@@ -135,8 +135,8 @@ def test_zero_examples() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-1, 0, 0, 1, 4), r"seed, stream and draw must be from 0 to 2\^64 - 1, got -1, 0 and 0"),
-        ((1 << 64, 0, 0, 1, 4), r"must be from 0 to 2\^64 - 1"),
+        ((-1, 0, 0, 1, 4), r"noise: seed is -1; expected 0 to 2\^64 - 1"),
+        ((0, 1 << 64, 0, 1, 4), r"stream is 18446744073709551616; expected 0 to 2\^64 - 1"),
         ((0, 0, -1, 1, 4), "first, count and size must not be negative"),
         ((0, 0, (1 << 64) - 1, 2, 4), r"first \+ count must not exceed 2\^64"),
         ((0.5, 0, 0, 1, 4), "must be integers: 'float' object"),

@@ -94,13 +94,16 @@ HIDDEN = {
     "field 0": field(7, b"") + b"\x00\x00",
     "a long form of a number": field(7, b"\xf8\x82\x00\x01"),
     "ONNX Runtime's own format": b"\x18\x00\x00\x00ORTM" + bytes(40),
+    "weights elsewhere in a sparse constant": field(
+        7, field(1, field(4, b"Constant") + field(5, field(22, field(1, varint(14 << 3) + varint(1)))))
+    ),
     "a default attribute of a function": field(7, b"") + field(25, field(11, field(6, field(1, NODE)))),
 }
 
 
 @pytest.mark.parametrize("raw", HIDDEN.values(), ids=HIDDEN.keys())
 def test_nothing_hides_from_it(raw: bytes) -> None:
-    with pytest.raises(BundleError, match=r"is not an ONNX file|draws random|another file|own format"):
+    with pytest.raises(BundleError, match=r"is not an ONNX file|draws random|another file|own format|sparse weights"):
         onnx_reader.check_operators(raw, "m")
 
 

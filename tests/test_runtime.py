@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from vae_export.trainers.objective import elbo as torch_elbo
 from vae_export.trainers.objective import log_prob_of
 
@@ -194,21 +192,22 @@ def test_pictures_of_bytes(digits: dict[str, Path], member: Callable[[str], Any]
         close(vae.encode(pixels).mean, vae.encode(pixels / np.float32(127.5) - np.float32(1)).mean)
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10_000))
-def test_any_memory_layout(digits: dict[str, Path], seed: int) -> None:
+LAYOUTS = {
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "Fortran": np.asfortranarray,
+    "strided": lambda x: np.repeat(x, 2, axis=3)[..., ::2],
+    "transposed": lambda x: x.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2),
+    "tensor": torch.from_numpy,
+    "read-only": lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape),
+    "unaligned": lambda x: np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_any_memory_layout(digits: dict[str, Path], layout: Callable[[np.ndarray], Any]) -> None:
     x = zoo.pictures(4, (1, 8, 8))
-    layouts = [
-        x[::-1][::-1],
-        np.asfortranarray(x),
-        np.repeat(x, 2, axis=3)[..., ::2],
-        x.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2),
-        torch.from_numpy(x),
-    ]
-    x.flags.writeable = False
     with vae_export.load(digits["bernoulli"]) as vae:
-        expected = vae.encode(x).mean
-        assert np.array_equal(vae.encode(layouts[seed % len(layouts)]).mean, expected)
+        assert np.array_equal(vae.encode(layout(x)).mean, vae.encode(x).mean)
 
 
 GOOD = np.full((2, 1, 8, 8), 0.5, np.float32)
@@ -310,7 +309,7 @@ def test_what_a_model_does_not_have(member: Callable[[str], Any]) -> None:
     [
         (lambda vae: vae.sample(0), "sample: n is 0; expected 1 or more"),
         (lambda vae: vae.sample(1.5), r"sample: n is 1\.5; expected an integer"),
-        (lambda vae: vae.sample(1, seed=-1), r"seed, stream and draw must be from 0 to 2\^64 - 1, got -1"),
+        (lambda vae: vae.sample(1, seed=-1), r"seed is -1; expected 0 to 2\^64 - 1"),
         (lambda vae: vae.sample(1, start=-1), "sample: start is -1; expected 0 or more"),
         (lambda vae: vae.elbo(GOOD, start=1.5), r"elbo: start is 1\.5; expected an integer"),
         (lambda vae: vae.sample(1, size=5), "size: expected names and sizes such as .* got 5"),

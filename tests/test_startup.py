@@ -85,6 +85,8 @@ def test_runtimes_import_only_the_contract() -> None:
     [
         (["torch"], "vae_export.export('a', 'b')", "export: the Python package 'torch' is not installed. Run: pip "
          "install 'vae-export[export]'"),
+        (["onnx_ir"], "vae_export.export('a', 'b')", "export: the Python package 'onnx_ir' is not installed. Run: pip "
+         "install 'vae-export[export]'"),
         (["onnxruntime"], "vae_export.load(sys.argv[1])", "load: the Python package 'onnxruntime' is not installed. "
          "Run: pip install 'vae-export[cpu]'"),
         (["sklearn"], "from vae_export.trainers import data; data.load('digits', 0)", "data set 'digits': the Python "

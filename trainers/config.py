@@ -24,6 +24,7 @@ class ModelConfig(Record, frozen=True, kw_only=True):
     Attributes:
         model: `mlp` (fully connected) or `conv` (strided convolutions down, upsampling and convolutions up).
         data_shape: one example's shape (C, H, W).
+        data_range: the smallest and largest value of the data; [0, 1] for a Bernoulli likelihood.
         likelihood: p(x|z): `bernoulli`, or `gaussian` with a mean and a variance for every pixel.
         latent: the number of latent dimensions, ≥ 1.
         widths: hidden units of each layer of `mlp`; channels at each halving of the size of `conv`.
@@ -34,6 +35,7 @@ class ModelConfig(Record, frozen=True, kw_only=True):
 
     model: Literal["mlp", "conv"] = "conv"
     data_shape: tuple[int, int, int]
+    data_range: tuple[float, float] = (0.0, 1.0)
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     latent: int = 16
     widths: tuple[int, ...] = (64, 128)
@@ -54,6 +56,14 @@ class ModelConfig(Record, frozen=True, kw_only=True):
             )
         if min(self.data_shape) < 1:
             raise InputError(f"train: data shape is {self.data_shape}; expected (C, H, W) of positive numbers")
+        if self.likelihood == "bernoulli" and self.data_range != (0.0, 1.0):
+            raise InputError(
+                f"train: a Bernoulli likelihood needs data in [0, 1], got {list(self.data_range)}. Take a Gaussian"
+            )
+        for name in ("data_range", "logvar_clamp", "sample_logvar_clamp"):
+            low, high = getattr(self, name)
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise InputError(f"train: {name} is [{low}, {high}]; expected two finite, rising numbers")
         stride = 2 ** len(self.widths)
         if self.model == "conv" and (self.data_shape[1] % stride or self.data_shape[2] % stride):
             raise InputError(

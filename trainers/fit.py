@@ -20,7 +20,9 @@ from . import checkpoint, data, models
 from .config import CheckpointConfig, ModelConfig, Result, TrainConfig
 from .objective import Elbo, elbo, log_prob_of
 
-_EVALUATION = 1 << 63  # index of the evaluation's noise, beyond any training step's
+# Indices of noise beyond those of any training step: of the evaluation, and of the epochs' orders.
+_EVALUATION = 1 << 63
+_ORDER = 1 << 62
 
 
 def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite: bool = False) -> Result:
@@ -43,6 +45,11 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
     model_config.check()
     checkpoint.check_target(out, overwrite=overwrite)
     dataset = data.load(config.data, config.seed)
+    if dataset.range != model_config.data_range:
+        raise InputError(
+            f"train: the model expects data in {list(model_config.data_range)}; {dataset.name} has "
+            f"{list(dataset.range)}"
+        )
     if dataset.train.shape[1:] != model_config.data_shape:
         raise InputError(
             f"train: the model expects examples of shape {model_config.data_shape}; {dataset.name} has "
@@ -61,7 +68,7 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
     model.mark_forward_method("encode")
     model.mark_forward_method("decode")
     log_prob = log_prob_of(
-        Likelihood(kind=model_config.likelihood), Data(shape=model_config.data_shape, range=dataset.range)
+        Likelihood(kind=model_config.likelihood), Data(shape=model_config.data_shape, range=model_config.data_range)
     )
 
     steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
@@ -115,7 +122,7 @@ def _schedule(step: int, warmup: int, total: int) -> float:
 
 
 def _batches(train: npt.NDArray[np.float32], config: TrainConfig, epoch: int) -> Iterator[torch.Tensor]:
-    order = noise.permutation(config.seed, noise.TRAINER, _EVALUATION + epoch, len(train))
+    order = noise.permutation(config.seed, noise.TRAINER, _ORDER + epoch, len(train))
     for first in range(0, len(train), config.batch_size):
         yield torch.from_numpy(train[order[first : first + config.batch_size]])
 

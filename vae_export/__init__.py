@@ -1,6 +1,6 @@
 """Take a trained variational autoencoder from PyTorch to a verified ONNX bundle, and run it anywhere.
 
-Public names are imported when they are first used: `import vae_export` costs NumPy and nothing more.
+Public names are imported when they are first used: `import vae_export` alone imports the standard library.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name == "export":
-        from vae_export.errors import require
+        from vae_export.errors import EXPORT_NEEDS, require
 
-        require("torch", "export", "export")
+        for module, extra in EXPORT_NEEDS:
+            require(module, extra, "export")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

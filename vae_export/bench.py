@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vae_export import golden, noise, onnx_reader
 from vae_export.bundle import Bundle
-from vae_export.errors import InputError, VaeExportError, require
+from vae_export.errors import InputError, VerificationError, require
 from vae_export.runtimes import VAE, load
 
 VERBS = ("encode", "decode", "sample")
@@ -38,7 +38,7 @@ class Candidate(Protocol):
         ...
 
     def check(self, verb: str, result: Any, expected: Array) -> None:
-        """Raise AssertionError unless a call's result is right."""
+        """Raise VerificationError unless a call's result is right."""
         ...
 
 
@@ -56,7 +56,8 @@ class Ours:
             return lambda: self.vae.encode(value)
         if verb == "decode":
             return lambda: self.vae.decode(value)
-        return lambda: self.vae.sample(len(value))
+        sizes = self.vae.model.sizes(value.shape[1:])
+        return lambda: self.vae.sample(len(value), size=sizes or None)
 
     def check(self, verb: str, result: Any, expected: Array) -> None:
         """Samples are known, too: their noise is addressed."""
@@ -179,7 +180,7 @@ def run(path: Path, runners: Sequence[Candidate], batches: Sequence[int]) -> lis
 
     Raises:
         InputError: a batch size is below 1.
-        VaeExportError: a candidate's result is wrong.
+        VerificationError: a candidate's result is wrong.
     """
     if not batches or min(batches) < 1:
         raise InputError(f"bench: batches are {list(batches)}; expected numbers from 1 on")
@@ -193,10 +194,7 @@ def run(path: Path, runners: Sequence[Candidate], batches: Sequence[int]) -> lis
                 for name, call in calls.items():
                     times[name] += turn(call)
             for runner in runners:
-                try:
-                    runner.check(verb, calls[runner.name](), expected)
-                except AssertionError as error:
-                    raise VaeExportError(f"bench: {runner.name}, {verb}, batch {batch}: {error}") from None
+                runner.check(verb, calls[runner.name](), expected)
                 deciles = np.quantile(times[runner.name], (0.1, 0.5, 0.9)).tolist()
                 rows.append(
                     {
@@ -246,12 +244,15 @@ def turn(call: Call) -> list[float]:
 
 
 def _like(got: Array, expected: Array) -> None:
-    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
-    assert np.isfinite(got).all(), "values that are not finite"
+    if got.shape != expected.shape:
+        raise VerificationError(f"bench: a result has shape {got.shape}, expected {expected.shape}")
+    if not np.isfinite(got).all():
+        raise VerificationError("bench: a result has values that are not finite")
 
 
 def _equal(got: Array, expected: Array) -> None:
     _like(got, expected)
     worst = float(np.abs(got - expected).max())
     allowed = 1e-4 * max(1.0, float(np.abs(expected).max()))
-    assert worst <= allowed, f"worst error {worst:.3g}, allowed {allowed:.3g}"
+    if worst > allowed:
+        raise VerificationError(f"bench: a result has a worst error of {worst:.3g}, allowed {allowed:.3g}")

@@ -132,7 +132,18 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         InputError: something is at `path` and overwrite is false, or what is there is not just a bundle.
     """
-    if overwrite and path.is_dir() and any(path.iterdir()):
+    check_target(path, overwrite=overwrite)
+    with atomic_folder(path, overwrite=overwrite) as stage:
+        yield stage
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place at which `create` cannot make a bundle. Errors as there."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} exists and is not a folder. Choose another path")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already. Choose another path, or overwrite it on purpose (--force)")
+    if path.is_dir() and any(path.iterdir()):
         try:
             strangers = Bundle(path).unlisted()
         except BundleError as error:
@@ -144,8 +155,6 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"{path} holds files that are not the bundle's: {', '.join(strangers[:5])}. Move them away, or "
                 "choose another path"
             )
-    with atomic_folder(path, overwrite=overwrite) as stage:
-        yield stage
 
 
 def list_files(folder: Path) -> dict[str, File]:

@@ -73,7 +73,7 @@ class Check(Record, frozen=True, kw_only=True):
         allowed: its budget; null for what is only reported.
         pytorch: the same of PyTorch in float32 against its own float64, where it was measured.
         batch: the batch size at which it was worst.
-        example: the row of the golden examples at which it was worst.
+        example: the row at which it was worst: of x, or of the draws from the prior for `decoder`.
     """
 
     graph: GraphName

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -13,30 +12,30 @@ from rich.console import Console
 
 from vae_export import golden, images, report
 from vae_export.bundle import Bundle
-from vae_export.errors import BackendError, InputError, require
+from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, require
 from vae_export.verifier import verify
 
 _MARK = ".vae-export-demo"
 
 
 def demo(out: Path, console: Console) -> None:
-    """Run the demo and leave its results in `out`, which is replaced if a demo made it.
+    """Run the demo and leave its results in `out`. An earlier demo's results are replaced, nothing else.
 
     Raises:
         InputError: `out` holds something else.
         BackendError: an extra is missing.
         VerificationError: the bundle is not equal to the model.
     """
-    for module, extra in (("torch", "export,train"), ("lightning_fabric", "train"), ("onnxruntime", "cpu")):
+    for module, extra in (*EXPORT_NEEDS, ("lightning_fabric", "train"), ("sklearn", "train")):
         require(module, extra, "demo")
     from vae_export.exporter import export
     from vae_export.trainers.config import ModelConfig, TrainConfig
     from vae_export.trainers.fit import fit
 
-    if out.exists() and any(out.iterdir()):
-        if not (out / _MARK).is_file():
-            raise InputError(f"demo: {out} is not empty and no demo made it. Choose another folder (--out)")
-        shutil.rmtree(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"demo: {out} is not a folder. Choose another path (--out)")
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).is_file():
+        raise InputError(f"demo: {out} is not empty and no demo made it. Choose another folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
     checkpoint, path = out / "checkpoint", out / "digits.bundle"
@@ -44,11 +43,11 @@ def demo(out: Path, console: Console) -> None:
 
     console.rule("train: a convolutional VAE on scikit-learn's handwritten digits")
     model = ModelConfig(model="conv", data_shape=(1, 8, 8), likelihood="gaussian", latent=8)
-    result = fit(checkpoint, model, TrainConfig(data="digits", epochs=100, device="cpu"))
+    result = fit(checkpoint, model, TrainConfig(data="digits", epochs=100, device="cpu"), overwrite=True)
     trained = time.perf_counter()
 
     console.rule("export: PyTorch → ONNX, measured against PyTorch in float64")
-    export(checkpoint, path, progress=lambda step: console.print(f"  {step}"))
+    export(checkpoint, path, overwrite=True, progress=lambda step: console.print(f"  {step}"))
 
     console.rule("verify: measured again, without PyTorch")
     certificate = verify(path)

@@ -10,16 +10,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vae_export import __version__
+
 #: Our extras that a person installs by name, and what each is for.
 EXTRAS: Mapping[str, str] = {
     "cpu": "run bundles on the CPU",
     "gpu": "run bundles on CUDA",
     "export": "make bundles",
     "train": "train models",
-    "openvino": "reserved for builds for OpenVINO",
-    "rtx": "reserved for builds for TensorRT for RTX",
+    "openvino": "not used yet: builds for OpenVINO",
+    "rtx": "not used yet: builds for TensorRT for RTX",
 }
-_CLASH = {"onnxruntime", "onnxruntime-gpu"}
+_UNUSED = {"openvino", "rtx"}
+_CLASH = {"cpu": "onnxruntime-gpu", "gpu": "onnxruntime"}  # each excludes the other's package
 
 
 def examine() -> dict[str, Any]:
@@ -37,10 +40,12 @@ def examine() -> dict[str, Any]:
         extras[extra] = {
             "purpose": purpose,
             "packages": packages,
-            "install": f"pip install 'vae-export[{extra}]'" if missing else None,
+            "install": _install(extra) if missing and extra not in _UNUSED else None,
         }
     problems = []
-    installed = sorted(name for name in _CLASH if _version(name))
+    if _version("vae-export") is None:
+        problems.append("vae-export itself is not installed, so that its extras are not known. Run: pip install .")
+    installed = [name for name in _CLASH.values() if _version(name)]
     if len(installed) > 1:
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Run: "
@@ -50,7 +55,7 @@ def examine() -> dict[str, Any]:
     if "problem" in runtime:
         problems.append(runtime["problem"])
     return {
-        "vae-export": importlib.metadata.version("vae-export"),
+        "vae-export": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -60,8 +65,17 @@ def examine() -> dict[str, Any]:
     }
 
 
+def _install(extra: str) -> str:
+    other = _CLASH.get(extra)
+    first = f"pip uninstall -y {other}; " if other and _version(other) else ""
+    return f"{first}pip install 'vae-export[{extra}]'"
+
+
 def _packages(extra: str) -> list[str]:
-    requirements = importlib.metadata.requires("vae-export") or []
+    try:
+        requirements = importlib.metadata.requires("vae-export") or []
+    except importlib.metadata.PackageNotFoundError:  # a bare checkout knows no extras
+        return []
     mark = re.compile(rf"extra\s*==\s*['\"]{extra}['\"]")
     names = (re.match(r"[\w.-]+", line) for line in requirements if mark.search(line))
     return sorted(name.group() for name in names if name)

@@ -34,6 +34,13 @@ class BackendError(VaeExportError):
     exit_code = 4
 
 
+#: What an export needs: each module and the extra that brings it.
+EXPORT_NEEDS = (
+    *(("torch", "export"), ("onnx", "export"), ("onnx_ir", "export"), ("onnxscript", "export")),
+    ("onnxruntime", "cpu"),
+)
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it.
 

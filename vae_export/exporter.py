@@ -67,8 +67,12 @@ def export(
         VerificationError: the exported graphs differ from the model by more than their budgets.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"export: {path} exists already. Choose another path, or overwrite it (--force)")
+    bundle.check_target(path, overwrite=overwrite)
+    if not isinstance(source, (Source, str, os.PathLike)):
+        raise InputError(
+            f"export: got a {type(source).__name__}; expected a checkpoint's folder or a "
+            "vae_export.sources.protocol.Source, in which a module is wrapped with what the manifest says of it"
+        )
     if not isinstance(source, Source):
         source = checkpoint.load(Path(source))
     _check_size(source)
@@ -116,7 +120,7 @@ def export(
         if picture:
             examples = vae.sample(64, size=source.sizes())
             images.grid(examples, model.data.range, columns=16).save(folder / model_card.PICTURE)
-        card = model_card.write(name, model, source.origin, measured, picture=picture)
+        card = model_card.write(path.name, model, source.origin, measured, picture=picture)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
         manifest = Manifest(
             format=manifests.FORMAT,

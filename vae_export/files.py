@@ -18,7 +18,8 @@ from vae_export.errors import InputError
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a new folder beside `path` to write into; on success it becomes `path`, on failure it goes.
 
-    A crash at any moment leaves what was at `path`, or the complete new folder.
+    A crash at any moment leaves what was at `path`, or the complete new folder. Where the system cannot
+    exchange two folders at once, there is a moment in which the old one has a hidden name beside `path`.
 
     Raises:
         InputError: something is at `path` already and overwrite is false, or it is not a folder.

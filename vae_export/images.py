@@ -29,7 +29,9 @@ def is_picture(shape: tuple[object, ...]) -> bool:
 
 
 def to_uint8(x: Array, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """Map the data's range onto 0…255, clamped and rounded. Any shape, kept."""
+    """Map the data's range onto 0…255, clamped and rounded. Any shape, kept; uint8 stays as it is."""
+    if x.dtype == np.uint8:
+        return x
     low, high = value_range
     scaled = (np.asarray(x, np.float32) - low) * (255.0 / (high - low))
     pixels: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
@@ -61,10 +63,11 @@ def grid(x: Array, value_range: tuple[float, float], columns: int | None = None)
 
 def pairs(above: Array, below: Array, value_range: tuple[float, float], columns: int = 12) -> Image.Image:
     """A grid of pictures (B, C, H, W) in which each row of `above` stands over its row of `below`."""
+    above, below = to_uint8(above, value_range), to_uint8(below, value_range)
     rows = []
     for first in range(0, len(above), columns):
         for part in (above[first : first + columns], below[first : first + columns]):
-            blank = np.full((columns - len(part), *part.shape[1:]), value_range[1], np.float32)
+            blank = np.full((columns - len(part), *part.shape[1:]), 255, np.uint8)
             rows += [part, blank]
     return grid(np.concatenate(rows), value_range, columns)
 
@@ -74,7 +77,7 @@ def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
 
     Args:
         path: the file; its ending says what it becomes.
-        x: (B, *data) float32.
+        x: (B, *data) float32, or uint8 pictures.
         data: shape and range.
         below: for a picture, what to show under each of x (reconstructions); for an array, what to write
             in place of x.
@@ -85,7 +88,8 @@ def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
     check_target(path, data)
     with atomic_file(path) as stage:
         if path.suffix.lower() == ".npy":
-            np.save(stage, x if below is None else below)
+            with stage.open("wb") as file:
+                np.save(file, x if below is None else below)
         else:
             (grid(x, data.range) if below is None else pairs(x, below, data.range)).save(stage)
 
@@ -138,7 +142,14 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
-    return np.stack([_read_picture(file, data, resize) for file in files])
+    pictures = [_read_picture(file, data, resize) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise InputError(
+                f"{file} has {picture.shape[2]} × {picture.shape[1]} pixels and {files[0].name} has "
+                f"{pictures[0].shape[2]} × {pictures[0].shape[1]}; pictures of one folder must have one size"
+            )
+    return np.stack(pictures)
 
 
 def _read_npz(path: Path, key: str) -> Array:

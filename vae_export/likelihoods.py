@@ -1,8 +1,7 @@
 """The likelihoods p(x|z) in NumPy: log-probability and sampling, one class for each.
 
 Every class reads the decoder's outputs by the names in `manifest.DECODER_OUTPUTS`, as (B, *data) arrays.
-Sums are in float64. A new likelihood is one class here, one line in `_KINDS` and its outputs' names in
-`manifest.DECODER_OUTPUTS`; the trainer's PyTorch counterpart is in `trainers/objective.py`.
+Sums are in float64. The PyTorch counterparts, written independently, are in `trainers/objective.py`.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def of(model: Model) -> Likelihood:
     if model.likelihood.kind not in _KINDS:
         raise InputError(
             "this model has no likelihood p(x|z), so that it has no ELBO and draws no samples of p(x|z). "
-            "Export it with one (likelihood=…) if it was trained with one"
+            "Export it again, with the likelihood that it was trained with, if there is one"
         )
     return _KINDS[model.likelihood.kind](model.likelihood, model.data)
 

@@ -66,8 +66,10 @@ class SizeDim(Part, frozen=True, kw_only=True):
     max: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier() or self.multiple_of < 1 or self.min < 1:
-            raise ValueError(f"dimension {self.name!r}: an identifier, multiple_of ≥ 1 and min ≥ 1 expected")
+        if not self.name.isidentifier() or self.name == "batch" or self.multiple_of < 1 or self.min < 1:
+            raise ValueError(
+                f"dimension {self.name!r}: an identifier that is not batch, multiple_of ≥ 1 and min ≥ 1 expected"
+            )
         first = -(-self.min // self.multiple_of) * self.multiple_of
         if self.max is not None and self.max < first:
             raise ValueError(f"dimension {self.name!r}: no size is {self}")
@@ -239,18 +241,19 @@ class Model(Part, frozen=True, kw_only=True):
         if set(size) != set(named):
             raise InputError(f"size: this model takes {wanted}; got {dict(size)}")
         for name, value in size.items():
-            if not named[name].allows(value):
-                raise InputError(f"size: this model takes {wanted}; got {name} = {value}")
+            if not isinstance(value, int) or not named[name].allows(value):
+                raise InputError(f"size: this model takes {wanted}; got {name} = {value!r}")
         return tuple(dim if isinstance(dim, int) else size[dim.name] // dim.divided_by for dim in self.latent.shape)
 
     def data_shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
         """One example's shape for a latent's, the inverse of `latent_shape`."""
-        named = {
-            dim.name: size * dim.divided_by
-            for dim, size in zip(self.latent.shape, latent, strict=True)
-            if isinstance(dim, LatentDim)
-        }
+        named = self.sizes(latent)
         return tuple(dim if isinstance(dim, int) else named[dim.name] for dim in self.data.shape)
+
+    def sizes(self, latent: tuple[int, ...]) -> dict[str, int]:
+        """The sizes of the data's named dimensions for a latent's shape."""
+        dims = zip(self.latent.shape, latent, strict=True)
+        return {dim.name: size * dim.divided_by for dim, size in dims if isinstance(dim, LatentDim)}
 
 
 class Tensor(Part, frozen=True, kw_only=True):

@@ -39,7 +39,7 @@ A variational autoencoder as a verified bundle of `vae_export`.
 ```python
 import vae_export
 
-vae = vae_export.load("{name}.bundle")
+vae = vae_export.load("{name}")
 x = vae.sample(16, seed=0)
 ```
 

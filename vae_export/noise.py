@@ -56,8 +56,9 @@ def words(seed: int, stream: int, first: int, count: int, size: int, draw: int =
         seed, stream, first, count, size, draw = map(operator.index, (seed, stream, first, count, size, draw))
     except TypeError as error:
         raise InputError(f"noise: seed, start and the like must be integers: {error}") from None
-    if not (0 <= seed < _WORD and 0 <= stream < _WORD and 0 <= draw < _WORD):
-        raise InputError(f"noise: seed, stream and draw must be from 0 to 2^64 - 1, got {seed}, {stream} and {draw}")
+    for name, value in (("seed", seed), ("stream", stream), ("draw", draw)):
+        if not 0 <= value < _WORD:
+            raise InputError(f"noise: {name} is {value}; expected 0 to 2^64 - 1")
     if first < 0 or count < 0 or size < 0 or first + count > _WORD:
         raise InputError(
             "noise: first, count and size must not be negative and first + count must not exceed 2^64, "

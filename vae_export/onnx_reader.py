@@ -24,6 +24,7 @@ _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _FUNCTION_NODE, _FUNCTION_DEFAULT = 7, 11
 _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_ATTRIBUTE_SPARSE = (22, 23)
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 
 
@@ -101,6 +102,8 @@ def _attribute(attribute: memoryview, name: str, depth: int) -> Iterator[str]:
             _tensor(_bytes(value), name)
         elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
             yield from _graph(_bytes(value), name, depth + 1)
+        elif field in _ATTRIBUTE_SPARSE:
+            raise BundleError(f"{name}: sparse weights are not supported")
 
 
 def _tensor(tensor: memoryview, name: str) -> None:

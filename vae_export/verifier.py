@@ -130,7 +130,7 @@ class _Meter:
         own = float(self.tensors["float32.divergence"].max())
         allowed = max(self.tolerance.posterior_kl, self.tolerance.own_factor**2 * own)
         worst = {b: _row_max(t) for b, t in terms.items()}
-        self._worst_row("encoder", "the same, worst dimension", "nats", worst, allowed, own)
+        self._worst_row("encoder", "KL(reference || exported), worst dimension", "nats", worst, allowed, own)
 
     def worst(self, graph: certificates.GraphName, output: str, got: Mapping[int, Array], against: str) -> None:
         """The worst error of an output, as a share of the largest reference value, beside PyTorch's own."""

@@ -29,7 +29,7 @@ def load(path: Path) -> Source:
         model=Model(
             architecture=config.model.model,
             parameters=sum(p.numel() for p in module.parameters()),
-            data=Data(shape=config.model.data_shape, range=(0.0, 1.0)),
+            data=Data(shape=config.model.data_shape, range=config.model.data_range),
             latent=Latent(shape=(config.model.latent,)),
             prior="standard_normal",
             posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=config.model.logvar_clamp),
