@@ -129,7 +129,10 @@ def test_bad_configurations(tmp_path: Path, model: dict[str, Any], train: dict[s
 
 def test_a_loss_that_explodes_is_told(tmp_path: Path) -> None:
     config = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="gaussian", widths=(8,))
-    with pytest.raises(InputError, match=r"the loss became (nan|-?inf) at step \d+ \(epoch \d+\)\. Lower the learning"):
+    with pytest.raises(
+        InputError,
+        match=r"the (loss|gradient's norm|held-out loss) became (nan|-?inf) at step \d+ .*Lower the learning",
+    ):
         fit.fit(tmp_path / "out", config, TrainConfig(epochs=5, learning_rate=1e30, device="cpu"))
     assert not (tmp_path / "out").exists()
 
@@ -156,8 +159,19 @@ def test_a_place_that_cannot_be_written_costs_no_training(tmp_path: Path) -> Non
 def test_a_device_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA: its absence cannot be tested")
-    with pytest.raises(BackendError, match="train: device 'cuda' is not available here: "):
+    with pytest.raises(BackendError, match=r"train: device 'cuda' with precision '32-true' is not available here: "):
         fit.fit(Path("never"), ModelConfig(data_shape=DIGITS), TrainConfig(device="cuda"))
+
+
+def test_another_precision_is_used_or_refused(tmp_path: Path) -> None:
+    """bfloat16 trains on the CPU; float16 does not, and is not quietly replaced."""
+    config = ModelConfig(data_shape=DIGITS, widths=(8, 16))
+    result = fit.fit(tmp_path / "b", config, TrainConfig(epochs=1, device="cpu", precision="bf16-mixed"))
+    exact = fit.fit(tmp_path / "f", config, TrainConfig(epochs=1, device="cpu"))
+    assert result.elbo != exact.elbo
+    assert result.elbo == pytest.approx(exact.elbo, rel=0.1)
+    with pytest.raises(BackendError, match=r"with precision '16-mixed' is not available here: .*fp16 is not supported"):
+        fit.fit(tmp_path / "h", config, TrainConfig(epochs=1, device="cpu", precision="16-mixed"))
 
 
 @pytest.mark.parametrize(

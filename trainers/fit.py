@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vae_export.manifest import Data, Likelihood
 
 from . import checkpoint, data, models
 from .config import CheckpointConfig, ModelConfig, Result, TrainConfig
-from .objective import Elbo, elbo, log_prob_of
+from .objective import Elbo, log_prob_of, terms
 
 # Indices of noise beyond those of any training step: of the evaluation, and of the epochs' orders.
 _EVALUATION = 1 << 63
@@ -57,16 +58,18 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
         )
 
     try:
-        fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
-    except (RuntimeError, ValueError) as error:
-        raise BackendError(f"train: device {config.device!r} is not available here: {error}") from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*AMP with fp16 is not supported.*")  # it would take bf16
+            fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    except (RuntimeError, ValueError, Warning) as error:
+        raise BackendError(
+            f"train: device {config.device!r} with precision {config.precision!r} is not available here: {error}"
+        ) from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         plain = models.build(model_config)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     model, optimizer = fabric.setup(plain, optimizer)
-    model.mark_forward_method("encode")
-    model.mark_forward_method("decode")
     log_prob = log_prob_of(
         Likelihood(kind=model_config.likelihood), Data(shape=model_config.data_shape, range=model_config.data_range)
     )
@@ -83,35 +86,43 @@ def fit(out: Path, model_config: ModelConfig, config: TrainConfig, *, overwrite:
                     group["lr"] = config.learning_rate * _schedule(step, warmup, total)
                 x = fabric.to_device(x)  # (B, C, H, W)
                 eps = _noise(config.seed, seen, len(x), model_config.latent).to(x.device)  # (B, latent)
-                terms = elbo(model, log_prob, x, eps)
-                loss = (terms.kl - terms.reconstruction).mean()  # −ELBO, nats for each example
-                if not torch.isfinite(loss):
-                    raise InputError(
-                        f"train: the loss became {loss.item()} at step {step} (epoch {epoch + 1}). "
-                        "Lower the learning rate, or use --precision 32-true"
-                    )
+                elbo = terms(log_prob, x, model(x, eps))
+                loss = (elbo.kl - elbo.reconstruction).mean()  # −ELBO, nats for each example
                 optimizer.zero_grad(set_to_none=True)
                 fabric.backward(loss)
-                fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip)
+                norm = fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
+                _check_finite("loss", loss, step, epoch)
+                if config.precision != "16-mixed":  # whose gradient scaler skips a step that overflows
+                    _check_finite("gradient's norm", norm, step, epoch)
                 optimizer.step()
                 step += 1
                 seen += len(x)
-                progress.update(task, advance=1, elbo=f"{-loss.item():.1f}", kl=f"{terms.kl.mean().item():.1f}")
+                progress.update(task, advance=1, elbo=f"{-loss.item():.1f}", kl=f"{elbo.kl.mean().item():.1f}")
 
     plain.eval()
     held_out = torch.from_numpy(dataset.held_out)
     with torch.no_grad():
         eps = _noise(config.seed, _EVALUATION, len(held_out), model_config.latent)
         slices = [slice(i, i + config.batch_size) for i in range(0, len(held_out), config.batch_size)]
-        parts = [elbo(model, log_prob, fabric.to_device(held_out[s]), fabric.to_device(eps[s])) for s in slices]
-    terms = Elbo(*(torch.cat(column).double() for column in zip(*parts, strict=True)))
+        pieces = [(fabric.to_device(held_out[s]), fabric.to_device(eps[s])) for s in slices]
+        parts = [terms(log_prob, x, model(x, e)) for x, e in pieces]
+    elbo = Elbo(*(torch.cat(column).double() for column in zip(*parts, strict=True)))
     result = Result(
-        elbo=(terms.reconstruction - terms.kl).mean().item(),
-        reconstruction=terms.reconstruction.mean().item(),
-        kl=terms.kl.mean().item(),
+        elbo=(elbo.reconstruction - elbo.kl).mean().item(),
+        reconstruction=elbo.reconstruction.mean().item(),
+        kl=elbo.kl.mean().item(),
     )
+    _check_finite("held-out loss", elbo.kl - elbo.reconstruction, step, epoch)
     checkpoint.write(out, CheckpointConfig(model=model_config, train=config, result=result), plain, overwrite=overwrite)
     return result
+
+
+def _check_finite(what: str, value: torch.Tensor | None, step: int, epoch: int) -> None:
+    if value is not None and not torch.isfinite(value).all():
+        raise InputError(
+            f"train: the {what} became {value.sum().item()} at step {step} (epoch {epoch + 1}). "
+            "Lower the learning rate, or use --precision 32-true"
+        )
 
 
 def _schedule(step: int, warmup: int, total: int) -> float:

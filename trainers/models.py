@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .objective import Outputs, run
 
 
 class VAEModel(nn.Module):
@@ -43,6 +44,10 @@ class VAEModel(nn.Module):
             return torch.sigmoid(out), out
         sample, logvar = out.chunk(2, dim=1)
         return sample, logvar.clamp(*self.config.sample_logvar_clamp)
+
+    def forward(self, x: Tensor, eps: Tensor) -> Outputs:
+        """Encode, draw with the noise eps (B, latent), decode: see `objective.run`. For training."""
+        return run(self, x, eps)
 
 
 def build(config: ModelConfig) -> VAEModel:

@@ -18,6 +18,7 @@ from vae_export.manifest import Data, Likelihood
 
 Parameters = tuple[Tensor, ...]
 LogProb = Callable[[Tensor, Parameters], Tensor]
+Outputs = tuple[Tensor, Tensor, Parameters]
 
 
 class Autoencoder(Protocol):
@@ -94,22 +95,36 @@ def log_prob_of(likelihood: Likelihood, data: Data) -> LogProb:
     raise ValueError(f"no log-probability for {likelihood.kind}")
 
 
-def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
-    """The ELBO at z = mean + exp(½ logvar) · eps.
-
-    Kingma & Welling 2014: eq. 7 with the KL in closed form (appendix B) and the reparameterization of
-    section 2.4.
+def run(model: Autoencoder, x: Tensor, eps: Tensor) -> Outputs:
+    """Encode, draw z = mean + exp(½ logvar) · eps (Kingma & Welling 2014, section 2.4), and decode.
 
     Args:
         model: encoder and decoder.
-        log_prob: log p(x|z) for each value, from `log_prob_of`.
         x: (B, *data).
         eps: (B, *latent) standard normal noise.
+
+    Returns:
+        mean and logvar, (B, *latent) each, and the parameters of p(x|z), (B, *data) each.
     """
     mean, logvar = model.encode(x)
-    z = mean + torch.exp(0.5 * logvar) * eps
-    reconstruction = log_prob(x, model.decode(z)).flatten(1).sum(1)
-    return Elbo(reconstruction, kl_terms(mean, logvar).flatten(1).sum(1))
+    return mean, logvar, model.decode(mean + torch.exp(0.5 * logvar) * eps)
+
+
+def terms(log_prob: LogProb, x: Tensor, outputs: Outputs) -> Elbo:
+    """The ELBO's terms: Kingma & Welling 2014, eq. 7, with the KL in closed form (appendix B).
+
+    Args:
+        log_prob: log p(x|z) for each value, from `log_prob_of`.
+        x: (B, *data).
+        outputs: of `run`.
+    """
+    mean, logvar, parameters = outputs
+    return Elbo(log_prob(x, parameters).flatten(1).sum(1), kl_terms(mean, logvar).flatten(1).sum(1))
+
+
+def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
+    """The ELBO's terms of a model at one draw; arguments as for `run` and `terms`."""
+    return terms(log_prob, x, run(model, x, eps))
 
 
 def kl_terms(mean: Tensor, logvar: Tensor) -> Tensor:
