@@ -111,7 +111,7 @@ class ArrayCheck:
 
     def _check_finite(self, verb: str, array: Array) -> None:
         finite = np.isfinite(array)
-        if not np.logical_and.reduce(finite, axis=None):  # half the overhead of finite.all()
+        if np.count_nonzero(finite) != finite.size:  # a quarter of the overhead of finite.all()
             self._refuse(verb, array, ~finite, "finite values")
 
     def _check_unit(self, verb: str, array: Array) -> None:
