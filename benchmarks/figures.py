@@ -91,7 +91,7 @@ def two_elbos(likelihood: str, path: Path, checkpoint: Path) -> Figure:
     module = source.load(checkpoint).module.double()
     log_prob = log_prob_of(model.likelihood, model.data)
     with torch.no_grad():
-        exact = torch_elbo(module, log_prob, torch.from_numpy(x), torch.from_numpy(eps))  # type: ignore[arg-type]
+        exact = torch_elbo(module, log_prob, torch.from_numpy(x), torch.from_numpy(eps))
         mean, logvar = (t.numpy() for t in module.encode(torch.from_numpy(x)))
         outputs = module.decode(torch.from_numpy(mean + np.exp(0.5 * logvar) * eps))
     named = dict(zip(("sample", "logits" if likelihood == "bernoulli" else "sample_logvar"), outputs, strict=True))

@@ -49,9 +49,19 @@ def test_the_road(run: Run, tmp_path: Path) -> None:
     succeeded(run("export", "run", "m.bundle", "--force"))
     assert "end to end" in succeeded(run("verify", "m.bundle", "--out", "c.json"))
     assert json.loads((tmp_path / "c.json").read_text())["bundle"] == "m"
-    failed(run("train", "run", "--epochs", 1), 2, "run exists already. Choose another folder")
+    failed(
+        run("train", "run", "--epochs", 1),
+        2,
+        "run exists already. Choose another path, or overwrite it on purpose (--force)",
+    )
     assert "run: model" in succeeded(run("inspect", "run"))
     assert json.loads(succeeded(run("inspect", "run", "--json")))["kind"] == "checkpoint"
+
+
+def test_a_path_with_brackets(run: Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["gaussian"], tmp_path / "[bold]run")
+    assert "[bold]run: model" in succeeded(run("inspect", "[bold]run"))
+    assert "[nope]b.bundle is written and verified" in succeeded(run("export", "[bold]run", "[nope]b.bundle"))
 
 
 def test_verify(run: Run, digits: dict[str, Path]) -> None:
@@ -112,6 +122,7 @@ def test_reconstruct_and_every_input(run: Run, digits: dict[str, Path], images: 
     for index, picture in enumerate(pixels):
         Image.fromarray(picture).save(tmp_path / "folder" / f"{index}.png")
     (tmp_path / "folder" / "notes.txt").write_text("not a picture")
+    os.mkfifo(tmp_path / "folder" / "pipe.png")
     with vae_export.load(bundle) as vae:
         exact, rounded = vae.reconstruct(images[:5]), vae.reconstruct(pixels[:, None])
     for given, expected in (
@@ -334,7 +345,8 @@ def test_doctor(run: Run) -> None:
         assert plain["extras"]["gpu"]["install"] == install
     assert plain["problems"] == []
     shown = succeeded(run("doctor"))
-    assert "[export]" in shown
+    assert "│ [export]" in shown
+    assert "\\" not in shown
     assert "make bundles: onnx " in shown
 
 

@@ -138,7 +138,9 @@ def test_a_loss_that_explodes_is_told(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten(checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match=r"exists already\. Choose another folder, or overwrite it"):
+    with pytest.raises(
+        InputError, match=r"exists already\. Choose another path, or overwrite it on purpose \(--force\)"
+    ):
         fit.fit(checkpoints["gaussian"], ModelConfig(data_shape=DIGITS), TrainConfig(epochs=1))
 
 

@@ -183,6 +183,11 @@ def test_certificates_are_strict_json(digits: dict[str, Path]) -> None:
     json.dumps(plain, allow_nan=False)
     with pytest.raises(BundleError, match=r"verification\.json is not a certificate"):
         certificates.decode(b"{}")
+    raw = certificates.encode(certificate)
+    with pytest.raises(BundleError, match="printable text expected"):
+        certificates.decode(raw.replace(b'"precision": "float32"', b'"precision": "\\u001b[2J"'))
+    with pytest.raises(BundleError, match="one check or more expected"):
+        certificates.decode(json.dumps({**json.loads(raw), "checks": []}).encode())
 
 
 def test_a_check_in_words() -> None:

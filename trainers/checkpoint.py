@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from vae_export import files
 from vae_export.errors import InputError
-from vae_export.files import atomic_folder
 
 from . import config as configs
 from .config import CheckpointConfig
@@ -24,7 +24,7 @@ def write(path: Path, config: CheckpointConfig, model: VAEModel, *, overwrite: b
     """
     check_target(path, overwrite=overwrite)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic_folder(path, overwrite=overwrite) as stage:
+    with files.atomic_folder(path, overwrite=overwrite) as stage:
         (stage / configs.WEIGHTS).write_bytes(save(tensors))
         (stage / configs.CONFIG).write_bytes(configs.encode(config))
 
@@ -36,15 +36,14 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         InputError: something is at `path` and overwrite is false, or it is not just a checkpoint.
         OSError: its folder cannot be written to.
     """
-    if path.is_dir() and overwrite:
+    files.check_target(path, overwrite=overwrite)
+    if path.is_dir():
         strangers = sorted({entry.name for entry in path.iterdir()} - {configs.CONFIG, configs.WEIGHTS})
         if strangers or (any(path.iterdir()) and not configs.is_checkpoint(path)):
             raise InputError(
                 f"train: {path} is not just a checkpoint ({', '.join(strangers[:5]) or 'a part is missing'}). "
                 "Remove it yourself, or choose another folder"
             )
-    elif path.exists() or path.is_symlink():
-        raise InputError(f"train: {path} exists already. Choose another folder, or overwrite it (--force)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):
         pass

@@ -14,9 +14,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from vae_export import files
 from vae_export import manifest as manifests
 from vae_export.errors import BundleError, InputError
-from vae_export.files import atomic_folder
 from vae_export.manifest import File, Manifest
 
 MANIFEST = "manifest.json"
@@ -133,16 +133,13 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         InputError: something is at `path` and overwrite is false, or what is there is not just a bundle.
     """
     check_target(path, overwrite=overwrite)
-    with atomic_folder(path, overwrite=overwrite) as stage:
+    with files.atomic_folder(path, overwrite=overwrite) as stage:
         yield stage
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
     """Refuse a place at which `create` cannot make a bundle. Errors as there."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"{path} exists and is not a folder. Choose another path")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already. Choose another path, or overwrite it on purpose (--force)")
+    files.check_target(path, overwrite=overwrite)
     if path.is_dir() and any(path.iterdir()):
         try:
             strangers = Bundle(path).unlisted()
@@ -159,12 +156,12 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 
 def list_files(folder: Path) -> dict[str, File]:
     """The records of all files in a folder, for the manifest's `files`."""
-    files = {}
+    records = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = File(size=path.stat().st_size, sha256=digest)
-    return files
+        records[path.relative_to(folder).as_posix()] = File(size=path.stat().st_size, sha256=digest)
+    return records
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from vae_export.errors import BundleError, VerificationError
-from vae_export.manifest import Record
+from vae_export.manifest import Record, check_text
 
 FORMAT: Final = "vae_export.certificate"
 VERSION: Final = 1
@@ -130,6 +130,7 @@ class Certificate(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.checks:
             raise ValueError("one check or more expected")
+        check_text(self.bundle, self.created, self.reference, self.precision)
 
     @property
     def passed(self) -> bool:

@@ -190,7 +190,7 @@ def export(
     with console.status("export") as status:
         certificate = run(source, bundle, overwrite=force, progress=lambda step: status.update(step))
     console.print(report.certificate(certificate))
-    console.print(f"{bundle} is written and verified", soft_wrap=True)
+    typer.echo(f"{bundle} is written and verified")
 
 
 @app.command()
@@ -358,9 +358,8 @@ def doctor(json: Json = False) -> None:
         extras = {}
         for name, extra in found["extras"].items():
             packages = ", ".join(f"{p} {v or 'MISSING'}" for p, v in extra["packages"].items())
-            extras[f"[{name}]".replace("[", r"\[")] = (
-                f"{extra['purpose']}: {packages}" + (f"\n{extra['install']}" if extra["install"] else "")
-            ).replace("[", r"\[")
+            install = f"\n{extra['install']}" if extra["install"] else ""
+            extras[f"[{name}]"] = f"{extra['purpose']}: {packages}{install}"
         console.print(report.facts("extras", extras))
     for problem in found["problems"]:
         typer.echo(f"problem: {problem}", err=True)

@@ -120,7 +120,7 @@ def export(
         if picture:
             examples = vae.sample(64, size=source.sizes())
             images.grid(examples, model.data.range, columns=16).save(folder / model_card.PICTURE)
-        card = model_card.write(path.name, model, source.origin, measured, picture=picture)
+        card = model_card.write(path.resolve().name, model, source.origin, measured, picture=picture)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
         manifest = Manifest(
             format=manifests.FORMAT,

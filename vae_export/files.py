@@ -14,6 +14,18 @@ from pathlib import Path
 from vae_export.errors import InputError
 
 
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place at which no folder can be made.
+
+    Raises:
+        InputError: something is at `path` already and overwrite is false, or it is not a folder.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} exists and is not a folder. Choose another path")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already. Choose another path, or overwrite it on purpose (--force)")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a new folder beside `path` to write into; on success it becomes `path`, on failure it goes.
@@ -22,13 +34,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     exchange two folders at once, there is a moment in which the old one has a hidden name beside `path`.
 
     Raises:
-        InputError: something is at `path` already and overwrite is false, or it is not a folder.
+        InputError: as `check_target`.
     """
-    path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"{path} exists and is not a folder. Choose another path")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already. Choose another path, or overwrite it on purpose (--force)")
+    check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     stage.mkdir()

@@ -139,7 +139,9 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
         if not isinstance(array, np.ndarray):
             raise InputError(f"{path} is not a plain NumPy array; is it an .npz?")
         return array
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not files:
         raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
     pictures = [_read_picture(file, data, resize) for file in files]

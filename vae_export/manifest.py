@@ -206,7 +206,7 @@ class Model(Part, frozen=True, kw_only=True):
     likelihood: Likelihood
 
     def __post_init__(self) -> None:
-        _check_text(self.architecture)
+        check_text(self.architecture)
         if self.parameters < 0:
             raise ValueError(f"parameters must not be negative, got {self.parameters}")
         if len(self.latent.shape) not in (1, 3):
@@ -309,7 +309,7 @@ class Golden(Part, frozen=True, kw_only=True):
     prior: int
 
     def __post_init__(self) -> None:
-        _check_text(self.reference)
+        check_text(self.reference)
         data = self.held_out + self.decoded
         if min(self.seed, self.extremes, self.held_out, self.decoded) < 0 or self.prior < 1 or data < 1:
             raise ValueError("golden: a seed of 0 or more, one example or more and one prior draw or more expected")
@@ -336,7 +336,7 @@ class Origin(Part, frozen=True, kw_only=True):
     data: str | None = None
 
     def __post_init__(self) -> None:
-        _check_text(self.name, self.weights_sha256 or "", self.data or "")
+        check_text(self.name, self.weights_sha256 or "", self.data or "")
 
 
 class File(Part, frozen=True, kw_only=True):
@@ -385,7 +385,7 @@ class Manifest(Part, frozen=True, kw_only=True):
     files: dict[str, File]
 
     def __post_init__(self) -> None:
-        _check_text(self.name, self.created, *self.tools, *self.tools.values())
+        check_text(self.name, self.created, *self.tools, *self.tools.values())
         if not self.name or set(self.name) & set("/\\"):
             raise ValueError(f"name {self.name!r}: a name without slashes expected")
         for path in self.files:
@@ -468,7 +468,8 @@ def _canonical(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
-def _check_text(*texts: str) -> None:
+def check_text(*texts: str) -> None:
+    """Refuse what would do more in a terminal than be read."""
     for text in texts:
         if not text.isprintable():
             raise ValueError(f"printable text expected, got {text!r}")

@@ -17,7 +17,7 @@ from vae_export.manifest import Manifest, shape_text
 
 def facts(title: str, values: Mapping[str, object]) -> Table:
     """Two columns: what, and its value."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in values.items():
@@ -85,7 +85,7 @@ def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list
     files.columns[1].justify = "right"
     for name, file in manifest.files.items():
         files.add_row(Text(name), f"{file.size:,}", file.sha256[:16] + "…")
-    return [facts(escape(manifest.name), overview), graphs, files]
+    return [facts(manifest.name, overview), graphs, files]
 
 
 def as_text(*renderables: Any, width: int = 120) -> str:
