@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard vae_export/*.py vae_export/*/*.py trainers/*.py runtimes/*.py)
 
-.PHONY: demo test setup lint types bench figures record clean
+.PHONY: demo test setup lint types bench figures trainer throughput kills record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -31,10 +31,31 @@ figures: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/figures.py out/bench/figures.json
 
-# Renew the recorded results that the README quotes; it prints the README's tables.
-record: setup
+# Every figure that is promised of the trainer, likewise.
+trainer: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/trainer.py out/bench/trainer.json
+
+# Training speed beside a plain loop and pythae, which is installed beside everything else for that.
+throughput: setup out/pythae
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/training.py out/bench/training.json --pythae out/pythae
+
+out/pythae:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ pythae==0.1.2 tqdm imageio
+
+# Kill 200 training runs at random moments, and continue them.
+kills: setup
+	$(BIN)/python benchmarks/kills.py 200
+
+# Renew the recorded results that README.md and docs/training.md quote, and print their tables.
+record: setup out/pythae
 	$(BIN)/python benchmarks/figures.py benchmarks/results/figures-cpu.json
 	$(BIN)/python benchmarks/latency.py benchmarks/results/latency-cpu.json
+	$(BIN)/python benchmarks/trainer.py benchmarks/results/trainer-cpu.json
+	$(BIN)/python benchmarks/training.py benchmarks/results/training-cpu.json --pythae out/pythae
+	$(BIN)/python benchmarks/recipes.py benchmarks/results/recipes-cpu.json
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# The models of the tests are too small for threads; and on a machine whose cores others use as well, PyTorch's
+# threads wait for each other for longer than they compute. Set before anything imports PyTorch; children inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import subprocess
 import sys

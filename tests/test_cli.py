@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import enum
 import json
 import os
 import shlex
@@ -36,8 +37,11 @@ def failed(done: subprocess.CompletedProcess[str], code: int, message: str) -> N
 
 def test_the_road(run: Run, tmp_path: Path) -> None:
     said = succeeded(run("train", "run", "--epochs", 2, "--model", "mlp", "--widths", "32", "--latent", 4))
-    assert "run: held-out ELBO -" in said
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    assert "run: test ELBO -" in said
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        *("config.json", "model.safetensors", "training_state.safetensors", "metrics.json", "metrics.csv"),
+        *("pictures", "tensorboard", ".lock"),
+    }
     said = succeeded(run("export", "run", "m.bundle"))
     assert "m.bundle is written and verified" in said
     assert "FAILED" not in said
@@ -232,7 +236,7 @@ def test_force_replaces_only_what_we_made(run: Run, checkpoints: dict[str, Path]
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
     failed(run("export", checkpoints["gaussian"], "app", "--force"), 2, "exists and is not a whole bundle")
-    failed(run("train", "app", "--epochs", 1, "--force"), 2, "app is not just a checkpoint (manifest.json)")
+    failed(run("train", "app", "--epochs", 1, "--force"), 2, "app is not just a run (manifest.json)")
     assert (tmp_path / "app" / "manifest.json").exists()
 
 
@@ -272,9 +276,16 @@ def test_hidden_graphs_are_refused_by_bench_too(run: Run, digits: dict[str, Path
     [
         (["train", "o", "--model", "unet"], "'unet' is not one of"),
         (["train", "o", "--likelihood", "poisson"], "'poisson' is not one of"),
-        (["train", "o", "--data", "mnist"], "data set 'mnist' is not known; expected 'digits'"),
+        (["train", "o", "--data", "mnist"], "data set 'mnist' needs a path; expected mnist:DIR"),
         (["train", "o", "--widths", "a,b"], "train: widths are 'a,b'; expected numbers such as 8,64"),
         (["train", "o", "--latent", "0"], "latent is 0; expected 1 to 65,536"),
+        (["train", "../o", "--data", "images:."], "has no pictures in it (.bmp, .gif, .jpeg,"),
+        (["train", "o", "--data", "array:gone.npy"], "gone.npy does not exist; expected a file"),
+        (["train", "o", "--size", "8y"], "train: sides are '8y'; expected numbers such as 8x64"),
+        (["train", "o", "--range", "1"], "train: range is '1'; expected two numbers such as -1,1"),
+        (["train", "o", "--resume", "--force"], "--resume continues a run, --force replaces it. Choose one of the"),
+        (["train", "o", "--objective", "map"], "'map' is not one of"),
+        (["train", "o", "--download"], "data set 'digits' cannot be downloaded; expected mnist, fashion, cifar10"),
         (["train", "o", "--widths", "4,4,4,4"], "8 × 8 does not divide by 16"),
         (["export", "gone", "b"], "gone is not a checkpoint"),
         (["bench", "gone"], "gone does not exist"),
@@ -320,18 +331,31 @@ def test_named_sizes(run: Run, member: Callable[[str], object], tmp_path: Path) 
 def test_the_choices_are_those_of_the_contract() -> None:
     from typing import get_args, get_type_hints
 
-    from vae_export.trainers.config import ModelConfig, TrainConfig
+    from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
 
-    from vae_export import cli
+    from vae_export.cli_train import train
 
-    hints = get_type_hints(ModelConfig) | get_type_hints(TrainConfig)
-    for field, choices in (
-        ("model", cli.ModelName),
-        ("likelihood", cli.LikelihoodName),
-        ("device", cli.Accelerator),
-        ("precision", cli.Precision),
-    ):
-        assert get_args(hints[field]) == tuple(choice.value for choice in choices)
+    records = (DataConfig, ModelConfig, TrainConfig)
+    hints = {name: hint for record in records for name, hint in get_type_hints(record).items()}
+    said = {"OUT": "out", "resume": "", "force": "", "download": "", "data": "spec"}
+    said_otherwise = {
+        "data_shape",
+        "data_range",
+        "posterior",
+        "noise_floor",
+        "logvar_clamp",
+        "sample_logvar_clamp",
+        "log_scale_clamp",
+    }
+    options = {said.get(name, name): hint for name, hint in get_type_hints(train).items() if name != "return"}
+    assert set(options) - {"out", ""} == set(hints) - said_otherwise
+    chosen = 0
+    for name, hint in options.items():
+        (plain, *_) = get_args(hint) or (hint,)
+        if isinstance(plain, type) and issubclass(plain, enum.Enum):
+            assert get_args(hints[name]) == tuple(choice.value for choice in plain)
+            chosen += 1
+    assert chosen == 7
 
 
 def test_doctor(run: Run) -> None:
@@ -376,32 +400,38 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path]) 
 
 
 SIGNAL_IN_THE_LOOP = """
-import os, sys, threading, time
+import os, sys
+from vae_export.trainers.feed import Feed
 from vae_export.cli import main
 
-def send():
-    while True:
-        frame = sys._current_frames()[threading.main_thread().ident]
-        while frame:
-            if frame.f_code.co_name == "fit" and frame.f_locals.get("step", 0) > 3:
-                return os.kill(os.getpid(), {number})
-            frame = frame.f_back
-        time.sleep(0.01)
-
-threading.Thread(target=send, daemon=True).start()
+before = Feed.__getitem__
+def item(feed, step):
+    if step == 3:
+        os.kill(os.getpid(), {number})
+    return before(feed, step)
+Feed.__getitem__ = item
 sys.argv[1:] = ["train", "out", "--epochs", "100000"]
 main()
 """
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """In the middle of training: the signal's exit code, no traceback, nothing left behind."""
+def test_signals(run: Run, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """In the middle of training: saved, the signal's exit code, no traceback; and it can go on."""
     command = [sys.executable, "-c", SIGNAL_IN_THE_LOOP.format(number=int(number))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr
+    assert "out: stopped after step 4 and saved; go on with --resume" in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *(".lock", "config.json", "metrics.csv", "tensorboard", "training_state.safetensors"),
+    }
+    failed(run("export", "out", "b"), 2, "out is a run that was stopped before its first evaluation. Continue it: ")
+    failed(
+        run("train", "out", "--resume", "--epochs", "2"),
+        2,
+        "train.epochs was 100000 and is now 2. Take the old value, or start a new run in another folder",
+    )
 
 
 def test_a_closed_pipe_is_no_accident(digits: dict[str, Path], tmp_path: Path, images: np.ndarray) -> None:

@@ -62,6 +62,7 @@ def test_contents(digits: dict[str, Path]) -> None:
     assert set(manifest.files) == {
         *("README.md", "calibration.safetensors", "config.json", "golden.safetensors", "samples.png"),
         *("vae_decoder/model.onnx", "vae_encoder/model.onnx", "verification.json"),
+        *(f"training/{name}.png" for name in ("curves", "reconstructions", "samples", "interpolation")),
     }
     assert manifest.origin.kind == "checkpoint"
     assert manifest.origin.data == "scikit-learn handwritten digits"
@@ -79,6 +80,7 @@ def test_contents(digits: dict[str, Path]) -> None:
 
 def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoints: dict[str, Path]) -> None:
     from vae_export.trainers import checkpoint, data
+    from vae_export.trainers.config import DataConfig
 
     bundle = Bundle(digits["gaussian"])
     record = bundle.manifest.golden
@@ -96,10 +98,12 @@ def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoi
     assert (x[1] == 1).all()
     assert np.array_equal(x[2], 1 - x[3])
     assert x[2].mean() == 0.5
-    held_out = {row.tobytes() for row in data.load("digits", 0).held_out}
+    dataset = data.load(DataConfig(), 0)
+    held_out, trained = (
+        {row.tobytes() for row in part.read(np.arange(len(part)))} for part in (dataset.test, dataset.train)
+    )
     assert all(row.tobytes() in held_out for row in x[record.extremes :])
     calibration = safetensors.numpy.load(bundle.read(golden.CALIBRATION_FILE))["x"]
-    trained = {row.tobytes() for row in data.load("digits", 0).train}
     assert len(calibration) == 512
     assert all(row.tobytes() in trained for row in calibration)
 

@@ -58,7 +58,7 @@ def test_a_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path, digits: di
     command(cli, "sample", digits["gaussian"], "--out", "s.png", cwd=tmp_path)
     done = subprocess.run([cli, "train", "o"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 4
-    assert "train: the Python package 'lightning_fabric' is not installed. Run: pip install" in done.stderr
+    assert "train: the Python package 'torch' is not installed. Run: pip install 'vae-export[train]'" in done.stderr
 
 
 NAMES = """

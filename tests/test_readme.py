@@ -9,10 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import recipes
+import tables
 from conftest import ROOT
 from PIL import Image
 
@@ -78,12 +81,14 @@ def test_samples_look_like_digits(demo: str) -> None:
     from sklearn.datasets import load_digits
     from sklearn.neighbors import KNeighborsClassifier
     from vae_export.trainers import data
+    from vae_export.trainers.config import DataConfig
 
     import vae_export
 
     digits = load_digits()
     x = (digits.images / 16).astype(np.float32).reshape(-1, 64)
-    trained = {row.tobytes() for row in data.load("digits", 0).train}
+    train = data.load(DataConfig(), 0).train
+    trained = {row.tobytes() for row in train.read(np.arange(len(train)))}
     seen = np.array([row.tobytes() in trained for row in x])
     neighbours = KNeighborsClassifier(10).fit(x[seen], digits.target[seen])
 
@@ -136,8 +141,26 @@ def test_its_figures_are_those_of_the_records() -> None:
         assert f"| {' | '.join(row)} |\n" in README
     (seconds,) = (f["measured"] for f in figures if f["figure"].startswith("new process"))
     assert f"exits in {seconds:.2f} s" in README
+    for line in (*tables.trainer(), *tables.throughput()):
+        assert f"{line}\n" in README
     rows = json.loads((results / "latency-cpu.json").read_text())["rows"]
     cases = dict.fromkeys((row["model"], row["verb"], row["batch"]) for row in rows)
     for case in cases:
         times = [f"{r['median_us']:.1f}" for r in rows if (r["model"], r["verb"], r["batch"]) == case]
         assert f"| {' | '.join(map(str, (*case, *times)))} |\n" in README
+
+
+def test_the_training_document(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Its table is the record's; its options are the command's; its recipes are what was recorded."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for line in tables.recipes():
+        assert f"{line}\n" in text
+    help = run("train", "--help", COLUMNS="200").stdout
+    others = {"--nproc-per-node", "--logdir"}
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others
+    assert len(said) > 25
+    assert not {option for option in said if option not in help}
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "recipes-cpu.json").read_text())["recipes"]
+    assert {recipe["recipe"]: recipe["options"] for recipe in recorded} == recipes.RECIPES
+    figures = json.loads((ROOT / "benchmarks" / "results" / "trainer-cpu.json").read_text())["figures"]
+    assert all(figure["met"] for figure in figures)

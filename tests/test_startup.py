@@ -89,8 +89,8 @@ def test_runtimes_import_only_the_contract() -> None:
          "install 'vae-export[export]'"),
         (["onnxruntime"], "vae_export.load(sys.argv[1])", "load: the Python package 'onnxruntime' is not installed. "
          "Run: pip install 'vae-export[cpu]'"),
-        (["sklearn"], "from vae_export.trainers import data; data.load('digits', 0)", "data set 'digits': the Python "
-         "package 'sklearn' is not installed. Run: pip install 'vae-export[train]'"),
+        (["sklearn"], "from vae_export.trainers import config, data; data.load(config.DataConfig(), 0)", "data set "
+         "'digits': the Python package 'sklearn' is not installed. Run: pip install 'vae-export[train]'"),
     ],
 )  # fmt: skip
 def test_a_missing_extra_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from vae_export.trainers import checkpoint, data, fit, models
+from vae_export.trainers import checkpoint, data, fit, schedule
 from vae_export.trainers import config as configs
-from vae_export.trainers.config import ModelConfig, TrainConfig
+from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
 from vae_export.trainers.objective import elbo, gaussian
 
 from vae_export import noise
@@ -47,57 +48,23 @@ def test_checkpoint_round_trip(checkpoints: dict[str, Path]) -> None:
     config, model = checkpoint.read(checkpoints["gaussian"])
     assert config.model.likelihood == "gaussian"
     assert not model.training
-    held_out = torch.from_numpy(data.load("digits", 0).held_out)
-    eps = torch.from_numpy(noise.normals(0, noise.TRAINER, 1 << 63, len(held_out), 8))
+    test = data.load(DataConfig(), 0).test
+    held_out = torch.from_numpy(test.read(np.arange(len(test))))
+    eps = torch.from_numpy(noise.normals(0, noise.TRAINER, 0, len(held_out), 8, data.TEST))
     with torch.no_grad():
         terms = elbo(model, gaussian, held_out, eps)
     assert (terms.reconstruction - terms.kl).mean().item() == pytest.approx(config.result.elbo, rel=1e-5)
 
 
-def test_data_is_split_once_and_for_all() -> None:
-    first, again, other = data.load("digits", 0), data.load("digits", 0), data.load("digits", 1)
-    assert np.array_equal(first.held_out, again.held_out)
-    assert not np.array_equal(first.held_out, other.held_out)
-    assert (len(first.train), len(first.held_out)) == (1438, 359)
-    assert first.train.dtype == np.float32
-    assert (first.train.min(), first.train.max()) == (0.0, 1.0)
-    both = np.concatenate([first.train, first.held_out]).reshape(1797, -1)
-    everything = np.concatenate([other.train, other.held_out]).reshape(1797, -1)
-    assert sorted(map(bytes, both)) == sorted(map(bytes, everything))
-
-
-@pytest.mark.parametrize("model", ["mlp", "conv"])
-def test_models_have_the_shapes_they_promise(model: str) -> None:
-    for shape, widths in ((DIGITS, (4, 8)), ((3, 12, 20), (4, 6)), ((1, 28, 28), (3,))):
-        for likelihood, outputs in (("bernoulli", 2), ("gaussian", 2)):
-            config = ModelConfig(model=model, data_shape=shape, likelihood=likelihood, latent=7, widths=widths)
-            built = models.build(config)
-            mean, logvar = built.encode(torch.rand(5, *shape))
-            assert mean.shape == logvar.shape == (5, 7)
-            parameters = built.decode(mean)
-            assert len(parameters) == outputs
-            assert all(p.shape == (5, *shape) for p in parameters)
-
-
-def test_log_variances_are_clamped_as_recorded() -> None:
-    config = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="gaussian", widths=(4,))
-    model = models.build(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1e4)
-        _, logvar = model.encode(torch.ones(8, *DIGITS))
-        _, sample_logvar = model.decode(torch.ones(8, 16) * torch.arange(8)[:, None])
-    assert (logvar.min().item(), logvar.max().item()) == config.logvar_clamp
-    assert (sample_logvar.min().item(), sample_logvar.max().item()) == config.sample_logvar_clamp
-
-
 def test_schedule() -> None:
-    rates = [fit._schedule(step, 10, 100) for step in range(100)]
+    rates = [schedule.learning_rate(step, 10, 100) for step in range(100)]
     assert rates[0] == 0.1
     assert rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 1e-3
     assert all(math.isfinite(rate) for rate in rates)
+    assert schedule.learning_rate(0, 100, 20) == 0.5  # warm-up is a tenth of all steps at most
+    assert schedule.learning_rate(0, 100, 1) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -105,8 +72,20 @@ def test_schedule() -> None:
     [
         ({"latent": 0}, {}, "latent is 0; expected 1 to 65,536"),
         ({"widths": ()}, {}, r"widths are \[\]; expected one or more numbers from 1"),
+        ({"model": "linear"}, {}, r"model 'linear' has no hidden layers, got widths \[64, 128\]"),
+        ({"model": "linear", "widths": ()}, {}, "'linear' is probabilistic PCA, whose likelihood is 'gaussian_fixed'"),
+        ({"model": "resnet", "blocks": 0}, {}, "blocks is 0; expected 1 to 64"),
+        ({"blocks": 2}, {}, "blocks and attention belong to model 'resnet', got them for 'conv'"),
+        ({"attention": True}, {}, "blocks and attention belong to model 'resnet', got them for 'conv'"),
+        ({"model": "resnet", "widths": (4,) * 5}, {}, "5 widths of 'resnet' halve the image 4 times, but 8 × 8 does"),
+        ({"variance": 0.1}, {}, "variance belongs to likelihood 'gaussian_fixed', got 'bernoulli'"),
+        ({"variance": 0.0, "likelihood": "gaussian_fixed"}, {}, "variance must be positive, got 0"),
+        ({"likelihood": "none"}, {}, "a deterministic posterior and likelihood 'none' belong together"),
+        ({"posterior": "deterministic", "likelihood": "none"}, {}, "objective 'elbo' does not fit a 'deterministic'"),
+        ({}, {"objective": "autoencoder"}, "objective 'autoencoder' does not fit a 'diagonal_gaussian' posterior"),
+        ({"log_scale_clamp": (1.0, 1.0)}, {}, r"log_scale_clamp is \[1\.0, 1\.0\]"),
         ({"widths": (4, 0)}, {}, r"widths are \[4, 0\]"),
-        ({"widths": (4,) * 4}, {}, "4 widths halve the image 4 times, but 8 × 8 does not divide by 16"),
+        ({"widths": (4,) * 4}, {}, "4 widths of 'conv' halve the image 4 times, but 8 × 8 does not divide by 16"),
         ({"data_shape": (0, 8, 8)}, {}, r"data shape is \(0, 8, 8\)"),
         ({"logvar_clamp": (5.0, -5.0)}, {}, r"logvar_clamp is \[5\.0, -5\.0\]; expected two finite, rising numbers"),
         ({"data_range": (-1.0, 1.0)}, {}, r"a Bernoulli likelihood needs data in \[0, 1\], got \[-1\.0, 1\.0\]"),
@@ -117,8 +96,19 @@ def test_schedule() -> None:
         ({}, {"learning_rate": 0.0}, r"learning rate must be positive, got 0\.0"),
         ({}, {"gradient_clip": 0.0}, "the gradient clip must be positive"),
         ({}, {"learning_rate": math.nan}, "learning rate must be positive, got nan"),
+        ({}, {"warmup": -1}, "warmup must not be negative, got -1"),
+        ({}, {"kl_warmup": -1}, "kl_warmup must not be negative"),
+        ({}, {"patience": -1}, "patience must not be negative"),
+        ({}, {"draws": 0}, "draws is 0; expected 1 to 65,536"),
+        ({}, {"importance_draws": 0}, "importance_draws is 0"),
+        ({}, {"ema": 1.0}, r"ema must be at least 0 and below 1, got 1\.0"),
+        ({}, {"beta": 0.0}, r"beta must be positive, got 0\.0"),
+        ({}, {"free_bits": -0.1}, r"free_bits must not be negative, got -0\.1"),
+        ({}, {"free_bits": 0.1, "objective": "importance_weighted"}, "'importance_weighted' has no KL term of its own"),
+        ({}, {"beta": 2.0, "objective": "autoencoder"}, "beta, kl_warmup and free_bits do not go with it"),
+        ({}, {"free_bits": 0.1, "objective": "elbo_monte_carlo"}, "free_bits needs the KL of each dimension in closed"),
+        ({}, {"draws": 2, "objective": "autoencoder"}, "an autoencoder draws nothing; draws must be 1"),
         ({}, {"seed": -1}, r"the seed must be from 0 to 2\^64 - 1, got -1"),
-        ({}, {"data": "mnist"}, "data set 'mnist' is not known; expected 'digits'"),
     ],
 )
 def test_bad_configurations(tmp_path: Path, model: dict[str, Any], train: dict[str, Any], message: str) -> None:
@@ -131,10 +121,11 @@ def test_a_loss_that_explodes_is_told(tmp_path: Path) -> None:
     config = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="gaussian", widths=(8,))
     with pytest.raises(
         InputError,
-        match=r"the (loss|gradient's norm|held-out loss) became (nan|-?inf) at step \d+ .*Lower the learning",
+        match=r"the (loss|gradient's norm|validation bound) became (nan|-?inf) at step \d+ .*There is no checkpoint "
+        r"yet\. Lower the learning",
     ):
         fit.fit(tmp_path / "out", config, TrainConfig(epochs=5, learning_rate=1e30, device="cpu"))
-    assert not (tmp_path / "out").exists()
+    assert not configs.is_checkpoint(tmp_path / "out")
 
 
 def test_nothing_is_overwritten(checkpoints: dict[str, Path]) -> None:
@@ -146,8 +137,10 @@ def test_nothing_is_overwritten(checkpoints: dict[str, Path]) -> None:
 
 def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("…")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "mine.png").touch()
     config = ModelConfig(model="mlp", data_shape=DIGITS, widths=(8,))
-    with pytest.raises(InputError, match=r"is not just a checkpoint \(thesis\.txt\)\. Remove it yourself"):
+    with pytest.raises(InputError, match=r"is not just a run \(pictures/mine\.png, thesis\.txt\)\. Remove it yourself"):
         fit.fit(tmp_path, config, TrainConfig(epochs=1), overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
 
@@ -187,19 +180,123 @@ def test_another_precision_is_used_or_refused(tmp_path: Path) -> None:
 def test_damaged_checkpoints(
     checkpoints: dict[str, Path], tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    config, model = checkpoint.read(checkpoints["gaussian"])
-    checkpoint.write(tmp_path / "c", config, model)
+    shutil.copytree(checkpoints["gaussian"], tmp_path / "c")
     damage(tmp_path / "c")
     with pytest.raises(InputError, match=message):
         checkpoint.read(tmp_path / "c")
 
 
 def test_weights_of_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    config, model = checkpoint.read(checkpoints["gaussian"])
-    checkpoint.write(tmp_path / "c", config, model)
+    shutil.copytree(checkpoints["gaussian"], tmp_path / "c")
     plain = json.loads((tmp_path / "c" / configs.CONFIG).read_text())
     plain["model"]["latent"] = 9
     (tmp_path / "c" / configs.CONFIG).write_text(json.dumps(plain))
     with pytest.raises(InputError, match=r"(?s)does not hold this model's weights: .*size mismatch"):
         checkpoint.read(tmp_path / "c")
     assert msgspec.json.decode((checkpoints["gaussian"] / "config.json").read_bytes(), type=configs.CheckpointConfig)
+
+
+def test_another_programs_model_is_no_run(tmp_path: Path) -> None:
+    """The names of our files are those of others, too."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(InputError, match=r"config\.json is not a checkpoint's configuration"):
+        fit.fit(tmp_path, ModelConfig(data_shape=DIGITS), TrainConfig(epochs=1), overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    config = ModelConfig(model="mlp", data_shape=DIGITS, widths=(8,))
+    train = TrainConfig(epochs=1, importance_draws=1, device="cpu")
+    fit.fit(tmp_path / "run", config, train)
+    (tmp_path / "mine").mkdir()
+    shutil.rmtree(tmp_path / "run" / "pictures")
+    (tmp_path / "run" / "pictures").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine" / "samples.png").touch()
+    with pytest.raises(InputError, match=r"is not just a run \(pictures\)"):
+        fit.fit(tmp_path / "run", config, train, overwrite=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["samples.png"]
+
+
+def test_what_fails_at_once_leaves_the_old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(model="mlp", data_shape=DIGITS, widths=(8,))
+    train = TrainConfig(epochs=1, importance_draws=1, device="cpu")
+    fit.fit(tmp_path / "run", config, train)
+    before = (tmp_path / "run" / configs.WEIGHTS).read_bytes()
+
+    def no_memory(*args: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+    monkeypatch.setattr(fit.Objective, "forward", no_memory)
+    with pytest.raises(InputError, match=r"not enough memory: DefaultCPU.*Take a smaller --batch-size"):
+        fit.fit(tmp_path / "run", config, train, overwrite=True)
+    assert (tmp_path / "run" / configs.WEIGHTS).read_bytes() == before
+
+
+def test_resuming_and_replacing_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--resume continues a run, --force replaces it"):
+        fit.fit(tmp_path, ModelConfig(data_shape=DIGITS), resume=True, overwrite=True)
+
+
+def test_a_run_does_not_lie_in_its_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lies in the folder of the pictures, to which the run would add its own"):
+        fit.fit(tmp_path / "run", ModelConfig(data_shape=DIGITS), data_config=DataConfig(spec=f"images:{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (DataConfig(channels=2), r"Invalid enum value 2 - at `\$\.channels`"),  # type: ignore[arg-type]
+        (TrainConfig(objective="map"), r"Invalid enum value 'map' - at `\$\.objective`"),  # type: ignore[arg-type]
+        (TrainConfig(epochs=1.5), r"Expected `int`, got `float` - at `\$\.epochs`"),  # type: ignore[arg-type]
+        (DataConfig(spec="images:a\udcff"), r"characters that cannot be written|surrogates"),
+        (DataConfig(validation=0.0), "validation and test must be shares above 0 that leave something to train on"),
+        (DataConfig(size=(0, 8)), r"size is \[0, 8\]; expected height and width from 1"),
+        (DataConfig(binarize="static", range=(-1.0, 1.0)), r"binarization needs data in \[0, 1\]"),
+        (DataConfig(binarize="static", dequantize=True), "binarized data has no levels left to dequantize"),
+    ],
+)
+def test_records_are_checked(record: DataConfig | TrainConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        record.check()
+
+
+@pytest.mark.parametrize(
+    ("data_config", "likelihood", "message"),
+    [
+        (
+            {"dequantize": True},
+            "bernoulli",
+            "dequantized data is continuous, and a Bernoulli likelihood is of 0s and 1s",
+        ),
+        ({"binarize": "static"}, "gaussian", "binarized data needs likelihood 'bernoulli', got 'gaussian'"),
+        ({"dequantize": True}, "discretized_logistic", "'discretized_logistic' is of data with 256 levels"),
+    ],
+)
+def test_data_and_likelihood_fit(tmp_path: Path, data_config: dict[str, Any], likelihood: str, message: str) -> None:
+    model = ModelConfig(data_shape=DIGITS, likelihood=likelihood)
+    with pytest.raises(InputError, match=message):
+        fit.fit(tmp_path / "run", model, data_config=DataConfig(**data_config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixed_precision_sees_the_data_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only layers compute in bfloat16: neither data, noise nor sums are rounded to it."""
+    seen: set[torch.dtype] = set()
+    forward = fit.Objective.forward
+
+    def note(self: Any, x: torch.Tensor, eps: torch.Tensor) -> Any:
+        bound = forward(self, x, eps)
+        seen.update(tensor.dtype for tensor in (x, eps, *bound))
+        return bound
+
+    monkeypatch.setattr(fit.Objective, "forward", note)
+    config = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="discretized_logistic", widths=(16,))
+    for precision in ("32-true", "bf16-mixed"):
+        options = TrainConfig(epochs=2, device="cpu", precision=precision, importance_draws=1, learning_rate=1e-9)
+        fit.fit(tmp_path / precision, config, options)
+    assert seen == {torch.float32}
+    (bf16, full) = (checkpoint.read_state(tmp_path / p) for p in ("bf16-mixed", "32-true"))
+    assert bf16
+    assert full
+    assert bf16[0].history[0].train_bound == pytest.approx(full[0].history[0].train_bound, rel=2e-3)

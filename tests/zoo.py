@@ -30,26 +30,26 @@ def fill(module: nn.Module) -> nn.Module:
 def trainer_model(
     model: str, likelihood: str, shape: tuple[int, int, int] = (1, 8, 8), latent: int = 5, **widths: object
 ) -> Source:
-    """A model of our trainer, flat latents, unit range."""
+    """A model of our trainer."""
     config = ModelConfig(model=model, data_shape=shape, likelihood=likelihood, latent=latent, **widths)
     module = fill(build(config))
-    clamp = config.sample_logvar_clamp if likelihood == "gaussian" else None
+    low, high = config.data_range
     return Source(
         module=module,
         model=Model(
             architecture=model,
             parameters=sum(p.numel() for p in module.parameters()),
-            data=Data(shape=shape, range=(0.0, 1.0)),
-            latent=Latent(shape=(latent,)),
+            data=Data(shape=shape, range=config.data_range),
+            latent=Latent(shape=config.latent_shape),
             prior="standard_normal",
             posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=config.logvar_clamp),
-            likelihood=Likelihood(kind=likelihood, logvar_clamp=clamp),
+            likelihood=module.likelihood(),
         ),
         origin=ORIGIN,
         config=CONFIG,
         example_shape=shape,
-        held_out=pictures(300, shape),
-        calibration=pictures(40, shape),
+        held_out=low + (high - low) * pictures(300, shape),
+        calibration=low + (high - low) * pictures(40, shape),
     )
 
 
@@ -144,6 +144,10 @@ MEMBERS = {
     "mlp-gaussian": lambda: trainer_model("mlp", "gaussian", widths=(16, 8)),
     "conv-bernoulli": lambda: trainer_model("conv", "bernoulli", widths=(8, 16)),
     "conv-gaussian": lambda: trainer_model("conv", "gaussian", shape=(3, 8, 12), widths=(8,)),
+    "linear": lambda: trainer_model("linear", "gaussian_fixed", widths=()),
+    "resnet": lambda: trainer_model(
+        *("resnet", "discretized_logistic", (3, 8, 12)), widths=(8, 16), attention=True, data_range=(-1.0, 1.0)
+    ),
     "spatial": lambda: spatial(named=False),
     "spatial-named": lambda: spatial(named=True),
     "plain": plain,

@@ -1,7 +1,8 @@
-"""The models: an encoder to a diagonal Gaussian and a decoder to p(x|z), each a few dozen lines.
+"""The models: an encoder to q(z|x) and a decoder to p(x|z), each a few dozen lines.
 
-All have `encode(x) -> (mean, logvar)` and `decode(z) -> parameters of p(x|z)`, in the order of
-`manifest.DECODER_OUTPUTS`, and no randomness: the draw from the posterior is the objective's.
+All have `encode(x) -> (mean, logvar)`, or `mean` alone for a plain autoencoder, and `decode(z) -> parameters
+of p(x|z)` in the order of `manifest.DECODER_OUTPUTS`, and no randomness: the draw from the posterior is the
+objective's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from vae_export.manifest import Data, Likelihood
 
 from .config import ModelConfig
-from .objective import Outputs, run
+from .objective import LogProb, Parameters, gaussian, log_prob_of
 
 
 class VAEModel(nn.Module):
@@ -24,30 +28,61 @@ class VAEModel(nn.Module):
 
         Args:
             config: the model's description.
-            encoder: (B, C, H, W) → (B, 2 · latent).
-            decoder: (B, latent) → (B, channels(config), H, W).
+            encoder: (B, C, H, W) → (B, posterior_channels(config) · latent, …).
+            decoder: (B, *latent) → (B, channels(config), H, W).
         """
         super().__init__()
         self.config = config
         self.encoder = encoder
         self.decoder = decoder
+        if config.likelihood == "gaussian_fixed" and config.variance is None:
+            self.noise_logvar = nn.Parameter(torch.tensor(2 * math.log(config.width)))
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """X (B, C, H, W) → mean and logvar of q(z|x), (B, latent) each."""
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """X (B, C, H, W) → mean and logvar of q(z|x), (B, *latent) each, or the mean alone."""
+        out: Tensor = self.encoder(x)
+        if self.config.posterior == "deterministic":
+            return (out,)
+        mean, logvar = out.chunk(2, dim=1)
         return mean, logvar.clamp(*self.config.logvar_clamp)
 
-    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Z (B, latent) → (sample, logits) or (sample, sample_logvar), (B, C, H, W) each."""
-        out = self.decoder(z)
+    def decode(self, z: Tensor) -> Parameters:
+        """Z (B, *latent) → the parameters of p(x|z), (B, C, H, W) each."""
+        out: Tensor = self.decoder(z)
         if self.config.likelihood == "bernoulli":
             return torch.sigmoid(out), out
-        sample, logvar = out.chunk(2, dim=1)
-        return sample, logvar.clamp(*self.config.sample_logvar_clamp)
+        if self.config.likelihood == "gaussian":
+            sample, logvar = out.chunk(2, dim=1)
+            return sample, logvar.clamp(*self.config.sample_logvar_limits)
+        if self.config.likelihood == "discretized_logistic":
+            location, log_scale = out.chunk(2, dim=1)
+            log_scale = log_scale.clamp(*self.config.log_scale_limits)
+            return _clipped_mean(location, log_scale, *self.config.data_range), location, log_scale
+        return (out,)
 
-    def forward(self, x: Tensor, eps: Tensor) -> Outputs:
-        """Encode, draw with the noise eps (B, latent), decode: see `objective.run`. For training."""
-        return run(self, x, eps)
+    def likelihood(self) -> Likelihood:
+        """P(x|z) as the manifest records it; a learned variance with its value now."""
+        kind, variance = self.config.likelihood, self.config.variance
+        if kind == "gaussian_fixed" and variance is None:
+            variance = math.exp(self._noise_logvar().item())
+        return Likelihood(
+            kind=kind,
+            variance=variance,
+            logvar_clamp=self.config.sample_logvar_limits if kind == "gaussian" else None,
+            log_scale_clamp=self.config.log_scale_limits if kind == "discretized_logistic" else None,
+        )
+
+    def log_prob(self) -> LogProb:
+        """Log p(x|z) for each value, through which gradients reach a learned variance. Not without a likelihood."""
+        if self.config.likelihood == "gaussian_fixed" and self.config.variance is None:
+            logvar = self._noise_logvar()
+            return lambda x, parameters: gaussian(x, (*parameters, logvar))
+        return log_prob_of(self.likelihood(), Data(shape=self.config.data_shape, range=self.config.data_range))
+
+    def _noise_logvar(self) -> Tensor:
+        """Softly floored, so that it can always come back up."""
+        floor = self.config.noise_logvar_floor
+        return floor + functional.softplus(self.noise_logvar - floor)
 
 
 def build(config: ModelConfig) -> VAEModel:
@@ -61,8 +96,39 @@ def build(config: ModelConfig) -> VAEModel:
 
 
 def channels(config: ModelConfig) -> int:
-    """The decoder's output channels: one for each of x's, or a mean and a log-variance for each."""
-    return config.data_shape[0] * (2 if config.likelihood == "gaussian" else 1)
+    """The decoder's output channels: one for each of x's, or two where two parameters belong to each value."""
+    return config.data_shape[0] * (2 if config.likelihood in ("gaussian", "discretized_logistic") else 1)
+
+
+def posterior_channels(config: ModelConfig) -> int:
+    """The encoder's outputs for each latent dimension: mean and log-variance, or the mean alone."""
+    return 1 if config.posterior == "deterministic" else 2
+
+
+class _Spread(nn.Module):
+    """(B, D) means → (B, 2 D): beside them one learned log-variance for each dimension, whatever x is."""
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros(latent))
+
+    def forward(self, mean: Tensor) -> Tensor:
+        """Join."""
+        return torch.cat([mean, self.logvar.expand_as(mean)], dim=1)
+
+
+def linear(config: ModelConfig) -> VAEModel:
+    """Linear both ways, with one noise variance: probabilistic PCA as a VAE (Lucas et al. 2019, section 4).
+
+    The exact posterior's covariance does not depend on x, so neither does the encoder's.
+    """
+    size = math.prod(config.data_shape)
+    spread = [_Spread(config.latent)] if config.posterior == "diagonal_gaussian" else []
+    return VAEModel(
+        config,
+        nn.Sequential(nn.Flatten(), nn.Linear(size, config.latent), *spread),
+        nn.Sequential(nn.Linear(config.latent, size), nn.Unflatten(1, config.data_shape)),
+    )
 
 
 def mlp(config: ModelConfig) -> VAEModel:
@@ -75,16 +141,15 @@ def mlp(config: ModelConfig) -> VAEModel:
     out = channels(config)
     return VAEModel(
         config,
-        nn.Sequential(nn.Flatten(), *hidden, nn.Linear(into[-1], 2 * config.latent)),
+        nn.Sequential(nn.Flatten(), *hidden, nn.Linear(into[-1], posterior_channels(config) * config.latent)),
         nn.Sequential(*unhidden, nn.Linear(back[-1], out * height * width), nn.Unflatten(1, (out, height, width))),
     )
 
 
 def conv(config: ModelConfig) -> VAEModel:
     """Strided 3×3 convolutions down; nearest-neighbour upsampling and 3×3 convolutions up."""
-    depth = len(config.widths)
     colours, height, width = config.data_shape
-    height, width = height >> depth, width >> depth
+    height, width = height >> config.halvings, width >> config.halvings
     down = [colours, *config.widths]
     up = [*reversed(config.widths), config.widths[0]]
     features = config.widths[-1] * height * width
@@ -93,7 +158,7 @@ def conv(config: ModelConfig) -> VAEModel:
         nn.Sequential(
             *[layer for a, b in pairwise(down) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.SiLU())],
             nn.Flatten(),  # (B, features)
-            nn.Linear(features, 2 * config.latent),
+            nn.Linear(features, posterior_channels(config) * config.latent),
         ),
         nn.Sequential(
             nn.Linear(config.latent, features),
@@ -109,4 +174,82 @@ def conv(config: ModelConfig) -> VAEModel:
     )
 
 
-_MODELS = {"mlp": mlp, "conv": conv}
+def resnet(config: ModelConfig) -> VAEModel:
+    """Residual blocks with spatial latents: the shape of latent-diffusion autoencoders (Rombach et al. 2022)."""
+    widths, blocks = config.widths, config.blocks
+    top = widths[-1]
+
+    def middle() -> list[nn.Module]:
+        return [_Block(top, top), *([_Attention(top)] if config.attention else []), _Block(top, top)]
+
+    def level(a: int, b: int) -> list[nn.Module]:
+        return [_Block(a if i == 0 else b, b) for i in range(blocks)]
+
+    down: list[nn.Module] = [nn.Conv2d(config.data_shape[0], widths[0], 3, 1, 1), *level(widths[0], widths[0])]
+    for a, b in pairwise(widths):
+        down += [nn.Conv2d(a, a, 3, 2, 1), *level(a, b)]
+    up: list[nn.Module] = [nn.Conv2d(config.latent, top, 3, 1, 1), *middle(), *level(top, top)]
+    for a, b in pairwise(reversed(widths)):
+        up += [nn.Upsample(scale_factor=2.0), nn.Conv2d(a, a, 3, 1, 1), *level(a, b)]
+    ends = [
+        [_norm(top), nn.SiLU(), nn.Conv2d(top, posterior_channels(config) * config.latent, 3, 1, 1)],
+        [_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels(config), 3, 1, 1)],
+    ]
+    return VAEModel(config, nn.Sequential(*down, *middle(), *ends[0]), nn.Sequential(*up, *ends[1]))
+
+
+class _Block(nn.Module):
+    """(B, a, H, W) → (B, b, H, W): two normalized 3×3 convolutions beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _norm(a), nn.SiLU(), nn.Conv2d(a, b, 3, 1, 1), _norm(b), nn.SiLU(), nn.Conv2d(b, b, 3, 1, 1)
+        )
+        self.shortcut = nn.Identity() if a == b else nn.Conv2d(a, b, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add."""
+        result: Tensor = self.shortcut(x) + self.body(x)
+        return result
+
+
+class _Attention(nn.Module):
+    """(B, C, H, W) → the same: every place attends to every other, one head, beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend and add."""
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=3)  # (B, 1, H·W, C)
+        found = functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = x + self.out(found.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return result
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    """Group norm over at most 8 groups of 4 channels or more (Wu & He 2018).
+
+    A group of one channel has no variance at all where a picture is of one grey, and dividing by it would make
+    much of rounding.
+    """
+    groups = next(n for n in (8, 4, 2, 1) if n == 1 or (width % n == 0 and width // n >= 4))
+    return nn.GroupNorm(groups, width)
+
+
+def _clipped_mean(location: Tensor, log_scale: Tensor, low: float, high: float) -> Tensor:
+    """The mean of a logistic distribution whose tails lie at low and high: ∫ σ((location − t) / scale) dt + low.
+
+    The discretized logistic's mean is the midpoint sum of this integral over its 255 steps; the two differ by less
+    than 0.1 levels from a scale of a third of a level on, and by half a level for a scale of 0.
+    """
+    scale = torch.exp(log_scale)
+    above = functional.softplus((location - low) / scale) - functional.softplus((location - high) / scale)
+    return low + scale * above
+
+
+_MODELS = {"linear": linear, "mlp": mlp, "conv": conv, "resnet": resnet}

@@ -11,21 +11,20 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vae_export.manifest import Data, Likelihood
 
 Parameters = tuple[Tensor, ...]
 LogProb = Callable[[Tensor, Parameters], Tensor]
-Outputs = tuple[Tensor, Tensor, Parameters]
 
 
 class Autoencoder(Protocol):
     """What the objective needs of a model."""
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """X (B, *data) → mean and logvar, (B, *latent) each."""
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """X (B, *data) → mean and logvar of q(z|x), (B, *latent) each; of a plain autoencoder the mean alone."""
         ...
 
     def decode(self, z: Tensor) -> Parameters:
@@ -33,11 +32,65 @@ class Autoencoder(Protocol):
         ...
 
 
+class VAE(Autoencoder, Protocol):
+    """What training needs of a model besides: its likelihood."""
+
+    def log_prob(self) -> LogProb:
+        """Log p(x|z) for each value."""
+        ...
+
+
+class Draws(NamedTuple):
+    """What every bound is made of, in nats, for K draws z from q(z|x).
+
+    Attributes:
+        log_likelihood: (K · B,) log p(x|z), draw by draw.
+        mean: (B, *latent) of q(z|x).
+        logvar: (B, *latent) of q(z|x).
+        eps: (K, B, *latent) the noise.
+        z: (K · B, *latent) mean + exp(½ logvar) · eps.
+    """
+
+    log_likelihood: Tensor
+    mean: Tensor
+    logvar: Tensor
+    eps: Tensor
+    z: Tensor
+
+    def reconstruction(self) -> Tensor:
+        """(K, B) log p(x|z)."""
+        return self.log_likelihood.view(self.eps.shape[:2])
+
+    def kl_by_dimension(self) -> Tensor:
+        """(B, *latent) KL(q(z|x) || p(z)) in closed form."""
+        return kl_terms(self.mean, self.logvar)
+
+    def log_ratio(self) -> Tensor:
+        """(K, B) log p(z) − log q(z|x), whose expectation is minus the KL."""
+        return 0.5 * (self.logvar + self.eps.square() - self.z.view(self.eps.shape).square()).flatten(2).sum(2)
+
+
 class Elbo(NamedTuple):
     """One draw's terms, (B,) nats: the ELBO is reconstruction − kl."""
 
     reconstruction: Tensor
     kl: Tensor
+
+
+class Bound(NamedTuple):
+    """A bound on log p(x) and its parts, in nats for each example; of an autoencoder, minus the squared error.
+
+    Attributes:
+        bound: (B,).
+        reconstruction: (B,) log p(x|z), averaged over the draws.
+        kl: (B,) in closed form for the objective `elbo`, else estimated at the draws.
+        kl_by_dimension: (B, D) in closed form, the latents flattened.
+    """
+
+    bound: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    kl_by_dimension: Tensor
 
 
 def bernoulli(x: Tensor, parameters: Parameters) -> Tensor:
@@ -71,11 +124,11 @@ def discretized_logistic(low: float, high: float) -> LogProb:
 
     def log_prob(x: Tensor, parameters: Parameters) -> Tensor:
         _, location, log_scale = parameters
-        upper = (x + half - location) * torch.exp(-log_scale)
-        lower = (x - half - location) * torch.exp(-log_scale)
-        # log(σ(u) − σ(l)) = log σ(u) + log σ(−l) + log(1 − e^(l−u))
+        inverse = torch.exp(-log_scale)
+        upper, lower = (x + half - location) * inverse, (x - half - location) * inverse
+        # log(σ(u) − σ(l)) = log σ(u) + log σ(−l) + log(1 − e^(l−u)), where l − u is not formed from the two: it cancels
         inside = functional.logsigmoid(upper) + functional.logsigmoid(-lower)
-        inside = inside + torch.log(-torch.expm1(lower - upper))
+        inside = inside + torch.log(-torch.expm1(-2 * half * inverse))
         tails = torch.where(x < low + half, functional.logsigmoid(upper), functional.logsigmoid(-lower))
         return torch.where((x < low + half) | (x > high - half), tails, inside)
 
@@ -95,38 +148,104 @@ def log_prob_of(likelihood: Likelihood, data: Data) -> LogProb:
     raise ValueError(f"no log-probability for {likelihood.kind}")
 
 
-def run(model: Autoencoder, x: Tensor, eps: Tensor) -> Outputs:
-    """Encode, draw z = mean + exp(½ logvar) · eps (Kingma & Welling 2014, section 2.4), and decode.
+def draw(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Draws:
+    """Encode, draw z = mean + exp(½ logvar) · eps (Kingma & Welling 2014, section 2.4), decode, and score.
 
     Args:
         model: encoder and decoder.
-        x: (B, *data).
-        eps: (B, *latent) standard normal noise.
-
-    Returns:
-        mean and logvar, (B, *latent) each, and the parameters of p(x|z), (B, *data) each.
-    """
-    mean, logvar = model.encode(x)
-    return mean, logvar, model.decode(mean + torch.exp(0.5 * logvar) * eps)
-
-
-def terms(log_prob: LogProb, x: Tensor, outputs: Outputs) -> Elbo:
-    """The ELBO's terms: Kingma & Welling 2014, eq. 7, with the KL in closed form (appendix B).
-
-    Args:
         log_prob: log p(x|z) for each value, from `log_prob_of`.
         x: (B, *data).
-        outputs: of `run`.
+        eps: (K, B, *latent) standard normal noise, K draws for each example.
     """
-    mean, logvar, parameters = outputs
-    return Elbo(log_prob(x, parameters).flatten(1).sum(1), kl_terms(mean, logvar).flatten(1).sum(1))
+    draws = len(eps)
+    mean, logvar = (_at_least_float32(t) for t in model.encode(x))
+    deviation = torch.exp(0.5 * logvar)
+    if draws > 1:
+        z = (mean + deviation * eps).flatten(0, 1)  # (K · B, *latent)
+        x = x.repeat(draws, *[1] * (x.ndim - 1))
+    else:  # without an axis to broadcast over, which costs in the backward pass
+        z = mean + deviation * eps[0]
+    parameters = tuple(_at_least_float32(p) for p in model.decode(z))  # (K · B, *data) each
+    return Draws(_per_example(log_prob(x, parameters)), mean, logvar, eps, z)
 
 
 def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
-    """The ELBO's terms of a model at one draw; arguments as for `run` and `terms`."""
-    return terms(log_prob, x, run(model, x, eps))
+    """The ELBO's terms at one draw: Kingma & Welling 2014, eq. 7, with the KL in closed form (appendix B).
+
+    Args:
+        model: encoder and decoder.
+        log_prob: log p(x|z) for each value, from `log_prob_of`.
+        x: (B, *data).
+        eps: (B, *latent) standard normal noise.
+    """
+    found = draw(model, log_prob, x, eps[None])
+    return Elbo(found.log_likelihood, _per_example(found.kl_by_dimension()))
+
+
+class Objective(nn.Module):
+    """A model and what is maximized, as one module: so that compiling, autocasting and several processes see all."""
+
+    def __init__(self, model: VAE, kind: str) -> None:
+        """Wrap.
+
+        Args:
+            model: encoder and decoder.
+            kind: `TrainConfig.objective`.
+        """
+        super().__init__()
+        self.model = model
+        self.kind = kind
+
+    def forward(self, x: Tensor, eps: Tensor) -> Bound:
+        """X (B, *data), eps (K, B, *latent) → the bound and its parts for each example; see `Bound`."""
+        if self.kind == "autoencoder":
+            (decoded,) = self.model.decode(*self.model.encode(x))
+            error = _per_example((_at_least_float32(decoded) - x).square())
+            return Bound(-error, -error, torch.zeros_like(error), error.new_zeros(len(x), 0))
+        found = draw(self.model, self.model.log_prob(), x, eps)
+        by_dimension = found.kl_by_dimension().flatten(1)
+        reconstruction = found.log_likelihood if len(eps) == 1 else found.reconstruction().mean(0)
+        if self.kind == "elbo":
+            kl = by_dimension.sum(1)
+            return Bound(reconstruction - kl, reconstruction, kl, by_dimension)
+        log_ratio = found.log_ratio()
+        kl = -log_ratio.mean(0)
+        bound = reconstruction - kl
+        if self.kind == "importance_weighted":  # log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. 2016, eq. 8
+            weights = found.reconstruction() + log_ratio
+            bound = torch.logsumexp(weights, 0) - math.log(len(weights))
+        return Bound(bound, reconstruction, kl, by_dimension)
+
+
+def shaped(bound: Bound, kind: str, beta: float, free_bits: float, mean_kl: Tensor | None) -> Tensor:
+    """What training minimizes for each example: minus the bound, its KL weighted and partly free. (B,).
+
+    Args:
+        bound: of `Objective`.
+        kind: `TrainConfig.objective`.
+        beta: weight of the KL (Higgins et al. 2017).
+        free_bits: nats of each latent dimension's KL, averaged over the batch, that cost nothing: below them
+            the dimension has no gradient (Kingma et al. 2016, eq. 15).
+        mean_kl: (D,) that average, over the batches of all processes; None without free bits.
+    """
+    if kind in ("importance_weighted", "autoencoder"):
+        return -bound.bound
+    kl = bound.kl
+    if mean_kl is not None:
+        kl = torch.where(mean_kl > free_bits, bound.kl_by_dimension, free_bits).sum(1)
+    return (kl if beta == 1 else beta * kl) - bound.reconstruction
 
 
 def kl_terms(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(q(z|x) || N(0, I)) for each latent dimension (Kingma & Welling 2014, appendix B). (B, *latent)."""
-    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+    return 0.5 * (mean.square() + (torch.expm1(logvar) - logvar))
+
+
+def _per_example(terms: Tensor) -> Tensor:
+    """(B, …) → (B,): the sum over all but the first axis."""
+    return terms.flatten(1).sum(1)
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    """Sums over pixels lose too much in the lower precisions that a model may compute in."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vae_export.runtimes import VAE, Elbo, Posterior, load
     from vae_export.verifier import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "BackendError": "vae_export.errors",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from vae_export.cli_train import numbers, train
 from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, VaeExportError, require
 
 if TYPE_CHECKING:
@@ -32,37 +33,6 @@ class Device(enum.StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class ModelName(enum.StrEnum):
-    """What the trainer makes."""
-
-    mlp = "mlp"
-    conv = "conv"
-
-
-class LikelihoodName(enum.StrEnum):
-    """What the trainer fits."""
-
-    bernoulli = "bernoulli"
-    gaussian = "gaussian"
-
-
-class Accelerator(enum.StrEnum):
-    """Where the trainer runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Precision(enum.StrEnum):
-    """The trainer's arithmetic, by Lightning Fabric's names."""
-
-    full = "32-true"
-    bfloat16 = "bf16-mixed"
-    float16 = "16-mixed"
 
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
@@ -124,54 +94,7 @@ def demo(out: Annotated[Path, typer.Option(help="Where the results go.")] = Path
     module.demo(out, _console())
 
 
-@app.command()
-def train(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint's folder.")],
-    data: Annotated[str, typer.Option(help="The data set: digits.")] = "digits",
-    model: Annotated[ModelName, typer.Option(help="What to train.")] = ModelName.conv,
-    likelihood: Annotated[LikelihoodName, typer.Option(help="p(x|z).")] = LikelihoodName.bernoulli,
-    latent: Annotated[int, typer.Option(help="Latent dimensions.")] = 16,
-    widths: Annotated[
-        str, typer.Option(help="mlp: units of each hidden layer; conv: channels at each halving.")
-    ] = "64,128",
-    seed: Annotated[int, typer.Option(help="Of split, weights, order and noise.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 60,
-    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
-    device: Annotated[Accelerator, typer.Option(help="Where to train.")] = Accelerator.auto,
-    precision: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.full,
-    force: Force = False,
-) -> None:
-    """Train a VAE and leave a checkpoint."""
-    require("lightning_fabric", "train", "train")
-    from vae_export.trainers import data as datasets
-    from vae_export.trainers.config import ModelConfig, TrainConfig
-    from vae_export.trainers.fit import fit
-
-    train_config = TrainConfig(
-        data=data,
-        seed=seed,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        device=device.value,
-        precision=precision.value,
-    )
-    train_config.check()
-    dataset = datasets.load(data, seed)
-    colours, height, width = dataset.train.shape[1:]
-    model_config = ModelConfig(
-        model=model.value,
-        data_shape=(colours, height, width),
-        data_range=dataset.range,
-        likelihood=likelihood.value,
-        latent=latent,
-        widths=_numbers("train: widths", widths),
-    )
-    result = fit(out, model_config, train_config, overwrite=force)
-    typer.echo(
-        f"{out}: held-out ELBO {result.elbo:.2f} nats (reconstruction {result.reconstruction:.2f}, KL {result.kl:.2f})"
-    )
+app.command()(train)
 
 
 @app.command()
@@ -233,8 +156,8 @@ def inspect(
         if json:
             _print_json({"kind": "checkpoint", **plain})
         else:
-            for part in ("model", "train", "result"):
-                _console().print(report.facts(f"{path}: {part}", plain[part]))
+            for part in ("model", "data", "train", "split", "result"):
+                _console().print(report.facts(f"{path}: {part}", plain[part] or {}))
         return
     opened = Bundle(path)
     measured = certificate.decode(opened.read("verification.json"))
@@ -331,7 +254,7 @@ def bench(
     """Time encode, decode and sample: our runtime, a bare ONNX Runtime session, and PyTorch."""
     from vae_export import bench as module
 
-    sizes = _numbers("bench: batches", batches)
+    sizes = numbers("bench: batches", batches)
     rows = module.run(bundle, module.candidates(bundle, source), sizes)
     if json:
         _print_json(rows)
@@ -365,13 +288,6 @@ def doctor(json: Json = False) -> None:
         typer.echo(f"problem: {problem}", err=True)
     if "problem" in found["onnxruntime"]:
         raise typer.Exit(BackendError.exit_code)
-
-
-def _numbers(what: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise InputError(f"{what} are {text!r}; expected numbers such as 8,64") from None
 
 
 def _sizes(text: str) -> dict[str, int]:

@@ -43,7 +43,7 @@ def demo(out: Path, console: Console) -> None:
 
     console.rule("train: a convolutional VAE on scikit-learn's handwritten digits")
     model = ModelConfig(model="conv", data_shape=(1, 8, 8), likelihood="gaussian", latent=8)
-    result = fit(checkpoint, model, TrainConfig(data="digits", epochs=100, device="cpu"), overwrite=True)
+    result = fit(checkpoint, model, TrainConfig(epochs=100, device="cpu"), overwrite=True)
     trained = time.perf_counter()
 
     console.rule("export: PyTorch → ONNX, measured against PyTorch in float64")

@@ -40,6 +40,9 @@ EXPORT_NEEDS = (
     ("onnxruntime", "cpu"),
 )
 
+#: What training needs, likewise.
+TRAIN_NEEDS = tuple((name, "train") for name in ("torch", "lightning_fabric", "sklearn", "matplotlib", "tensorboardX"))
+
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it.

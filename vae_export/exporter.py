@@ -120,7 +120,11 @@ def export(
         if picture:
             examples = vae.sample(64, size=source.sizes())
             images.grid(examples, model.data.range, columns=16).save(folder / model_card.PICTURE)
-        card = model_card.write(path.resolve().name, model, source.origin, measured, picture=picture)
+        if source.training and source.training.pictures:
+            (folder / model_card.TRAINING).mkdir()
+            for file_name, (_, content) in source.training.pictures.items():
+                (folder / model_card.TRAINING / file_name).write_bytes(content)
+        card = model_card.write(path.resolve().name, model, source.origin, measured, source.training, picture=picture)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
         manifest = Manifest(
             format=manifests.FORMAT,

@@ -166,16 +166,19 @@ class Likelihood(Part, frozen=True, kw_only=True):
         kind: the distribution of each value of x; DECODER_OUTPUTS has the graph's outputs for each.
         variance: the one variance of `gaussian_fixed`, > 0; null for the others.
         logvar_clamp: the limits between which the decoder's graph clamps sample_logvar, or null.
+        log_scale_clamp: the limits between which it clamps log_scale, or null.
         nominal: the model was not trained with this likelihood: it is a convention, and so is the ELBO.
     """
 
     kind: LikelihoodKind
     variance: float | None = None
     logvar_clamp: tuple[float, float] | None = None
+    log_scale_clamp: tuple[float, float] | None = None
     nominal: bool = False
 
     def __post_init__(self) -> None:
         _check_clamp(self.logvar_clamp, self.kind, "gaussian")
+        _check_clamp(self.log_scale_clamp, self.kind, "discretized_logistic")
         if (self.kind == "gaussian_fixed") != (self.variance is not None):
             raise ValueError(
                 f"variance belongs to gaussian_fixed and to no other likelihood, got {self.variance} for {self.kind}"

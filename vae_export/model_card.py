@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vae_export.certificate import Certificate
 from vae_export.manifest import Model, Origin, shape_text
+
+if TYPE_CHECKING:
+    from vae_export.sources.protocol import Training
 
 FILE = "README.md"
 PICTURE = "samples.png"
 
 
-def write(name: str, model: Model, origin: Origin, certificate: Certificate, *, picture: bool) -> str:
-    """The model card, as Markdown."""
-    clamp = {"posterior": model.posterior.logvar_clamp, "likelihood": model.likelihood.logvar_clamp}
-    clamps = "; ".join(f"{k} logvar clamped to [{v[0]:g}, {v[1]:g}]" for k, v in clamp.items() if v)
+TRAINING = "training"
+
+
+def write(
+    name: str, model: Model, origin: Origin, certificate: Certificate, training: Training | None, *, picture: bool
+) -> str:
+    """The model card, as Markdown; the pictures of its training lie in the folder `TRAINING`."""
+    limits = {
+        "posterior logvar": model.posterior.logvar_clamp,
+        "likelihood logvar": model.likelihood.logvar_clamp,
+        "likelihood log_scale": model.likelihood.log_scale_clamp,
+    }
+    clamps = "; ".join(f"{k} clamped to [{v[0]:g}, {v[1]:g}]" for k, v in limits.items() if v)
+    variance = "" if model.likelihood.variance is None else f", variance {model.likelihood.variance:.4g}"
     low, high = model.data.range
     facts = {
         "architecture": f"{model.architecture}, {model.parameters:,} parameters",
@@ -20,7 +35,7 @@ def write(name: str, model: Model, origin: Origin, certificate: Certificate, *, 
         "latent": shape_text(model.latent.shape),
         "prior": model.prior,
         "posterior": model.posterior.kind,
-        "likelihood": model.likelihood.kind + (" (nominal)" if model.likelihood.nominal else ""),
+        "likelihood": model.likelihood.kind + variance + (" (nominal)" if model.likelihood.nominal else ""),
         "limits": clamps or "none",
         "from": f"{origin.kind} `{origin.name}`" + (f", trained on {origin.data}" if origin.data else ""),
         "reference": certificate.reference,
@@ -46,7 +61,7 @@ x = vae.sample(16, seed=0)
 | | |
 |---|---|
 {rows}
-
+{_trained(training) if training else ""}
 ## Certificate
 
 Measured at the export, worst over batches of {", ".join(map(str, certificate.batches))}. S is the sum of the
@@ -55,4 +70,23 @@ absolute terms of log p(x|z) and KL. `vae-export verify` measures it again on yo
 | graph | quantity | got | allowed | PyTorch float32 |
 |---|---|---|---|---|
 {checks}
+"""
+
+
+def _trained(training: Training) -> str:
+    rows = "\n".join(f"| {what} | {value} |" for what, value in training.figures.items())
+    shown = "\n\n".join(
+        f"![{caption}]({TRAINING}/{name})\n\n{caption[0].upper()}{caption[1:]}."
+        for name, (caption, _) in training.pictures.items()
+    )
+    return f"""
+## Training
+
+On test data that the model was not trained on, in PyTorch:
+
+| | |
+|---|---|
+{rows}
+
+{shown}
 """

@@ -124,10 +124,10 @@ def normals(seed: int, stream: int, first: int, count: int, size: int, draw: int
     return normal if size % 2 == 0 else np.ascontiguousarray(normal[:, :size])
 
 
-def permutation(seed: int, stream: int, index: int, n: int) -> npt.NDArray[np.intp]:
+def permutation(seed: int, stream: int, index: int, n: int, draw: int = 0) -> npt.NDArray[np.intp]:
     """A random order of ``range(n)``, addressed like every other draw.
 
     Returns:
         (n,) intp. Ties between the underlying 32-bit words keep their order, which biases pairs by 2^-32.
     """
-    return np.argsort(words(seed, stream, index, 1, n)[0], kind="stable")
+    return np.argsort(words(seed, stream, index, 1, n, draw)[0], kind="stable")

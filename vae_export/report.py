@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vae_export.certificate import Certificate
-from vae_export.manifest import Manifest, shape_text
+from vae_export.manifest import Likelihood, Manifest, shape_text
 
 
 def facts(title: str, values: Mapping[str, object]) -> Table:
@@ -64,7 +64,7 @@ def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list
         "latent z": shape_text(model.latent.shape),
         "prior p(z)": model.prior,
         "posterior q(z|x)": _with_clamp(model.posterior.kind, model.posterior.logvar_clamp),
-        "likelihood p(x|z)": _with_clamp(model.likelihood.kind, model.likelihood.logvar_clamp),
+        "likelihood p(x|z)": _likelihood(model.likelihood),
         "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         "certificate": (
@@ -95,6 +95,13 @@ def as_text(*renderables: Any, width: int = 120) -> str:
         for renderable in renderables:
             console.print(renderable)
     return capture.get()
+
+
+def _likelihood(likelihood: Likelihood) -> str:
+    shown = _with_clamp(likelihood.kind, likelihood.logvar_clamp)
+    if likelihood.log_scale_clamp:
+        shown += ", log_scale clamped to [{:g}, {:g}]".format(*likelihood.log_scale_clamp)
+    return shown if likelihood.variance is None else f"{shown}, variance {likelihood.variance:.4g}"
 
 
 def _with_clamp(kind: str, clamp: tuple[float, float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,19 @@ from torch import Tensor, nn
 
 from vae_export.errors import InputError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, Origin, SizeDim
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model was trained, for its card.
+
+    Attributes:
+        figures: what was measured, and its value with the unit, in words.
+        pictures: by file name, what each shows and its bytes.
+    """
+
+    figures: Mapping[str, str]
+    pictures: Mapping[str, tuple[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Source:
         example_shape: (*data): a size to trace and to verify at; of named dimensions, too.
         held_out: (M, *data) float32, data that the model was not trained on, or None.
         calibration: (N, *data) float32, data that it was trained on, or None.
+        training: how it was trained, where that is known.
     """
 
     module: nn.Module
@@ -36,6 +51,7 @@ class Source:
     example_shape: tuple[int, ...]
     held_out: npt.NDArray[np.float32] | None = None
     calibration: npt.NDArray[np.float32] | None = None
+    training: Training | None = None
 
     def sizes(self) -> dict[str, int]:
         """The named dimensions' sizes in `example_shape`."""

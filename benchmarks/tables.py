@@ -1,0 +1,64 @@
+"""The tables of README.md and docs/training.md, made from the recorded results; tests compare them.
+
+    python benchmarks/tables.py
+
+prints them all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def trainer() -> list[str]:
+    """The trainer's figures, but for the two kinds that only guard others."""
+    lines = ["| figure | measured | bound |", "|---|---|---|"]
+    for figure in _read("trainer-cpu.json")["figures"]:
+        if not figure["figure"].startswith(("…", "linear, training set: ELBO above")):
+            bound = "" if figure["bound"] is None else f"{figure['bound']:.3g}"
+            lines.append(f"| {figure['figure']} | {figure['measured']:.3g} | {bound} |")
+    return lines
+
+
+def throughput() -> list[str]:
+    """Training speed, ours beside the others'."""
+    rows = _read("training-cpu.json")["rows"]
+    others = list(rows[0]["ours_to"])
+    lines = [f"| case | vae_export | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
+    for row in rows:
+        cells = [f"{row['images_per_second']['ours']['training']['median']:,.0f}"]
+        for name in others:
+            speed, ratio = row["images_per_second"][name]["training"], row["ours_to"][name]["training"]
+            cells.append(f"{speed['median']:,.0f} ({ratio['median']:.2f})")
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    return lines
+
+
+def recipes() -> list[str]:
+    """What the recipes give and how long they take."""
+    lines = ["| what | options of `vae-export train OUT` | on the test data | takes |", "|---|---|---|---|"]
+    for recipe in _read("recipes-cpu.json")["recipes"]:
+        result = recipe["result"]
+        figures = f"squared error {result['squared_error']:.2f}"
+        if result["elbo"] is not None:
+            figures = f"ELBO {result['elbo']:.2f}, KL {result['kl']:.2f}, log p(x) ≥ {result['log_likelihood']:.2f}"
+        if result["bits_per_dimension"] is not None:
+            figures += f", {result['bits_per_dimension']:.3f} bits per dimension"
+        options = f"`{recipe['options']}`" if recipe["options"] else "none"
+        figures += f"; {result['active_units']} active latents"
+        lines.append(f"| {recipe['recipe']} | {options} | {figures} | {recipe['seconds']:.0f} s |")
+    return lines
+
+
+def _read(name: str) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return plain
+
+
+if __name__ == "__main__":
+    for table in (trainer, throughput, recipes):
+        print("\n".join(table()), end="\n\n")

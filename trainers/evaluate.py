@@ -1,0 +1,182 @@
+"""What a model is worth on held-out data: ELBO, a tighter bound, bits per dimension, and the state of its latents."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from vae_export import noise
+
+from .config import DataConfig, ModelConfig, Result, TrainConfig
+from .data import TEST, VALIDATION, DataSet, Part
+from .models import VAEModel
+from .objective import draw, elbo, kl_terms
+
+#: The importance-weighted bound is measured on this many test examples at most.
+IMPORTANCE_EXAMPLES = 1000
+#: A latent dimension is active if its posterior mean has more than this variance (Burda et al. 2016, 4.2).
+ACTIVE = 0.01
+# Examples, or draws, that are decoded at once. On a CPU, more cost more: the memory for them is fetched anew each time.
+_ROWS_CPU, _ROWS = 64, 1024
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _exactly(measure: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients, and in float32 also where PyTorch would let a GPU take TF32 for it."""
+
+    @functools.wraps(measure)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return measure(*args, **kwargs)
+
+    return measured
+
+
+@_exactly
+def on_validation(model: VAEModel, fabric: Fabric, part: Part, config: TrainConfig) -> tuple[float, float, float]:
+    """ELBO, reconstruction and KL in nats for each example; of an autoencoder, minus the squared error, twice, and 0.
+
+    Args:
+        model: on the device, in evaluation mode, in float32.
+        fabric: of all processes, each of which measures a share.
+        part: of the data.
+        config: of the run; its seed is that of the noise.
+    """
+    total = torch.zeros(3, dtype=torch.float64)
+    for x, first in _slices(part, fabric, np.arange(len(part))):
+        if model.config.posterior == "deterministic":
+            total[0] -= (model.decode(*model.encode(x))[0] - x).cpu().double().square().sum()
+        else:
+            eps = _noise(model.config, config.seed, first, len(x), VALIDATION).to(x.device)
+            found = elbo(model, model.log_prob(), x, eps)
+            total[0] += found.reconstruction.cpu().double().sum()
+            total[1] += found.kl.cpu().double().sum()
+        total[2] += len(x)
+    reconstruction, kl, count = summed(fabric, total).tolist()
+    return (reconstruction - kl) / count, reconstruction / count, kl / count
+
+
+@_exactly
+def on_test(model: VAEModel, fabric: Fabric, data: DataSet, config: TrainConfig, data_config: DataConfig) -> Result:
+    """All that is measured on the test data; arguments as for `on_validation`."""
+    part, size = data.test, math.prod(model.config.latent_shape)
+    sums = torch.zeros(3, dtype=torch.float64)  # squared error, reconstruction, log-likelihood
+    moments = torch.zeros(3, size, dtype=torch.float64)  # of the latents: KL, mean, mean²
+    bounded = np.arange(0, len(part), -(-len(part) // IMPORTANCE_EXAMPLES))  # a part's first rows may be its easiest
+    variational = model.config.posterior == "diagonal_gaussian"
+    for x, first in _slices(part, fabric, np.arange(len(part))):
+        mean, *logvar = model.encode(x)
+        flat = mean.flatten(1).cpu().double()
+        moments[1:] += torch.stack([flat.sum(0), flat.square().sum(0)])
+        sums[0] += (model.decode(mean)[0] - x).cpu().double().square().sum()
+        if variational:
+            moments[0] += kl_terms(mean, *logvar).flatten(1).cpu().double().sum(0)
+            eps = _noise(model.config, config.seed, first, len(x), TEST).to(x.device)
+            sums[1] += elbo(model, model.log_prob(), x, eps).reconstruction.cpu().double().sum()
+    for x, first in _slices(part, fabric, bounded) if variational else ():
+        sums[2] += importance_weighted(model, x, config, first).sum()
+    error, reconstruction, log_likelihood = summed(fabric, sums).tolist()
+    kl, mean, square = summed(fabric, moments) / len(part)
+    result = Result(active_units=int((square - mean.square() > ACTIVE).sum()), squared_error=error / len(part))
+    if not variational:
+        return result
+    bound = reconstruction / len(part) - kl.sum().item()
+    return msgspec.structs.replace(
+        result,
+        elbo=bound,
+        reconstruction=reconstruction / len(part),
+        kl=kl.sum().item(),
+        log_likelihood=log_likelihood / len(bounded),
+        log_likelihood_examples=len(bounded),
+        bits_per_dimension=bits_per_dimension(bound, data, model.config, data_config),
+        kl_by_dimension=tuple(kl.tolist()),
+    )
+
+
+@_exactly
+def importance_weighted(model: VAEModel, x: Tensor, config: TrainConfig, first: int) -> Tensor:
+    """Log 1/K Σ_k p(x, z_k) / q(z_k|x), a bound on log p(x) that rises with K (Burda et al. 2016, eq. 8).
+
+    Args:
+        model: in evaluation mode.
+        x: (B, C, H, W) on the model's device.
+        config: K is its `importance_draws`, and its seed is that of the noise.
+        first: index of the noise of the first example.
+
+    Returns:
+        (B,) float64 nats on the CPU.
+    """
+    at_once = max(1, _rows(x.device) // len(x))
+    total = torch.full((len(x),), -math.inf, dtype=torch.float64)
+    for start in range(0, config.importance_draws, at_once):
+        draws = range(start, min(start + at_once, config.importance_draws))
+        eps = torch.stack([_noise(model.config, config.seed, first, len(x), TEST + k) for k in draws]).to(x)
+        found = draw(model, model.log_prob(), x, eps)
+        weights = found.reconstruction().cpu().double() + found.log_ratio().cpu().double()
+        total = torch.logaddexp(total, torch.logsumexp(weights, 0))
+    return total - math.log(config.importance_draws)
+
+
+def bits_per_dimension(elbo: float, data: DataSet, model: ModelConfig, config: DataConfig) -> float | None:
+    """Bits that a code by this model needs for each value, at most: −ELBO / (values · log 2).
+
+    For continuous data the density becomes a bound on the discrete data's probability through the width of
+    a level, if uniform noise of that width was added (Theis et al. 2016, eq. 3). Else there is no such code: None.
+    """
+    values = math.prod(data.shape)
+    if model.likelihood == "discretized_logistic" or (model.likelihood == "bernoulli" and data.levels == 2):
+        return -elbo / (values * math.log(2))
+    if config.dequantize and data.levels:
+        width = (data.range[1] - data.range[0]) / data.levels
+        return -(elbo + values * math.log(width)) / (values * math.log(2))
+    return None
+
+
+def warnings(result: Result, model: ModelConfig) -> list[str]:
+    """What the result should make its reader think about."""
+    latents, active = math.prod(model.latent_shape), result.active_units or 0
+    if model.posterior == "deterministic" or active > 0.8 * latents:
+        return []
+    return [
+        f"posterior collapse: {latents - active} of {latents} latent dimensions carry next to nothing (their "
+        f"posterior mean has a variance below {ACTIVE} over the test data). If they should, try --kl-warmup 20, "
+        "--free-bits 0.1, a smaller --beta or a likelihood with less noise; if they need not, take a smaller --latent"
+    ]
+
+
+def summed(fabric: Fabric, part: Tensor) -> Tensor:
+    """A tensor of any shape on the CPU, summed over all processes."""
+    if fabric.world_size == 1:
+        return part
+    total = part.detach().clone().to(fabric.device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
+def _slices(part: Part, fabric: Fabric, rows: npt.NDArray[np.intp]) -> Iterator[tuple[Tensor, int]]:
+    """This process's share of some rows of a part, in slices, each with the number of its first row among them."""
+    at_once = _rows(fabric.device)
+    for number, first in enumerate(range(0, len(rows), at_once)):
+        if number % fabric.world_size == fabric.global_rank:
+            yield torch.from_numpy(part.read(rows[first : first + at_once])).to(fabric.device), first
+
+
+def _rows(device: torch.device) -> int:
+    return _ROWS_CPU if device.type == "cpu" else _ROWS
+
+
+def _noise(config: ModelConfig, seed: int, first: int, count: int, draw: int) -> Tensor:
+    shape = config.latent_shape
+    eps = noise.normals(seed, noise.TRAINER, first, count, math.prod(shape), draw)
+    return torch.from_numpy(eps).reshape(count, *shape)
