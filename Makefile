@@ -2,15 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(wildcard vae_export/*.py vae_export/*/*.py trainers/*.py runtimes/*.py)
+SOURCES := pyproject.toml $(wildcard vae_export/*.py vae_export/*/*.py trainers/*.py runtimes/*.py runtimes/*.cu)
 
-.PHONY: demo test setup lint types bench figures trainer throughput kills record clean
+# The extras beside which a GPU's are tested.
+EXTRAS ?= dev
+# Processes of the tests.
+JOBS ?= 2
+
+.PHONY: demo test test-gpu setup lint types bench figures trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
 
+# Files are dealt out to processes: what a file's tests share is made once.
 test: lint types
-	$(BIN)/pytest -p no:cacheprovider
+	$(BIN)/pytest -p no:cacheprovider -n $(JOBS) --dist loadfile
+
+# On a machine with a GPU: make test-gpu EXTRAS=gpu,export,train,test,rtx
+test-gpu: setup
+	$(BIN)/pytest -p no:cacheprovider -m gpu
 
 setup: $(VENV)/installed
 
@@ -44,6 +54,10 @@ throughput: setup out/pythae
 out/pythae:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ pythae==0.1.2 tqdm imageio
 
+# What is promised of GPUs, recorded: certificates, latency, noise.
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py benchmarks/results/gpu.json
+
 # Kill 200 training runs at random moments, and continue them.
 kills: setup
 	$(BIN)/python benchmarks/kills.py 200
@@ -64,7 +78,7 @@ $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)

@@ -4,78 +4,239 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
-from vae_export import onnx_reader
+from vae_export import builds, onnx_reader
+from vae_export.builds import BuildFolder, Engine, Options
 from vae_export.bundle import Bundle
-from vae_export.errors import BackendError, InputError
-from vae_export.manifest import Graph
+from vae_export.errors import BackendError, BundleError, InputError, VaeExportError
+from vae_export.manifest import GRAPHS, Model
 
-from .backend import Backend
-from .ort import OrtBackend
-from .vae import VAE, Elbo, Posterior
+from . import machine
+from .backend import Backend, Settings
+from .vae import VAE, DevicePosterior, Elbo, Posterior
 
-__all__ = ["VAE", "Backend", "Elbo", "Posterior", "load", "open_backend"]
+__all__ = [
+    "VAE",
+    "Backend",
+    "DevicePosterior",
+    "Elbo",
+    "Opened",
+    "Posterior",
+    "Settings",
+    "load",
+    "open_backend",
+    "open_bundle",
+]
 
 
 def load(
     path: str | os.PathLike[str],
     *,
     device: str = "auto",
+    build: str | os.PathLike[str] | None = None,
     micro_batch: int = 64,
     threads: int | None = None,
+    lanes: int = 1,
+    cuda_graphs: bool | None = None,
 ) -> VAE:
     """Open a bundle for use. PyTorch is never imported.
 
-    Every file of the bundle is verified against the manifest first.
+    Every file of the bundle, and of the build that is used, is verified first.
 
     Args:
         path: the bundle's folder.
-        device: `cpu`, `cuda`, or `auto`: CUDA where ONNX Runtime can open it, else the CPU;
-            `VAE.describe` tells which.
+        device: `cpu`, `cuda`, or `auto`: the best that is there. On a GPU that is a build for TensorRT, for TensorRT
+            for RTX or for CUDA from the user's cache, then ONNX Runtime on CUDA; on the CPU a build from the cache,
+            then the bundle itself on ONNX Runtime. `VAE.describe` tells which, and what was passed over and why.
+        build: the folder of a build of this bundle, which is then used and no other. An engine in it is native code:
+            name only what you trust.
         micro_batch: the most examples that go through a graph at once; larger batches are cut into such
             slices. It bounds memory and does not change results.
-        threads: threads inside one call; None leaves it to the backend.
+        threads: threads inside one call on the CPU; None leaves it to the backend.
+        lanes: on a GPU, how many calls run at once, each with a stream and buffers of its own. Calls from more
+            threads wait.
+        cuda_graphs: replay captured CUDA graphs. None does so with TensorRT where a shape can be captured; ONNX
+            Runtime needs True, one lane, and a model whose every node runs on CUDA.
 
     Raises:
-        InputError: there is no folder at `path`, or an option is not one of those above.
-        BundleError: the bundle is incomplete, damaged, tampered with, or newer than this version.
-        BackendError: the device or a package that it needs is not available.
+        InputError: there is no folder at `path` or `build`, or an option is not one of those above.
+        BundleError: the bundle or the build is incomplete, damaged, tampered with, or newer than this version; or
+            the build is of another bundle.
+        BackendError: the device or a package that it needs is not available, or the build is for another machine.
     """
     bundle = Bundle(path)
+    settings = Settings(micro_batch=micro_batch, threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
+    opened = open_bundle(bundle, device=device, build=build, settings=settings)
     manifest = bundle.manifest
-    graphs = {name: bundle.read(graph.file) for name, graph in manifest.graphs.items()}
+    return VAE(manifest.model, opened.backend, micro_batch=micro_batch, name=manifest.name, facts=opened.facts())
+
+
+class Opened:
+    """A bundle's graphs on a backend.
+
+    Attributes:
+        backend: it has the graphs.
+        options: how they were built; the defaults where no build is used.
+        build: the build's folder, or None for the bundle's own graphs.
+        passed_over: what would have come first, and why it did not.
+    """
+
+    def __init__(self, backend: Backend, options: Options, build: Path | None, passed_over: Mapping[str, str]) -> None:
+        self.backend = backend
+        self.options = options
+        self.build = build
+        self.passed_over = dict(passed_over)
+
+    def facts(self) -> dict[str, object]:
+        """For `VAE.describe`."""
+        return {
+            "precision": {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.options.precision],
+            "build": str(self.build) if self.build else None,
+            "passed_over": self.passed_over,
+        }
+
+
+def open_bundle(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    build: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+) -> Opened:
+    """Open a bundle's graphs, or those of a build of it, on the best backend. Arguments and errors: see `load`."""
+    settings = settings or Settings()
+    _check_settings(device, settings)
     bundle.check()
-    backend = open_backend(graphs, manifest.graphs, device=device, threads=threads)
-    return VAE(manifest.model, backend, micro_batch=micro_batch, name=manifest.name)
+    if build is not None:
+        return _open_build(bundle, BuildFolder(build), device, settings, {})
+    passed_over: dict[str, str] = {}
+    for place in _places(bundle, device, passed_over):
+        try:
+            if place in ("cuda", "cpu"):
+                graphs = {name: bundle.read(bundle.manifest.graphs[name].file) for name in GRAPHS}
+                backend = open_backend(graphs, bundle.manifest.model, device=place, settings=settings)
+                return Opened(backend, Options(), None, passed_over)
+            return _open_cached(bundle, place.removeprefix("build "), device, settings, passed_over)
+        except (BackendError, BundleError) as error:
+            if place == ("cuda" if device == "cuda" else "cpu"):
+                raise
+            passed_over[place] = str(error)
+    raise AssertionError("the last place opens or raises")
+
+
+def _check_settings(device: str, settings: Settings) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"load: device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
+    threads, lanes = settings.threads, settings.lanes
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads < 1 << 16):
+        raise InputError(f"load: threads is {threads!r}; expected a number from 1 on, or None")
+    if not (isinstance(lanes, int) and 1 <= lanes <= 64):
+        raise InputError(f"load: lanes is {lanes!r}; expected a number from 1 to 64")
+    if settings.cuda_graphs not in (None, True, False):
+        raise InputError(f"load: cuda_graphs is {settings.cuda_graphs!r}; expected True, False or None")
+
+
+def _places(bundle: Bundle, device: str, passed_over: dict[str, str]) -> list[str]:
+    """What to try, the best first: `build TARGET` of the cache, `cuda`, `cpu`."""
+    there = [builds.target(name) for name in builds.cached_targets(bundle.manifest)]
+    rank = {"tensorrt": 0, "tensorrt-rtx": 1, None: 2}
+    on_gpu = sorted((t for t in there if t.device == "cuda"), key=lambda t: (rank[t.flavour], t.capability is None))
+    places = []
+    if device == "cuda" or (device == "auto" and not machine.driver().problem):
+        places += [*(f"build {target.name}" for target in on_gpu), "cuda"]
+    elif device == "auto":
+        passed_over["cuda"] = machine.driver().problem or ""
+    if device != "cuda":
+        places += [*(f"build {target.name}" for target in there if target.device == "cpu"), "cpu"]
+    return places
+
+
+def _open_cached(bundle: Bundle, name: str, device: str, settings: Settings, passed_over: dict[str, str]) -> Opened:
+    """A build of the cache; if it was made for what this machine had before, it is made again."""
+    builds.check_cache()
+    folder = BuildFolder(builds.cached(bundle.manifest, name))
+    record = folder.record
+    engine = record.engine
+    problem = builds.mismatch(engine, machine.this_machine(engine.flavour)) if engine else None
+    if engine and problem:
+        from vae_export.builder import rebuild
+
+        here = machine.this_machine().capability
+        if engine.flavour == "tensorrt-rtx" and here not in engine.capabilities:
+            # Made again, it would be for the same GPUs again.
+            raise BackendError(
+                f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(name)}"
+            )
+        try:
+            folder = BuildFolder(rebuild(bundle, record))
+        except (VaeExportError, OSError) as error:
+            raise BackendError(
+                f"{folder.path}: {problem}. Building it again failed: {error}. "
+                f"Run: vae-export build {bundle.path} --target {name}"
+            ) from None
+    return _open_build(bundle, folder, device, settings, passed_over)
+
+
+def _open_build(
+    bundle: Bundle, folder: BuildFolder, device: str, settings: Settings, passed_over: Mapping[str, str]
+) -> Opened:
+    """Everything that can be said against a build is said before its engines are read by anything but SHA-256."""
+    record = folder.record
+    folder.check_source(bundle.manifest)
+    wanted = builds.target(record.target)
+    if device not in ("auto", wanted.device):
+        raise InputError(f"load: device is {device!r}, and {folder.path} is a build for {record.target}. Drop one")
+    graphs = folder.graphs()
+    engine = record.engine
+    if engine and (problem := builds.mismatch(engine, machine.this_machine(engine.flavour))):
+        raise BackendError(
+            f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(record.target)}"
+        )
+    backend = open_backend(
+        graphs, bundle.manifest.model, device=wanted.device, options=record.options, engine=engine, settings=settings
+    )
+    return Opened(backend, record.options, folder.path, passed_over)
+
+
+def _target_here(target: str) -> str:
+    """The target to build for this machine in place of one for another."""
+    gpus = machine.driver().gpus
+    if target.startswith("tensorrt-rtx") and gpus:
+        return f"tensorrt-rtx-sm{gpus[0].capability.replace('.', '')}"
+    return target
 
 
 def open_backend(
     graphs: Mapping[str, bytes],
-    records: Mapping[str, Graph],
+    model: Model,
     *,
-    device: str = "auto",
-    threads: int | None = None,
+    device: str,
+    options: Options | None = None,
+    engine: Engine | None = None,
+    settings: Settings | None = None,
 ) -> Backend:
-    """Check and open serialized ONNX graphs, called `encoder` and `decoder`, on a device.
+    """Open graphs on a device.
 
     Args:
-        graphs: their verified bytes.
-        records: what the manifest says of them.
-        device: as for `load`.
-        threads: as for `load`.
+        graphs: verified bytes by name: ONNX, whose operators are checked here, or engines, which were compared with
+            this machine before.
+        model: what they take and give.
+        device: `cpu` or `cuda`.
+        options: how they were built.
+        engine: what made the engines; None for ONNX.
+        settings: how to run them.
 
     Raises:
-        InputError, BundleError, BackendError: as for `load`.
+        BundleError, BackendError: as for `load`.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"load: device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads < 1 << 16):
-        raise InputError(f"load: threads is {threads!r}; expected a number from 1 on, or None")
+    options, settings = options or Options(), settings or Settings()
+    if engine:
+        from .trt import open_engines
+
+        return open_engines(graphs, model, options, engine, settings)
     for name, graph in graphs.items():
         onnx_reader.check_operators(graph, name)
-    if device == "auto":
-        try:
-            return OrtBackend(graphs, records, device="cuda", threads=threads)
-        except BackendError:
-            device = "cpu"
-    return OrtBackend(graphs, records, device=device, threads=threads)
+    from .ort import OrtBackend, open_cuda
+
+    return open_cuda(graphs, model, options, settings) if device == "cuda" else OrtBackend(graphs, model, settings)

@@ -9,22 +9,30 @@ import numpy as np
 
 from vae_export.errors import InputError
 from vae_export.manifest import Data, Model, SizeDim, shape_text
+from vae_export.pixels import from_uint8
 
 from .backend import Array
 
 _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)
+_CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged (dlpack.h)
 _ONE = int(np.float32(1.0).view(np.uint32))
 
 
 class ArrayCheck:
     """Turns what a caller gave into a C-contiguous float32 batch, or says what is wrong with it."""
 
-    def __init__(self, name: str, model: Model) -> None:
+    def __init__(self, name: str, model: Model, *, on_gpu: bool = False) -> None:
         """Prepare the check of `x` (examples of the model's data) or of `z` (its latents).
 
         A Bernoulli likelihood has no density outside of [0, 1]: its data are refused there.
+
+        Args:
+            name: `x` or `z`.
+            model: what they belong to.
+            on_gpu: whether the backend takes arrays that lie on a GPU.
         """
+        self._on_gpu = on_gpu
         spec = model.data if name == "x" else model.latent
         self._name = name
         self._model = model
@@ -43,13 +51,36 @@ class ArrayCheck:
         """
         array = value if type(value) is np.ndarray else self._as_array(verb, value)
         if array.shape[1:] != self._fixed or len(array) == 0:
-            self._check_shape(verb, array)
+            self._check_shape(verb, array.shape)
         if array.dtype is not _FLOAT32:
             array = self._convert(verb, array)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
         self._check_values(verb, array)
         return array
+
+    def anywhere(self, verb: str, value: Any) -> tuple[Any, bool]:
+        """The value, checked, and whether it lies on a GPU: there it is taken as it is, and its values are not seen.
+
+        Raises:
+            InputError: as for a call; or it lies on a GPU, and the backend does not.
+        """
+        if type(value) is np.ndarray or not _lies_on_gpu(value):
+            return self(verb, value), False
+        if not self._on_gpu:
+            raise InputError(
+                f"{verb}: {self._name} lies on a GPU, and this VAE runs on the CPU. Pass a NumPy array, or load the "
+                "bundle with device='cuda'"
+            )
+        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise InputError(f"{verb}: {self._name} is a {type(value).__name__} without a shape and a dtype")
+        shape = tuple(value.shape)
+        if shape[1:] != self._fixed or shape[0] == 0:
+            self._check_shape(verb, shape)
+        dtype = str(value.dtype).rpartition(".")[2]
+        if dtype != "float32":
+            raise InputError(f"{verb}: {self._name} has dtype {dtype} on the GPU; expected float32. Convert it there")
+        return value, True
 
     def _as_array(self, verb: str, value: Any) -> Array:
         if isinstance(value, np.ma.MaskedArray):
@@ -68,15 +99,15 @@ class ArrayCheck:
     def _expected(self) -> str:
         return shape_text(self._dims)
 
-    def _check_shape(self, verb: str, array: Array) -> None:
-        problem = f"{verb}: {self._name} has shape {array.shape}; this bundle expects {self._expected()}."
-        if array.ndim == self._rank - 1 and self._allows(array.shape):
+    def _check_shape(self, verb: str, shape: tuple[int, ...]) -> None:
+        problem = f"{verb}: {self._name} has shape {shape}; this bundle expects {self._expected()}."
+        if len(shape) == self._rank - 1 and self._allows(shape):
             raise InputError(f"{problem} For one example add a batch axis: {self._name}[None]")
-        if array.ndim != self._rank:
+        if len(shape) != self._rank:
             raise InputError(f"{problem} Reshape {self._name} to {self._rank} dimensions, the batch first")
-        if array.shape[0] == 0:
+        if shape[0] == 0:
             raise InputError(f"{problem} The batch is empty; pass one example or more")
-        if not self._allows(array.shape[1:]):
+        if not self._allows(shape[1:]):
             limits = "; ".join(str(dim) for dim in self._model.data.named().values() if str(dim) != dim.name)
             what = "Resize or crop the examples" if self._range else "Pass latents that encode or a prior draw gave"
             raise InputError(f"{problem} {what}{f' ({limits})' if limits else ''}")
@@ -93,8 +124,7 @@ class ArrayCheck:
     def _convert(self, verb: str, array: Array) -> Array:
         dtype = array.dtype
         if self._range and dtype == _UINT8:
-            low, high = self._range
-            return array.astype(np.float32) * np.float32((high - low) / 255.0) + np.float32(low)
+            return from_uint8(array, self._range)
         if dtype == _FLOAT32:  # another object for the same type
             return array
         accepted = "float32 (or uint8 pictures)" if self._range else "float32"
@@ -128,3 +158,13 @@ class ArrayCheck:
             f"{verb}: {self._name}[{', '.join(map(str, where))}] is {array[where]:g}, one of "
             f"{int(wrong.sum())} such values; expected {expected}"
         )
+
+
+def _lies_on_gpu(value: Any) -> bool:
+    """Whether an array of some library lies on an NVIDIA GPU."""
+    if place := getattr(value, "__dlpack_device__", None):
+        try:
+            return int(place()[0]) in _CUDA
+        except Exception:  # another library's, for an array that cannot be exported: it is refused later, in words
+            return False
+    return hasattr(value, "__cuda_array_interface__")

@@ -2,96 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
-from vae_export.errors import BackendError, BundleError, require
-from vae_export.manifest import Graph
+import numpy as np
 
-from .backend import Array
+from vae_export.builds import Options
+from vae_export.errors import BackendError, BundleError, InputError, require
+from vae_export.manifest import Model
+from vae_export.noise import Normals
 
-_PROVIDERS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": 0}),  # TF32 keeps 10 of float32's 23 mantissa bits
-}
+from .backend import Settings, Value, slices
+from .gpu import Gpu, Shape
+from .lanes import GpuBackend, Lane, bucket
+
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
 
 
 class OrtBackend:
-    """One session for each graph. Sessions are safe to run from many threads."""
+    """The CPU: one session for each graph. Sessions are safe to run from many threads."""
 
-    def __init__(
-        self,
-        graphs: Mapping[str, bytes],
-        records: Mapping[str, Graph],
-        *,
-        device: str = "cpu",
-        threads: int | None = None,
-    ) -> None:
+    on_gpu = False
+
+    def __init__(self, graphs: Mapping[str, bytes], model: Model, settings: Settings) -> None:
         """Open graphs.
 
         Args:
             graphs: serialized ONNX models by name. Their bytes were verified; no path is ever opened.
-            records: what the manifest says of them.
-            device: `cpu` or `cuda`.
-            threads: threads inside one call; None leaves it to ONNX Runtime (one for each core).
+            model: what they take and give.
+            settings: threads.
 
         Raises:
-            BackendError: ONNX Runtime or the device is not available.
-            BundleError: ONNX Runtime does not accept a graph, or finds another than the manifest says.
+            BackendError: ONNX Runtime is not available.
+            BundleError: ONNX Runtime does not accept a graph, or finds another than the model has.
         """
-        ort = require("onnxruntime", _EXTRAS[device], "load")
-        provider, options = _PROVIDERS[device]
-        if provider not in ort.get_available_providers():
-            raise BackendError(
-                f"load: device {device!r} needs ONNX Runtime's {provider}; the installed onnxruntime "
-                f"{ort.__version__} has {', '.join(ort.get_available_providers())}. Run: pip uninstall "
-                f"onnxruntime; pip install 'vae-export[{_EXTRAS[device]}]'"
-            )
-        if device == "cuda":
-            ort.preload_dlls()
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        # Bytes of its own format would be taken for what they are: unchecked by us.
-        settings.add_session_config_entry("session.load_model_format", "ONNX")
-        if threads is not None:
-            settings.intra_op_num_threads = threads
-        self._device = device
-        self._provider = provider
+        ort = _runtime("cpu")
         self._version = ort.__version__
-        self._threads = threads
-        self._sessions = {}
-        for name, model in graphs.items():
-            try:
-                session = ort.InferenceSession(model, settings, providers=[(provider, options)])
-            except Exception as error:
-                kind = BundleError if device == "cpu" else BackendError  # a device has reasons of its own
-                raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {error}") from None
-            if session.get_providers()[0] != provider:
-                raise BackendError(
-                    f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "
-                    "instead. `vae-export doctor` shows what is missing"
-                )
-            _check_signature(name, session, records[name])
-            self._sessions[name] = session
+        self._threads = settings.threads
+        self.graphs = frozenset(graphs)
+        self._sessions = {
+            name: _open(ort, name, graph, model, "cpu", {}, settings.threads) for name, graph in graphs.items()
+        }
 
-    def run(self, graph: str, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run a graph; see `Backend.run`."""
+    def run(
+        self,
+        graph: str,
+        inputs: Mapping[str, Value],
+        outputs: Sequence[str],
+        micro_batch: int,
+        *,
+        on_device: bool = False,
+    ) -> list[Any]:
+        """See `Backend.run`."""
+        assert not on_device
+        n = len(next(iter(inputs.values())))
+        if n <= micro_batch:
+            return self._run(graph, inputs, outputs)
+        results: list[Any] = []
+        for rows in slices(n, micro_batch):
+            parts = self._run(graph, {name: value[rows] for name, value in inputs.items()}, outputs)
+            results = results or [np.empty((n, *part.shape[1:]), part.dtype) for part in parts]
+            for result, part in zip(results, parts, strict=True):
+                result[rows] = part
+        return results
+
+    def _run(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str]) -> list[Any]:
+        feed = {name: value.numpy() if type(value) is Normals else value for name, value in inputs.items()}
         try:
-            result: list[Array] = self._sessions[graph].run(outputs, inputs)
+            result: list[Any] = self._sessions[graph].run(outputs, feed)
         except KeyError:
             raise BackendError("this VAE was closed; load the bundle again") from None
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BackendError(f"ONNX Runtime {self._version} failed in the {graph}: {error}") from error
         return result
 
+    def draw(self, mean: Value, logvar: Value, eps: Normals) -> Any:
+        """See `Backend.draw`: there is no GPU here."""
+        raise AssertionError("arrays on the GPU are refused before")
+
     def describe(self) -> dict[str, Any]:
         """What the graphs run on."""
         return {
             "backend": "onnxruntime",
             "version": self._version,
-            "device": self._device,
-            "provider": self._provider,
+            "device": "cpu",
+            "provider": _PROVIDERS["cpu"],
             "threads": self._threads or "one for each core",
         }
 
@@ -100,13 +100,141 @@ class OrtBackend:
         self._sessions = {}
 
 
-def _check_signature(name: str, session: Any, record: Graph) -> None:
+def open_cuda(graphs: Mapping[str, bytes], model: Model, options: Options, settings: Settings) -> GpuBackend:
+    """The first CUDA device: sessions for each lane, on the lane's stream, bound to the lane's memory.
+
+    Args:
+        graphs: as for `OrtBackend`.
+        model: what they take and give.
+        options: TF32 and channels last.
+        settings: lanes and CUDA graphs.
+
+    Raises:
+        InputError: CUDA graphs are asked for in more than one lane.
+        BackendError: ONNX Runtime, CUDA's packages, or the device is not available, or it does not take a graph.
+        BundleError: ONNX Runtime finds another graph than the model has.
+    """
+    if settings.cuda_graphs and settings.lanes > 1:
+        raise InputError(
+            f"load: ONNX Runtime captures CUDA graphs in one lane only; lanes is {settings.lanes}. Ask for one, for "
+            "cuda_graphs=None, or build for TensorRT"
+        )
+    ort = _runtime("cuda")
+    gpu = Gpu("load", _EXTRAS["cuda"])
+    ort.preload_dlls()
+
+    def make(lane: Lane) -> _Sessions:
+        return _Sessions(ort, lane, graphs, options, settings)
+
+    facts = {
+        "backend": "onnxruntime",
+        "version": ort.__version__,
+        "provider": _PROVIDERS["cuda"],
+        "cuda_graphs": settings.cuda_graphs is True,
+        "tf32": options.tf32,
+        "nhwc": options.nhwc,
+    }
+    return GpuBackend(gpu, model, tuple(graphs), make, settings, None, facts)
+
+
+class _Sessions:
+    """A lane's sessions. With CUDA graphs, a session is never shared between lanes: replaying is not thread-safe."""
+
+    def __init__(
+        self, ort: ModuleType, lane: Lane, graphs: Mapping[str, bytes], options: Options, settings: Settings
+    ) -> None:
+        self._ort = ort
+        self._captured = settings.cuda_graphs is True
+        self._numbers = itertools.count(1)
+        # ONNX Runtime keeps what it captures, and handles of CUDA's libraries, for each thread that runs a session.
+        self._thread = ThreadPoolExecutor(1) if self._captured else None
+        self._model = lane.model
+        chosen = {
+            "device_id": lane.gpu.index,
+            "user_compute_stream": str(int(lane.stream.handle)),
+            "use_tf32": int(options.tf32),  # it keeps 10 of float32's 23 mantissa bits
+            "prefer_nhwc": int(options.nhwc),
+            "enable_cuda_graph": int(self._captured),
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default measures anew for every batch size
+        }
+        self._sessions = {name: _open(ort, name, graph, lane.model, "cuda", chosen) for name, graph in graphs.items()}
+
+    def rows(self, graph: str, n: int, sizes: Mapping[str, int]) -> int:
+        """See `Executor.rows`."""
+        return bucket(n) if self._captured else n
+
+    def prepare(self, graph: str, ends: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
+        """See `Executor.prepare`."""
+        session = self._sessions[graph]
+        binding = session.io_binding()
+        inputs, outputs = self._model.ends(graph)
+        for tensors, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for tensor in tensors:
+                address, shape = ends[tensor.name]
+                bind(tensor.name, "cuda", 0, np.dtype(tensor.dtype).type, list(shape), address)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the lane's stream keeps order
+        if self._captured:
+            options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
+        if self._thread:
+            thread = self._thread
+            return lambda: thread.submit(session.run_with_iobinding, binding, options).result()
+        return lambda: session.run_with_iobinding(binding, options)
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        if self._thread:
+            self._thread.shutdown()
+        self._sessions = {}
+
+
+def _runtime(device: str) -> ModuleType:
+    """ONNX Runtime, if it has the provider of a device."""
+    ort = require("onnxruntime", _EXTRAS[device], "load")
+    if _PROVIDERS[device] not in ort.get_available_providers():
+        raise BackendError(
+            f"load: device {device!r} needs ONNX Runtime's {_PROVIDERS[device]}; the installed onnxruntime "
+            f"{ort.__version__} has {', '.join(ort.get_available_providers())}. Run: pip uninstall "
+            f"onnxruntime; pip install 'vae-export[{_EXTRAS[device]}]'"
+        )
+    return ort
+
+
+def _open(
+    ort: ModuleType,
+    name: str,
+    graph: bytes,
+    model: Model,
+    device: str,
+    options: Mapping[str, Any],
+    threads: int | None = None,
+) -> Any:
+    """A session on a device and on no other."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    # Bytes of its own format would be taken for what they are: unchecked by us.
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    provider = _PROVIDERS[device]
+    try:
+        session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)
+    except Exception as error:
+        kind = BundleError if device == "cpu" else BackendError  # a device has reasons of its own
+        raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {error}") from None
+    if session.get_providers()[0] != provider:
+        raise BackendError(
+            f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "
+            "instead. `vae-export doctor` shows what is missing"
+        )
+    inputs, outputs = model.ends(name)
     found, said = (
         [(t.name, t.type, tuple(t.shape)) for t in (*session.get_inputs(), *session.get_outputs())],
-        [(t.name, "tensor(float)", t.shape) for t in (*record.inputs, *record.outputs)],
+        [(t.name, _TYPES[t.dtype], t.shape) for t in (*inputs, *outputs)],
     )
     if found != said:
         raise BundleError(
             f"{name}: the manifest promises {said}, and the graph has {found}. The bundle contradicts itself: "
             "export the model again"
         )
+    return session

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from vae_export import elbo, likelihoods, noise
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, SizeDim, shape_text
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, shape_text
+from vae_export.noise import Normals
+from vae_export.pixels import is_picture, to_uint8
 
-from .backend import Array, Backend
+from .backend import Array, Backend, Value
 from .inputs import ArrayCheck
+
+if TYPE_CHECKING:
+    from .gpu import DeviceArray
 
 Float64 = npt.NDArray[np.float64]
 
 _SAMPLE = ("sample",)
+_IMAGE = ("image",)
+_NO_VARIANCE = (
+    "this model's encoder is deterministic: its posterior has no variance to draw from, no KL and no ELBO. Use mode()"
+)
+
+
+class OnGpu(Protocol):
+    """An array that lies on a GPU: of PyTorch, CuPy, JAX or ours."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        """Where it lies."""
+        ...
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any:
+        """Hand it over in the order of a stream."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,10 +95,7 @@ class Posterior:
 
     def _gaussian(self) -> Array:
         if self.logvar is None:
-            raise InputError(
-                "this model's encoder is deterministic: its posterior has no variance to draw from, no KL "
-                "and no ELBO. Use mode()"
-            )
+            raise InputError(_NO_VARIANCE)
         return self.logvar
 
     def _noise(self, seed: int, start: int, draw: int = 0) -> Array:
@@ -93,6 +110,39 @@ class Posterior:
     def _repeat(self, times: int) -> Posterior:
         repeat = (times, *[1] * (self.mean.ndim - 1))
         return Posterior(np.tile(self.mean, repeat), np.tile(self._gaussian(), repeat))
+
+
+@dataclass(frozen=True)
+class DevicePosterior:
+    """The approximate posterior q(z|x) of a batch that lies on the GPU, as does everything here but `numpy`.
+
+    Attributes:
+        mean: (B, *latent) float32, a `gpu.DeviceArray`: DLPack and the CUDA array interface.
+        logvar: the same, the logarithm of the variance; None for a deterministic encoder.
+    """
+
+    mean: Any
+    logvar: Any
+    _backend: Backend
+
+    def mode(self) -> Any:
+        """The most probable latent, which is the mean: (B, *latent) float32."""
+        return self.mean
+
+    def sample(self, seed: int = 0, start: int = 0) -> Any:
+        """Draw z = mean + std · eps, as `Posterior.sample` does, with the same noise. Arguments and errors: see there.
+
+        Returns:
+            (B, *latent) float32, a `gpu.DeviceArray`.
+        """
+        if self.logvar is None:
+            raise InputError(_NO_VARIANCE)
+        eps = Normals(seed, noise.POSTERIOR, start, tuple(self.mean.shape))
+        return self._backend.draw(self.mean, self.logvar, eps)
+
+    def numpy(self) -> Posterior:
+        """The same on the host, where the standard deviation and the KL are computed, too."""
+        return Posterior(self.mean.numpy(), None if self.logvar is None else self.logvar.numpy())
 
 
 class Elbo(NamedTuple):
@@ -116,8 +166,23 @@ class VAE:
     the micro-batch, the thread or the machine.
     """
 
-    def __init__(self, model: Model, backend: Backend, *, micro_batch: int = 64, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        *,
+        micro_batch: int = 64,
+        name: str = "",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Join a model's description and a backend that has its graphs.
+
+        Args:
+            model: the description.
+            backend: has `encoder` and `decoder`, and may have fused graphs.
+            micro_batch: as for `load`.
+            name: of the bundle.
+            facts: for `describe`: the precision, and the build.
 
         Raises:
             InputError: micro_batch is below 1.
@@ -127,38 +192,57 @@ class VAE:
         self.name = name
         self._backend = backend
         self._micro_batch = micro_batch
-        self._data = ArrayCheck("x", model)
-        self._latent = ArrayCheck("z", model)
-        # Shapes that hold for every call; None where the model has named dimensions.
-        self._fixed_latent = None if model.data.named() else model.latent_shape()
-        self._fixed_data = None if self._fixed_latent is None else model.data_shape(self._fixed_latent)
+        self._facts = {"precision": "float32"} if facts is None else dict(facts)
+        self._data = ArrayCheck("x", model, on_gpu=backend.on_gpu)
+        self._latent = ArrayCheck("z", model, on_gpu=backend.on_gpu)
+        # What each graph gives for one example, where that holds for every call: without named dimensions.
+        self._gives = {} if model.data.named() else {graph: self._expected(graph, {}) for graph in backend.graphs}
         self._encoder_outputs = ENCODER_OUTPUTS[model.posterior.kind]
         self._decoder_outputs = DECODER_OUTPUTS[model.likelihood.kind]
 
-    def encode(self, x: Any) -> Posterior:
+    @overload
+    def encode(self, x: npt.NDArray[Any]) -> Posterior: ...
+
+    @overload
+    def encode(self, x: OnGpu) -> DevicePosterior: ...
+
+    def encode(self, x: Any) -> Posterior | DevicePosterior:
         """The approximate posterior q(z|x).
 
         Args:
-            x: (B, *data) float32 in the data's range, or uint8, which is scaled onto that range.
+            x: (B, *data) float32 in the data's range, or uint8, which is scaled onto that range. On a GPU also an
+                array of PyTorch, CuPy, JAX or ours that lies there, float32 and contiguous; its values are not
+                checked, and the result stays there. Whoever uses it on streams of their own, not the default one,
+                leaves it unchanged until the result is complete.
 
         Raises:
             InputError: x is not such an array.
         """
-        return self._posterior(self._data("encode", x))
+        x, on_device = self._data.anywhere("encode", x)
+        outputs = self._run("encoder", {"x": x}, self._encoder_outputs, on_device)
+        mean, logvar = outputs[0], outputs[1] if len(outputs) > 1 else None
+        return DevicePosterior(mean, logvar, self._backend) if on_device else Posterior(mean, logvar)
 
-    def decode(self, z: Any) -> Array:
+    @overload
+    def decode(self, z: npt.NDArray[Any]) -> Array: ...
+
+    @overload
+    def decode(self, z: OnGpu) -> DeviceArray: ...
+
+    def decode(self, z: Any) -> Any:
         """The mean of p(x|z).
 
         Args:
-            z: (B, *latent) float32.
+            z: (B, *latent) float32; on a GPU also an array that lies there, as for `encode`.
 
         Returns:
-            (B, *data) float32 in the data's range, not clamped.
+            (B, *data) float32 in the data's range, not clamped. On the GPU where z is.
 
         Raises:
             InputError: z is not such an array.
         """
-        return self._run("decoder", "z", self._latent("decode", z), _SAMPLE)[0]
+        z, on_device = self._latent.anywhere("decode", z)
+        return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
 
     def likelihood(self, z: Any) -> dict[str, Array]:
         """All parameters of p(x|z), by the names of `manifest.DECODER_OUTPUTS`: (B, *data) float32 each.
@@ -175,15 +259,19 @@ class VAE:
         *,
         draw: bool = False,
         size: Mapping[str, int] | None = None,
-    ) -> Array:
+        on_device: bool = False,
+    ) -> Any:
         """Draw latents from the prior and decode them.
+
+        On a GPU the latents are made there: nothing is copied to it.
 
         Args:
             n: how many, ≥ 1.
             seed: of the noise, 0 ≤ seed < 2^64.
             start: the index of the first one.
-            draw: draw from p(x|z), too, instead of giving its mean.
+            draw: draw from p(x|z), too, instead of giving its mean. That is done on the host.
             size: for models whose data has named dimensions, such as {"height": 64, "width": 96}.
+            on_device: leave the samples on the GPU, as a `gpu.DeviceArray`.
 
         Returns:
             (n, *data) float32.
@@ -191,21 +279,71 @@ class VAE:
         Raises:
             InputError: an argument is out of range, or draw was asked of a model without a likelihood.
         """
-        n = _count("sample", "n", n, 1)
-        start = _count("sample", "start", start, 0)
-        shape = self._fixed_latent if size is None and self._fixed_latent else self.model.latent_shape(size)
-        likelihood = likelihoods.of(self.model) if draw else None
-        parts = []
-        for first, last in self._slices(n):
-            eps = noise.normals(seed, noise.PRIOR, start + first, last - first, math.prod(shape))
-            z = eps.reshape(last - first, *shape)
-            if likelihood:
-                parts.append(likelihood.sample(self._parameters(z), seed, start + first))
-            else:
-                parts.append(self._run("decoder", "z", z, _SAMPLE)[0])
+        z = self._prior("sample", n, seed, start, size, on_device)
+        if not draw:
+            return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
+        likelihood = likelihoods.of(self.model)
+        if on_device:
+            raise InputError("sample: draw is done on the host; ask for one of draw and on_device")
+        parts = [
+            likelihood.sample(self._parameters(z[first:last]), seed, z.first + first)
+            for first, last in self._slices(len(z))
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def reconstruct(self, x: Any, seed: int | None = None, start: int = 0) -> Array:
+    def generate(
+        self,
+        n: int,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        size: Mapping[str, int] | None = None,
+        on_device: bool = False,
+    ) -> Any:
+        """Pictures of draws from the prior: those of `sample`, as bytes.
+
+        Args:
+            n: as for `sample`.
+            seed: as for `sample`.
+            start: as for `sample`.
+            size: as for `sample`.
+            on_device: leave the pictures on the GPU, as a `gpu.DeviceArray`. Builds can.
+
+        Returns:
+            (n, H, W, C) uint8: clamped to the data's range, which becomes 0 to 255, and rounded to even.
+
+        Raises:
+            InputError: as for `sample`, or the data are no pictures.
+        """
+        if not is_picture(self.model.data.shape):
+            shape = shape_text(self.model.data.shape)
+            raise InputError(f"generate: this model's data {shape} are no pictures (B, 1 or 3, H, W). Use sample")
+        z = self._prior("generate", n, seed, start, size, on_device)
+        if "generate" in self._backend.graphs:
+            return self._run("generate", {"z": z}, _IMAGE, on_device)[0]
+        if on_device:
+            raise InputError("generate: only a build makes bytes on the GPU. Run: vae-export build, or use sample")
+        x = self._run("decoder", {"z": z}, _SAMPLE)[0]
+        return np.ascontiguousarray(to_uint8(x, self.model.data.range).transpose(0, 2, 3, 1))
+
+    def _prior(
+        self, verb: str, n: int, seed: int, start: int, size: Mapping[str, int] | None, on_device: bool
+    ) -> Normals:
+        """The address of n latents of the prior."""
+        n = _count(verb, "n", n, 1)
+        start = _count(verb, "start", start, 0)
+        if on_device and not self._backend.on_gpu:
+            raise InputError(f"{verb}: on_device is for a GPU, and this VAE runs on the CPU. Drop it")
+        latent = self._gives.get("encoder") if size is None else None
+        return Normals(seed, noise.PRIOR, start, (n, *(latent or self.model.latent_shape(size))))
+
+    @overload
+    def reconstruct(self, x: npt.NDArray[Any], seed: int | None = ..., start: int = ...) -> Array: ...
+
+    @overload
+    def reconstruct(self, x: OnGpu, seed: int | None = ..., start: int = ...) -> DeviceArray: ...
+
+    def reconstruct(self, x: Any, seed: int | None = None, start: int = 0) -> Any:
         """Encode and decode.
 
         Args:
@@ -214,14 +352,22 @@ class VAE:
             start: the index of the first example.
 
         Returns:
-            The mean of p(x|z), (B, *data) float32.
+            The mean of p(x|z), (B, *data) float32. On the GPU where x is.
 
         Raises:
             InputError: x is not such an array, or seed or start is out of range.
         """
-        posterior = self._posterior(self._data("reconstruct", x))
-        z = posterior.mode() if seed is None else posterior.sample(seed, start)
-        return self._run("decoder", "z", z, _SAMPLE)[0]
+        x, on_device = self._data.anywhere("reconstruct", x)
+        gaussian = len(self._encoder_outputs) > 1
+        if "reconstruct" not in self._backend.graphs or (seed is not None and not gaussian):
+            posterior = self.encode(x)
+            return self.decode(posterior.mode() if seed is None else posterior.sample(seed, start))
+        inputs = {"x": x}
+        if gaussian:
+            shape = (x.shape[0], *self._example("encoder", tuple(x.shape[1:])))
+            drawn = np.zeros(shape, np.float32) if seed is None else Normals(seed, noise.POSTERIOR, start, shape)
+            inputs["eps"] = drawn
+        return self._run("reconstruct", inputs, _SAMPLE, on_device)[0]
 
     def elbo(self, x: Any, seed: int = 0, start: int = 0) -> Elbo:
         """The evidence lower bound with one draw from the posterior, Gaussian constants kept.
@@ -307,8 +453,9 @@ class VAE:
         begin, end = self._posterior(a).mode(), self._posterior(b).mode()
         weight = np.linspace(0.0, 1.0, steps, dtype=np.float32).reshape(1, steps, *[1] * (begin.ndim - 1))
         line = begin[:, None] * (1 - weight) + end[:, None] * weight  # (B, steps, *latent)
-        decoded = self._run("decoder", "z", line.reshape(-1, *begin.shape[1:]), _SAMPLE)[0]
-        return decoded.reshape(len(begin), steps, *decoded.shape[1:])
+        decoded = self._run("decoder", {"z": line.reshape(-1, *begin.shape[1:])}, _SAMPLE)[0]
+        result: Array = decoded.reshape(len(begin), steps, *decoded.shape[1:])
+        return result
 
     def edit(self, x: Any, direction: Any, strength: float) -> Array:
         """Decode the posterior's mean moved by strength · direction in latent space.
@@ -339,7 +486,8 @@ class VAE:
             raise InputError(f"edit: strength is {strength!r}; expected a finite number")
         with np.errstate(over="ignore"):  # too far is told by decode's own check
             z = (mean + float(strength) * direction.astype(np.float64)).astype(np.float32)
-        return self._run("decoder", "z", self._latent("edit", z), _SAMPLE)[0]
+        result: Array = self._run("decoder", {"z": self._latent("edit", z)}, _SAMPLE)[0]
+        return result
 
     def describe(self) -> dict[str, Any]:
         """What this is and what it runs on, as plain values."""
@@ -354,8 +502,8 @@ class VAE:
             "prior": model.prior,
             "posterior": model.posterior.kind,
             "likelihood": model.likelihood.kind,
-            "precision": "float32",
             "micro_batch": self._micro_batch,
+            **self._facts,
             **self._backend.describe(),
         }
 
@@ -370,43 +518,35 @@ class VAE:
         self.close()
 
     def _posterior(self, x: Array) -> Posterior:
-        outputs = self._run("encoder", "x", x, self._encoder_outputs)
+        outputs = self._run("encoder", {"x": x}, self._encoder_outputs)
         return Posterior(outputs[0], outputs[1] if len(outputs) > 1 else None)
 
-    def _parameters(self, z: Array) -> dict[str, Array]:
-        return dict(zip(self._decoder_outputs, self._run("decoder", "z", z, self._decoder_outputs), strict=True))
+    def _parameters(self, z: Array | Normals) -> dict[str, Array]:
+        return dict(zip(self._decoder_outputs, self._run("decoder", {"z": z}, self._decoder_outputs), strict=True))
 
-    def _run(self, graph: str, name: str, value: Array, outputs: tuple[str, ...]) -> list[Array]:
-        n = len(value)
-        expected = self._fixed_latent if graph == "encoder" else self._fixed_data
-        if expected is None:
-            expected = self._shape(graph, value.shape[1:])
-        if n <= self._micro_batch:
-            results = self._backend.run(graph, {name: value}, outputs)
-            for result in results:
-                if result.shape != (n, *expected):
-                    self._refuse(graph, result.shape, (n, *expected))
-            return results
-        results = [np.empty((n, *expected), np.float32) for _ in outputs]
-        for first, last in self._slices(n):
-            parts = self._backend.run(graph, {name: value[first:last]}, outputs)
-            for result, part in zip(results, parts, strict=True):
-                if part.shape != (last - first, *expected):
-                    self._refuse(graph, part.shape, (last - first, *expected))
-                result[first:last] = part
+    def _run(
+        self, graph: str, inputs: dict[str, Value], outputs: tuple[str, ...], on_device: bool = False
+    ) -> list[Any]:
+        results = self._backend.run(graph, inputs, outputs, self._micro_batch, on_device=on_device)
+        first = next(iter(inputs.values()))
+        shape = first.shape
+        expected = (shape[0], *self._example(graph, tuple(shape[1:])))
+        for result in results:
+            if result.shape != expected:
+                raise BundleError(
+                    f"{self.name}: the {graph} gave shape {result.shape}; the manifest promises {expected}. The bundle "
+                    "contradicts itself: export the model again"
+                )
         return results
 
-    def _shape(self, graph: str, into: tuple[int, ...]) -> tuple[int, ...]:
-        if graph == "decoder":
-            return self.model.data_shape(into)
-        sized = zip(self.model.data.shape, into, strict=True)
-        return self.model.latent_shape({dim.name: size for dim, size in sized if isinstance(dim, SizeDim)})
+    def _example(self, graph: str, example: tuple[int, ...]) -> tuple[int, ...]:
+        """What a graph gives for one example of its first input."""
+        gives = self._gives.get(graph)
+        return self._expected(graph, self.model.input_sizes(graph, example)) if gives is None else gives
 
-    def _refuse(self, graph: str, got: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
-        raise BundleError(
-            f"{self.name}: the {graph} gave shape {got}; the manifest promises {expected}. The bundle "
-            "contradicts itself: export the model again"
-        )
+    def _expected(self, graph: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """What a graph gives for one example of these sizes."""
+        return self.model.tensor_shape(self.model.ends(graph)[1][0], 1, sizes)[1:]
 
     def _slices(self, n: int) -> Iterator[tuple[int, int]]:
         return ((first, min(first + self._micro_batch, n)) for first in range(0, n, self._micro_batch))

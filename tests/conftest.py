@@ -8,9 +8,11 @@ import os
 # threads wait for each other for longer than they compute. Set before anything imports PyTorch; children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import atexit
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
+from vae_export.runtimes import flavours, machine
 from vae_export.trainers.config import ModelConfig, TrainConfig
 from vae_export.trainers.fit import fit
 
 import vae_export
+from vae_export import builds, engines
+from vae_export.errors import BackendError
 from vae_export.sources.protocol import Source
 
 ROOT = Path(__file__).parents[1]
+
+# The tests have a cache of builds of their own. Children inherit it.
+os.environ["VAE_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="vae_export-tests-")
+atexit.register(shutil.rmtree, os.environ["VAE_EXPORT_CACHE"], ignore_errors=True)
 
 
 def command(*parts: object, cwd: Path) -> str:
@@ -63,6 +72,54 @@ def member(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Member]:
             source = zoo.MEMBERS[name]()
             made[name] = Member(source, path, vae_export.export(source, path))
         return made[name]
+
+    return get
+
+
+_gpu = pytest.mark.gpu
+#: What a bundle is run on by the tests that all backends share: itself or a build of it. A new backend is a name here.
+PLACES = [
+    "cpu",
+    "cpu build",
+    *(pytest.param(place, marks=_gpu) for place in ("cuda", "cuda build", "tensorrt build", "tensorrt-rtx build")),
+]
+
+
+def lacking(target: str) -> str | None:
+    """What this machine lacks for a target, in words, or None."""
+    if target == "cpu":
+        return None
+    if problem := machine.driver().problem:
+        return problem
+    try:
+        if target == "cuda":
+            import onnxruntime
+
+            found = onnxruntime.get_available_providers()
+            return None if "CUDAExecutionProvider" in found else f"onnxruntime has {', '.join(found)} only"
+        bindings = flavours.load(target)
+    except BackendError as error:
+        return str(error)
+    known, here = engines.capabilities(bindings, builds.target(target)), machine.driver().gpus[0].capability
+    return None if here in known else f"{bindings.title} is for {', '.join(known)}; this machine has {here}"
+
+
+@pytest.fixture(scope="session")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, object]]:
+    """What `load` needs to run a bundle in a place; a test that cannot run there is skipped, with the reason."""
+    made: dict[tuple[Path, str, str], Path] = {}
+
+    def get(bundle: Path, place: str, **options: object) -> dict[str, object]:
+        target, _, build = place.partition(" ")
+        if problem := lacking(target):
+            pytest.skip(f"{place}: {problem}")
+        if not build:
+            return {"device": target}
+        key = (bundle, target, repr(sorted(options.items())))
+        if key not in made:
+            out = tmp_path_factory.mktemp("builds") / target
+            made[key] = vae_export.build(bundle, target, out=out, **options).path
+        return {"build": made[key]}
 
     return get
 

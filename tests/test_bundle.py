@@ -18,7 +18,7 @@ import pytest
 
 import vae_export
 from vae_export import bundle as bundles
-from vae_export import files
+from vae_export import files, sealed
 from vae_export.bundle import Bundle
 from vae_export.errors import BundleError, InputError, VaeExportError
 
@@ -33,7 +33,7 @@ def reseal(path: Path, **changes: object) -> None:
     """Write a manifest that fits the files as they are now: what a hostile author would do."""
     manifest = Bundle(path).manifest
     (path / bundles.MANIFEST).unlink()
-    listed = bundles.list_files(path)
+    listed = sealed.list_files(path)
     bundles.write_manifest(path, msgspec.structs.replace(manifest, files=listed, **changes))
 
 
@@ -118,7 +118,7 @@ def test_the_bytes_that_were_checked_are_the_bytes_that_run(copy: Path) -> None:
 
 
 def test_large_files_are_checked_piece_by_piece(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "_PIECE", 1000)
+    monkeypatch.setattr(sealed, "_PIECE", 1000)
     Bundle(copy).check()
     original = (copy / "golden.safetensors").read_bytes()
     (copy / "golden.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))

@@ -29,6 +29,7 @@ from vae_export.trainers.data import DataSet
 
 from vae_export import images, noise
 from vae_export.errors import InputError
+from vae_export.pixels import to_uint8
 
 Array = np.ndarray[Any, Any]
 
@@ -391,7 +392,7 @@ def test_levels(tmp_path: Path, value_range: tuple[float, float]) -> None:
     whole = everything(load(spec, range=value_range))
     assert np.allclose(whole, low + stored / 255 * (high - low), rtol=1e-6, atol=1e-7)
     assert (whole.min(), whole.max()) == (np.float32(low), np.float32(high))
-    assert np.array_equal(images.to_uint8(whole, value_range), stored)
+    assert np.array_equal(to_uint8(whole, value_range), stored)
     dequantized = load(spec, range=value_range, dequantize=True)
     assert dequantized.levels == 256
     for x in (everything(dequantized), everything(load(spec, 1, range=value_range, dequantize=True))):
@@ -479,7 +480,7 @@ def test_rounding_of_what_has_levels(tmp_path: Path) -> None:
     assert np.array_equal(everything(load(spec, quantize=True)), everything(load(spec)))
     digits = load("digits", quantize=True)
     assert digits.levels == 256
-    assert np.array_equal(images.to_uint8(everything(digits), (0, 1)), np.rint(everything(load("digits")) * 255))
+    assert np.array_equal(to_uint8(everything(digits), (0, 1)), np.rint(everything(load("digits")) * 255))
     spec = saved(tmp_path / "b.npy", pictures > 99)
     assert np.array_equal(everything(load(spec, quantize=True)), everything(load(spec)))
 

@@ -8,13 +8,14 @@ import pytest
 from vae_export import images
 from vae_export.errors import InputError
 from vae_export.manifest import Data
+from vae_export.pixels import to_uint8
 
 BOX = Data(shape=(3, 10, 60), range=(-1.0, 1.0))
 
 
 def test_to_uint8_clamps_and_rounds() -> None:
     x = np.array([-9.0, -1.0, 0.0, 0.996, 1.0, 9.0])
-    assert images.to_uint8(x, (-1.0, 1.0)).tolist() == [0, 0, 128, 254, 255, 255]
+    assert to_uint8(x, (-1.0, 1.0)).tolist() == [0, 0, 128, 254, 255, 255]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_grid(count: int, columns: int | None, size: tuple[int, int]) -> None:
     x = np.linspace(0, 1, count * 64, dtype=np.float32).reshape(count, 1, 8, 8)
     picture = images.grid(x, (0.0, 1.0), columns)
     assert picture.size == tuple(n * (48 + 3) + 3 for n in size)
-    assert np.asarray(picture)[3 + 20, 3 + 20] == images.to_uint8(x, (0.0, 1.0))[0, 0, 3, 3]
+    assert np.asarray(picture)[3 + 20, 3 + 20] == to_uint8(x, (0.0, 1.0))[0, 0, 3, 3]
     assert np.asarray(picture)[0].min() == 255
 
 

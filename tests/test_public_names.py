@@ -14,7 +14,9 @@ import vae_export
 
 def modules() -> list[ModuleType]:
     found = [vae_export]
-    for package in ("vae_export", "vae_export.sources", "vae_export.runtimes", "vae_export.trainers"):
+    for package in (
+        *("vae_export", "vae_export.graph", "vae_export.sources", "vae_export.runtimes", "vae_export.trainers"),
+    ):
         path = importlib.import_module(package).__path__[:1]
         for info in pkgutil.iter_modules(path, f"{package}."):
             if info.name != "vae_export.__main__":
@@ -24,8 +26,9 @@ def modules() -> list[ModuleType]:
 
 def test_names() -> None:
     assert set(vae_export.__all__) == {
-        *("BackendError", "Bundle", "BundleError", "Certificate", "Elbo", "InputError", "Manifest", "Posterior"),
-        *("VAE", "VaeExportError", "VerificationError", "__version__", "export", "load", "verify"),
+        *("BackendError", "Built", "Bundle", "BundleError", "Certificate", "Elbo", "InputError", "Manifest"),
+        *("Posterior", "VAE", "VaeExportError", "VerificationError", "__version__"),
+        *("build", "export", "load", "refit", "verify"),
     }
     for name in vae_export.__all__:
         assert getattr(vae_export, name) is not None

@@ -116,7 +116,7 @@ def test_the_command_line(demo: str) -> None:
     said = shell(blocks("bash")[3], ROOT)
     assert "index,log_likelihood" in said
     assert {p.name for p in (ROOT / "out" / "readme").iterdir()} == {
-        *("run", "digits.bundle", "samples.png", "x.npy", "pairs.png"),
+        *("run", "digits.bundle", "samples.png", "x.npy", "pairs.png", "cpu.build", "ada.build"),
     }
 
 

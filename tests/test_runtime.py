@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from conftest import PLACES
 from vae_export.trainers.objective import elbo as torch_elbo
 from vae_export.trainers.objective import log_prob_of
 
@@ -19,13 +20,14 @@ import vae_export
 from vae_export import elbo, noise
 from vae_export.errors import BackendError, BundleError, InputError
 from vae_export.manifest import DECODER_OUTPUTS
+from vae_export.pixels import is_picture
 
 #: Float32 against float64, worst of the largest value; see `certificate.TOLERANCES` for the ELBO's.
 CLOSE = 2e-5
 RELATIVE = 5e-6
 
-#: Every backend that can run where the tests run. A new one is a name here.
-DEVICES = ["cpu"]
+#: Two ways to split a batch: on a GPU each may run by another kernel.
+SPLIT = {"cpu": 1e-6, "cpu build": 1e-6}
 
 
 @pytest.fixture(params=sorted(zoo.MEMBERS))
@@ -38,13 +40,13 @@ def examples(source: Any, count: int = 9) -> np.ndarray:
     return (zoo.pictures(count, source.example_shape) * (high - low) + low).astype(np.float32)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_parity(case: Any, device: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_parity(case: Any, place: str, placed: Callable[..., Any]) -> None:
     """Posterior, then decoded mean, then ELBO, against PyTorch in float64 with the same noise."""
     source = case.source
     model, module = source.model, zoo.MEMBERS[case.bundle.stem]().module.double()
     x = examples(source)
-    with vae_export.load(case.bundle, device=device) as vae, torch.no_grad():
+    with vae_export.load(case.bundle, **placed(case.bundle, place)) as vae, torch.no_grad():
         posterior = vae.encode(x)
         encoded = module.encode(torch.from_numpy(x).double())
         gaussian = model.posterior.kind == "diagonal_gaussian"
@@ -80,15 +82,16 @@ def test_parity(case: Any, device: str) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("micro_batch", [1, 2, 7, 64])
-def test_micro_batches_change_nothing(case: Any, device: str, micro_batch: int) -> None:
+def test_micro_batches_change_nothing(case: Any, place: str, placed: Callable[..., Any], micro_batch: int) -> None:
     x = examples(case.source, 20)
     size = dict(zip(("height", "width"), case.source.example_shape[1:], strict=False))
     size = size if "named" in case.bundle.name else None
+    split = SPLIT.get(place, 1e-5)
     with (
-        vae_export.load(case.bundle, device=device, micro_batch=micro_batch) as cut,
-        vae_export.load(case.bundle, device=device, micro_batch=1000) as whole,
+        vae_export.load(case.bundle, micro_batch=micro_batch, **placed(case.bundle, place)) as cut,
+        vae_export.load(case.bundle, micro_batch=1000, **placed(case.bundle, place)) as whole,
     ):
         for call in (
             lambda vae: vae.encode(x).mean,
@@ -97,18 +100,21 @@ def test_micro_batches_change_nothing(case: Any, device: str, micro_batch: int) 
             lambda vae: vae.edit(x, np.ones(vae.encode(x).mean.shape[1:]), 0.5),
             lambda vae: vae.interpolate(x[:3], x[3:6], steps=4),
         ):
-            close(call(cut), call(whole))
+            close(call(cut), call(whole), split)
+        if is_picture(case.source.example_shape):
+            levels = [vae.generate(20, seed=1, size=size).astype(int) for vae in (cut, whole)]
+            assert np.abs(levels[0] - levels[1]).max() <= 1
         if case.source.model.likelihood.kind != "none":
-            close(cut.elbo(x, seed=2).elbo, whole.elbo(x, seed=2).elbo)
-            close(cut.log_likelihood(x, k=5, seed=2), whole.log_likelihood(x, k=5, seed=2))
+            close(cut.elbo(x, seed=2).elbo, whole.elbo(x, seed=2).elbo, split)
+            close(cut.log_likelihood(x, k=5, seed=2), whole.log_likelihood(x, k=5, seed=2), split)
             # A draw of p(x|z) is a threshold away from its mean: equal but where rounding crosses it.
             drawn = [vae.sample(20, seed=1, draw=True, size=size) for vae in (cut, whole)]
             assert np.mean(np.abs(drawn[0] - drawn[1]) > 1e-5) < 1e-3
 
 
-def close(a: np.ndarray, b: np.ndarray) -> None:
+def close(a: np.ndarray, b: np.ndarray, share: float = 1e-6) -> None:
     assert a.shape == b.shape
-    assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
+    assert np.abs(a - b).max() <= share * np.abs(b).max()
 
 
 def test_an_example_is_the_same_in_every_batch_and_thread(digits: dict[str, Path]) -> None:
@@ -337,6 +343,10 @@ def test_bad_options(digits: dict[str, Path]) -> None:
     path = digits["bernoulli"]
     with pytest.raises(InputError, match="device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"):
         vae_export.load(path, device="tpu")
+    with pytest.raises(InputError, match="lanes is 0; expected a number from 1 to 64"):
+        vae_export.load(path, lanes=0)
+    with pytest.raises(InputError, match="cuda_graphs is 'yes'; expected True, False or None"):
+        vae_export.load(path, cuda_graphs="yes")
     with pytest.raises(InputError, match="micro_batch is 0; expected 1 or more"):
         vae_export.load(path, micro_batch=0)
     with pytest.raises(InputError, match="threads is 0; expected a number from 1 on, or None"):
@@ -350,6 +360,51 @@ def test_a_device_that_is_not_there_is_an_error(digits: dict[str, Path]) -> None
         pytest.skip("this machine's ONNX Runtime has CUDA: its absence cannot be tested")
     with pytest.raises(BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider; the installed .*\[gpu\]"):
         vae_export.load(digits["bernoulli"], device="cuda")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_pictures_are_the_samples_as_bytes(
+    member: Callable[[str], Any], place: str, placed: Callable[..., Any]
+) -> None:
+    case = member("conv-gaussian")
+    with vae_export.load(case.bundle, **placed(case.bundle, place)) as vae:
+        pictures = vae.generate(5, seed=3, start=2)
+        assert (pictures.shape, pictures.dtype) == ((5, 8, 12, 3), np.uint8)
+        assert pictures.flags.c_contiguous
+        exact = (vae.sample(5, seed=3, start=2).transpose(0, 2, 3, 1) * 255.0).clip(0, 255)
+        assert np.abs(pictures - exact).max() <= 0.5 + 1e-3
+
+
+def test_pictures_of_what_is_none(member: Callable[[str], Any]) -> None:
+    message = r"generate: this model's data \(B, 12\) are no pictures"
+    with vae_export.load(member("plain").bundle) as vae, pytest.raises(InputError, match=message):
+        vae.generate(1)
+
+
+class OnAGpu:
+    """What an array of another library says of itself when it lies on a GPU."""
+
+    shape, dtype = (2, 1, 8, 8), "torch.float32"
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+class Numbas:
+    """An array on a GPU that knows the CUDA array interface only."""
+
+    __cuda_array_interface__: ClassVar[dict[str, Any]] = {}
+
+
+@pytest.mark.parametrize("array", [OnAGpu(), Numbas()])
+def test_the_cpu_takes_no_arrays_of_a_gpu(digits: dict[str, Path], array: Any) -> None:
+    with vae_export.load(digits["bernoulli"], device="cpu") as vae:
+        for verb in (vae.encode, vae.decode, vae.reconstruct):
+            with pytest.raises(InputError, match=r"lies on a GPU, and this VAE runs on the CPU\. Pass a NumPy array"):
+                verb(array)
+        for draw in (vae.sample, vae.generate):
+            with pytest.raises(InputError, match="on_device is for a GPU, and this VAE runs on the CPU"):
+                draw(1, on_device=True)
 
 
 def test_describe(digits: dict[str, Path]) -> None:

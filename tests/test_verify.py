@@ -18,7 +18,7 @@ from onnx import numpy_helper
 import vae_export
 from vae_export import bundle as bundles
 from vae_export import certificate as certificates
-from vae_export import golden, verifier
+from vae_export import golden, sealed, verifier
 from vae_export.bundle import Bundle
 from vae_export.certificate import TOLERANCES, Check, Tolerance
 from vae_export.errors import BundleError, VerificationError
@@ -62,7 +62,7 @@ def change(path: Path, graph: str, edit: Callable[[str, np.ndarray], np.ndarray]
     file.write_bytes(model.SerializeToString())
     manifest = Bundle(path).manifest
     (path / "manifest.json").unlink()
-    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=bundles.list_files(path)))
+    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=sealed.list_files(path)))
 
 
 def one_bias(name: str, array: np.ndarray) -> np.ndarray:

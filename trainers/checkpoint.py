@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vae_export import files
 from vae_export.errors import InputError
-from vae_export.manifest import Record
+from vae_export.records import Record
 
 from . import config as configs
 from .config import CheckpointConfig

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vae_export import files, images, noise
+from vae_export.pixels import is_picture
 
 from .checkpoint import Epoch
 from .data import DataSet
@@ -53,7 +54,7 @@ def write(folder: Path, model: VAEModel, dataset: DataSet, history: tuple[Epoch,
         shown = np.arange(min(2000, len(dataset.test)))
         labels = None if dataset.test.labels is None else dataset.test.labels[shown]
         _save(folder / "latents.png", scatter(encode(dataset.test.read(shown)), labels))
-    if not images.is_picture(dataset.shape):
+    if not is_picture(dataset.shape):
         return
     x = dataset.test.read(np.arange(min(4 * _ACROSS, len(dataset.test))))
     _save(folder / "reconstructions.png", images.pairs(x, decode(encode(x)), dataset.range, _ACROSS))

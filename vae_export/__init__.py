@@ -13,6 +13,7 @@ if not (Path(__file__).parent / "runtimes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
+    from vae_export.builder import Built, build, refit
     from vae_export.bundle import Bundle
     from vae_export.certificate import Certificate
     from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, VerificationError
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from vae_export.runtimes import VAE, Elbo, Posterior, load
     from vae_export.verifier import verify
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "BackendError": "vae_export.errors",
+    "Built": "vae_export.builder",
     "Bundle": "vae_export.bundle",
     "BundleError": "vae_export.errors",
     "Certificate": "vae_export.certificate",
@@ -35,13 +37,16 @@ _HOMES = {
     "VAE": "vae_export.runtimes",
     "VaeExportError": "vae_export.errors",
     "VerificationError": "vae_export.errors",
+    "build": "vae_export.builder",
     "export": "vae_export.exporter",
     "load": "vae_export.runtimes",
+    "refit": "vae_export.builder",
     "verify": "vae_export.verifier",
 }
 __all__ = [
     "VAE",
     "BackendError",
+    "Built",
     "Bundle",
     "BundleError",
     "Certificate",
@@ -52,8 +57,10 @@ __all__ = [
     "VaeExportError",
     "VerificationError",
     "__version__",
+    "build",
     "export",
     "load",
+    "refit",
     "verify",
 ]
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from vae_export.errors import BundleError, VerificationError
-from vae_export.manifest import Record, check_text
+from vae_export.records import Record, check_text
 
 FORMAT: Final = "vae_export.certificate"
 VERSION: Final = 1
@@ -25,8 +25,9 @@ class Tolerance(Record, frozen=True, kw_only=True):
 
     Attributes:
         relative: the worst error of ELBO, reconstruction and KL, divided by S, the sum of the absolute terms
-            of the reference example's log p(x|z) and KL; and of each output of a graph, divided by the
-            largest reference value, where PyTorch's own error in float32 does not allow more.
+            of the reference example's log p(x|z) and KL.
+        output: the worst error of each output of a graph, divided by the largest reference value, where PyTorch's
+            own error in float32 does not allow more.
         own_factor: the RMS of the errors of ELBO, reconstruction and KL as a multiple of PyTorch's own in
             float32; and the worst error of each output. KL(q_reference || q_exported), which is quadratic in
             the error, is held to its square.
@@ -38,6 +39,7 @@ class Tolerance(Record, frozen=True, kw_only=True):
     """
 
     relative: float
+    output: float
     own_factor: float
     rms_floor: float
     posterior_kl: float
@@ -46,18 +48,47 @@ class Tolerance(Record, frozen=True, kw_only=True):
     split: float
 
 
+_HALF = Tolerance(
+    relative=1e-3,
+    output=1e-2,
+    own_factor=3.0,
+    rms_floor=2e-4,
+    posterior_kl=5e-3,
+    pixel=5e-3,
+    pixels_off=1e-2,
+    split=1e-3,
+)
+
 TOLERANCES: Mapping[str, Tolerance] = {
     # Sums of float32 products in another order differ by a few units in the last place (2^-24 = 6e-8 each)
     # at every layer. An RMS of half a unit of the result itself is rounding, however good PyTorch's was; a KL
     # of 1e-9 is a mean that is off by 1/20,000 of a standard deviation.
     "float32": Tolerance(
         relative=5e-6,
+        output=5e-6,
         own_factor=3.0,
         rms_floor=2.0**-25,
         posterior_kl=1e-9,
         pixel=5e-5,
         pixels_off=0.0,
         split=1e-6,
+    ),
+    # Products are rounded to 10 bits of mantissa (2^-11 = 5e-4 each) and summed in float32; in float16 so is what is
+    # stored between them. A likelihood's errors add up with random signs: 1e-3 of S. A deep graph's single output
+    # loses a few units at every layer. 5e-3 nats are a mean that is off by a tenth of a standard deviation; half a
+    # per cent of the range is less than one and a half of 255 levels.
+    "tf32": _HALF,
+    "float16": _HALF,
+    # 7 bits of mantissa (2^-8 = 4e-3): eight times float16's errors.
+    "bfloat16": Tolerance(
+        relative=1e-2,
+        output=1e-1,
+        own_factor=3.0,
+        rms_floor=2e-3,
+        posterior_kl=5e-2,
+        pixel=5e-2,
+        pixels_off=0.5,
+        split=1e-2,
     ),
 }
 

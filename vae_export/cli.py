@@ -35,9 +35,20 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class Precision(enum.StrEnum):
+    """What convolutions and matrix products compute in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="A picture, a folder, array.npy or arrays.npz:key.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
+BuildOption = Annotated[
+    Path | None, typer.Option("--build", help="Run this build of the bundle. Name only what you trust: it is code.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
@@ -79,7 +90,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
-def _target(out: Path, bundle: Path) -> Path:
+def _place(out: Path, bundle: Path) -> Path:
     """Where a result goes: not into the bundle, which is never changed after its export."""
     if out.resolve().is_relative_to(bundle.resolve()):
         raise InputError(f"{out} lies inside the bundle, which is never changed. Choose a path outside of it")
@@ -120,17 +131,19 @@ def export(
 def verify(
     bundle: BundlePath,
     device: DeviceOption = Device.auto,
+    build: BuildOption = None,
+    target: Annotated[str | None, typer.Option(help="Measure the cache's build for this target.")] = None,
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the certificate as JSON.")] = None,
 ) -> None:
-    """Measure a bundle's certificate again, on this machine, without PyTorch."""
+    """Measure the certificate of a bundle, or of a build of it, again, on this machine, without PyTorch."""
     from vae_export import certificate, files, report
     from vae_export.verifier import verify as run
 
-    target = _target(out, bundle) if out else None
-    measured = run(bundle, device=device.value)
-    if target:
-        with files.atomic_file(target) as stage:
+    place = _place(out, bundle) if out else None
+    measured = run(bundle, device=device.value, build=_cached(bundle, build, target) if target else build)
+    if place:
+        with files.atomic_file(place) as stage:
             stage.write_bytes(certificate.encode(measured))
     if json:
         _print_json(measured.to_dict())
@@ -140,17 +153,97 @@ def verify(
 
 
 @app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE|SOURCE", help="A bundle's or checkpoint's folder.")],
+def build(
+    bundle: BundlePath,
+    target: Annotated[
+        str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN such as tensorrt-rtx-sm89.")
+    ] = "",
+    precision: Annotated[Precision, typer.Option(help="What convolutions and products compute in.")] = Precision.fp32,
+    out: Annotated[Path | None, typer.Option(help="The build's folder, to ship; without it, the user's cache.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes that engines are made for.")] = "1,8,64",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest sizes that engines are made for, such as height=64,width=96; may be repeated."),
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Engines for exactly these batches and sizes.")] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let a GPU round float32 products to 10 bits.")] = False,
+    nhwc: Annotated[bool, typer.Option("--nhwc", help="Keep channels last in ONNX Runtime on CUDA.")] = False,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Engines whose weights can be replaced.")] = False,
+    refit: Annotated[
+        Path | None,
+        typer.Option(help="A refittable build of the same architecture: put this bundle's weights in."),
+    ] = None,
     json: Json = False,
+    force: Force = False,
 ) -> None:
-    """Show what a bundle or a checkpoint is. Every file of a bundle is verified."""
+    """Make a bundle fast on a target, and prove, where the target runs here, that it computes the same."""
     import msgspec
 
-    from vae_export import certificate, report
+    from vae_export import builder, report
+
+    console = _console()
+    with console.status("build") as status:
+
+        def progress(step: str) -> None:
+            status.update(step)
+
+        if refit:
+            asked = (target, size, static, tf32, nhwc, refittable)
+            if any(asked) or precision != Precision.fp32 or batch != "1,8,64":
+                raise InputError(
+                    "build: --refit takes target, precision, shapes and flags from the build that it refits. Drop the "
+                    "other options but --out and --force"
+                )
+            built = builder.refit(bundle, refit, out=out, overwrite=force, progress=progress)
+        elif not target:
+            raise InputError("build: name a --target: cpu, cuda, tensorrt, tensorrt-rtx or tensorrt-rtx-smNN")
+        else:
+            built = builder.build(
+                bundle,
+                target,
+                out=out,
+                precision=precision.value,
+                batches=numbers("build: batch", batch),
+                sizes=[_sizes("build", text) for text in size or ()],
+                static=static,
+                tf32=tf32,
+                nhwc=nhwc,
+                refittable=refittable,
+                overwrite=force,
+                progress=progress,
+            )
+    if json:
+        measured = built.certificate.to_dict() if built.certificate else None
+        plain = {"path": str(built.path), "unmeasured": built.unmeasured, "certificate": measured}
+        _print_json({**plain, "build": msgspec.to_builtins(built.record)})
+        return
+    console.print(report.build(built.path, built.record))
+    if built.certificate:
+        console.print(report.certificate(built.certificate))
+    proven = f"not executed here, so without a certificate: {built.unmeasured}"
+    typer.echo(f"{built.path} is written, {'and verified' if built.certificate else proven}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|SOURCE|BUILD", help="A folder.")],
+    json: Json = False,
+) -> None:
+    """Show what a bundle, a checkpoint or a build is. Every file of a bundle or build is verified."""
+    import msgspec
+
+    from vae_export import builds, certificate, report
     from vae_export.bundle import MANIFEST, Bundle
     from vae_export.trainers import config
 
+    if (path / builds.SEAL.file).is_file():
+        folder = builds.BuildFolder(path)
+        folder.check()
+        if json:
+            _print_json({"kind": "build", **msgspec.to_builtins(folder.record), "unlisted": folder.unlisted()})
+        else:
+            _console().print(report.build(path, folder.record))
+        return
     if config.is_checkpoint(path) and not (path / MANIFEST).exists():
         plain = msgspec.to_builtins(config.read(path))
         if json:
@@ -163,11 +256,12 @@ def inspect(
     measured = certificate.decode(opened.read("verification.json"))
     opened.check()
     unlisted = opened.unlisted()
+    cached = builds.cached_targets(opened.manifest)
     if json:
-        manifest = msgspec.to_builtins(opened.manifest)
-        _print_json({"kind": "bundle", **manifest, "certificate": measured.to_dict(), "unlisted": unlisted})
+        plain = {**msgspec.to_builtins(opened.manifest), "certificate": measured.to_dict(), "builds": cached}
+        _print_json({"kind": "bundle", **plain, "unlisted": unlisted})
     else:
-        for table in report.bundle(path, opened.manifest, measured, unlisted):
+        for table in report.bundle(path, opened.manifest, measured, unlisted, cached):
             _console().print(table)
 
 
@@ -181,14 +275,15 @@ def sample(
     draw: Annotated[bool, typer.Option("--draw", help="Draw from p(x|z), too, not its mean.")] = False,
     size: Annotated[str | None, typer.Option(help="For models with named sizes, such as height=64,width=96.")] = None,
     device: DeviceOption = Device.auto,
+    build: BuildOption = None,
 ) -> None:
     """Decode draws from the prior."""
     from vae_export import images
     from vae_export.runtimes import load
 
-    sizes = _sizes(size) if size else None
-    with load(bundle, device=device.value) as vae:
-        images.check_target(_target(out, bundle), vae.model.data)
+    sizes = _sizes("sample", size) if size else None
+    with load(bundle, device=device.value, build=build) as vae:
+        images.check_target(_place(out, bundle), vae.model.data)
         images.write(out, vae.sample(n, seed, start, draw=draw, size=sizes), vae.model.data)
     typer.echo(f"{out}: {n} samples, seed {seed}, from {start}")
 
@@ -202,14 +297,15 @@ def reconstruct(
     start: Start = 0,
     resize: Resize = False,
     device: DeviceOption = Device.auto,
+    build: BuildOption = None,
 ) -> None:
     """Encode and decode examples."""
     from vae_export import images
     from vae_export.runtimes import load
 
-    with load(bundle, device=device.value) as vae:
+    with load(bundle, device=device.value, build=build) as vae:
         data = vae.model.data
-        images.check_target(_target(out, bundle), data)
+        images.check_target(_place(out, bundle), data)
         x = images.read(input, data, resize=resize)
         reconstruction = vae.reconstruct(x, seed, start)
         images.write(out, x, data, below=reconstruction)
@@ -227,18 +323,19 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Write there, not to the terminal.")] = None,
     resize: Resize = False,
     device: DeviceOption = Device.auto,
+    build: BuildOption = None,
 ) -> None:
     """Each example's ELBO in nats, or a tighter bound on its evidence, as CSV or JSON."""
     from vae_export import files, images, scoring
     from vae_export.runtimes import load
 
-    target = _target(out, bundle) if out else None
-    with load(bundle, device=device.value) as vae:
+    place = _place(out, bundle) if out else None
+    with load(bundle, device=device.value, build=build) as vae:
         x = images.read(input, vae.model.data, resize=resize)
         columns = scoring.score(vae, x, k=k, seed=seed, start=start)
     text = scoring.to_json(columns) if json else scoring.to_csv(columns)
-    if target:
-        with files.atomic_file(target) as stage:
+    if place:
+        with files.atomic_file(place) as stage:
             stage.write_text(text, encoding="utf-8")
     else:
         typer.echo(text, nl=False)
@@ -276,6 +373,12 @@ def doctor(json: Json = False) -> None:
         basics = {name: found[name] for name in ("vae-export", "python", "platform", "cores")}
         basics["onnxruntime"] = runtime.get("version", "not usable")
         basics["providers"] = ", ".join(runtime.get("providers", [])) or "none"
+        basics["NVIDIA driver"] = f"CUDA {found['driver']['cuda']}" if found["driver"]["cuda"] else "none"
+        gpus = (f"{gpu['name']}, compute capability {gpu['capability']}" for gpu in found["driver"]["gpus"])
+        basics["GPUs"] = "\n".join(gpus) or found["driver"]["problem"]
+        basics |= {title: state.get("version") or state["problem"] for title, state in found["tensorrt"].items()}
+        basics["noise on the GPU"] = found["kernels"].get("problem") or "its kernels compile"
+        basics["cache of builds"] = found["cache"].get("problem") or found["cache"]["path"]
         console = _console()
         console.print(report.facts("this machine", basics))
         extras = {}
@@ -290,11 +393,26 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(BackendError.exit_code)
 
 
-def _sizes(text: str) -> dict[str, int]:
+def _cached(bundle: Path, build: Path | None, target: str) -> Path:
+    """The cache's build for a target."""
+    from vae_export import builds
+    from vae_export.bundle import Bundle
+
+    if build:
+        raise InputError("verify: name one of --build and --target")
+    path = builds.cached(Bundle(bundle).manifest, builds.target(target).name)
+    if not path.is_dir():
+        raise InputError(
+            f"verify: the cache has no build for {target}. Run: vae-export build {bundle} --target {target}"
+        )
+    return path
+
+
+def _sizes(verb: str, text: str) -> dict[str, int]:
     try:
         return {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise InputError(f"sample: size is {text!r}; expected names and numbers such as height=64,width=96") from None
+        raise InputError(f"{verb}: size is {text!r}; expected names and numbers such as height=64,width=96") from None
 
 
 def _console() -> Console:

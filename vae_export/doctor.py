@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -10,18 +11,25 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vae_export import __version__
+from vae_export import __version__, builds
+from vae_export.errors import BackendError, require
+from vae_export.runtimes import flavours, machine
+from vae_export.runtimes.gpu import compile_kernels
 
 #: Our extras that a person installs by name, and what each is for.
 EXTRAS: Mapping[str, str] = {
     "cpu": "run bundles on the CPU",
     "gpu": "run bundles on CUDA",
+    "build": "make builds for ONNX Runtime",
+    "tensorrt": "make and run builds for TensorRT",
+    "rtx": "make and run builds for TensorRT for RTX",
     "export": "make bundles",
     "train": "train models",
     "openvino": "not used yet: builds for OpenVINO",
-    "rtx": "not used yet: builds for TensorRT for RTX",
 }
-_UNUSED = {"openvino", "rtx"}
+_UNUSED = {"openvino"}
+#: Where there is no GPU, the kernels are compiled for this compute capability, to see whether they can be.
+_ANY_CAPABILITY = "9.0"
 _CLASH = {"cpu": "onnxruntime-gpu", "gpu": "onnxruntime"}  # each excludes the other's package
 
 
@@ -31,7 +39,9 @@ def examine() -> dict[str, Any]:
     Returns:
         Plain values: `python`, `platform`, `cores`, `extras` (for each what it is for, the packages with
         their versions or null, and the command that installs what is missing), `onnxruntime` (version and
-        providers, or the reason that it cannot be loaded) and `problems`, in words.
+        providers, or the reason that it cannot be loaded), `driver` (NVIDIA's: the CUDA that it runs, its GPUs or
+        why there are none), `tensorrt` (for each flavour its version, or why it cannot be loaded), `kernels` (whether
+        noise can be made on a GPU), `cache` (of builds: its path, or why it cannot be used), and `problems`, in words.
     """
     extras = {}
     for extra, purpose in EXTRAS.items():
@@ -54,12 +64,21 @@ def examine() -> dict[str, Any]:
     runtime = _onnxruntime()
     if "problem" in runtime:
         problems.append(runtime["problem"])
+    driver = machine.driver()
     return {
         "vae-export": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "onnxruntime": runtime,
+        "driver": {
+            "cuda": driver.cuda,
+            "gpus": [dataclasses.asdict(gpu) for gpu in driver.gpus],
+            "problem": driver.problem,
+        },
+        "tensorrt": {builds.title(flavour): _flavour(flavour) for flavour in flavours.EXTRAS},
+        "kernels": _kernels(),
+        "cache": _cache(),
         "extras": extras,
         "problems": problems,
     }
@@ -71,14 +90,43 @@ def _install(extra: str) -> str:
     return f"{first}pip install 'vae-export[{extra}]'"
 
 
+def _flavour(flavour: builds.FlavourName) -> dict[str, str]:
+    try:
+        return {"version": flavours.load(flavour).version}
+    except BackendError as error:
+        return {"problem": str(error)}
+
+
+def _kernels() -> dict[str, str]:
+    driver = machine.driver()
+    capability = driver.gpus[0].capability if driver.gpus else _ANY_CAPABILITY
+    try:
+        core = require("cuda.core", "gpu", "noise on the GPU")
+        compile_kernels(core, capability)
+    except BackendError as error:
+        return {"problem": str(error)}
+    return {"compiled_for": capability}
+
+
+def _cache() -> dict[str, str]:
+    try:
+        return {"path": str(builds.check_cache())}
+    except (BackendError, OSError) as error:
+        return {"problem": str(error)}
+
+
 def _packages(extra: str) -> list[str]:
     try:
         requirements = importlib.metadata.requires("vae-export") or []
     except importlib.metadata.PackageNotFoundError:  # a bare checkout knows no extras
         return []
     mark = re.compile(rf"extra\s*==\s*['\"]{extra}['\"]")
-    names = (re.match(r"[\w.-]+", line) for line in requirements if mark.search(line))
-    return sorted(name.group() for name in names if name)
+    names: set[str] = set()
+    for line in filter(mark.search, requirements):
+        found = re.match(r"([\w.-]+)(?:\[(\w+)\])?", line)
+        assert found is not None
+        names |= set(_packages(found[2])) if found[1] == "vae-export" else {found[1]}
+    return sorted(names)
 
 
 def _version(name: str) -> str | None:

@@ -19,12 +19,12 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, verifier
+from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, sealed, verifier
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Graph, Manifest, Model, SizeDim
-from vae_export.manifest import Tensor as TensorRecord
+from vae_export.manifest import Graph, Manifest, Model, SizeDim
+from vae_export.pixels import is_picture
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import checkpoint
 from vae_export.sources import reference as references
@@ -83,13 +83,10 @@ def export(
 
     graphs, records = {}, {}
     latent = model.latent_shape(source.sizes())
-    for kind, wrapper, takes, shape, gives in (
-        ("encoder", Encoder, "x", source.example_shape, ENCODER_OUTPUTS[model.posterior.kind]),
-        ("decoder", Decoder, "z", latent, DECODER_OUTPUTS[model.likelihood.kind]),
-    ):
+    for kind, wrapper, shape in (("encoder", Encoder, source.example_shape), ("decoder", Decoder, latent)):
         progress(f"tracing the {kind}")
         module = wrapper(source.module, model).eval()
-        graphs[kind], records[kind] = _trace(kind, module, takes, shape, gives, model)
+        graphs[kind], records[kind] = _trace(kind, module, shape, model)
         try:
             onnx_reader.check_operators(graphs[kind], kind)
         except BundleError as error:
@@ -98,7 +95,7 @@ def export(
     progress("computing the reference in float64")
     reference = references.compute(source)
     progress("measuring the certificate")
-    backend = open_backend(graphs, records, device="cpu")
+    backend = open_backend(graphs, model, device="cpu")
     measured = verifier.measure(model, backend, reference, name)
     measured.require()
 
@@ -116,7 +113,7 @@ def export(
         (folder / golden.FILE).write_bytes(rows)
         (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
         (folder / "verification.json").write_bytes(certificate.encode(measured))
-        picture = images.is_picture(model.data.shape)
+        picture = is_picture(model.data.shape)
         if picture:
             examples = vae.sample(64, size=source.sizes())
             images.grid(examples, model.data.range, columns=16).save(folder / model_card.PICTURE)
@@ -137,29 +134,26 @@ def export(
             golden=kept.record,
             origin=source.origin,
             tools=_tools(),
-            files=bundle.list_files(folder),
+            files=sealed.list_files(folder),
         )
         bundle.write_manifest(folder, manifest)
     return measured
 
 
-def _trace(
-    kind: str, module: nn.Module, takes: str, shape: tuple[int, ...], gives: tuple[str, ...], model: Model
-) -> tuple[bytes, Graph]:
+def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -> tuple[bytes, Graph]:
     """One graph as ONNX bytes, with dynamic batch and named dimensions, and its record."""
-    data = tuple(d.name if isinstance(d, SizeDim) else d for d in model.data.shape)
-    latent = tuple(d if isinstance(d, int) else str(d) for d in model.latent.shape)
-    into, out = (data, latent) if kind == "encoder" else (latent, data)
+    inputs, outputs = model.ends(kind)
+    into = inputs[0].shape
     example = torch.zeros(_TRACE_BATCH, *shape)
-    names = {0: "batch"} | {i + 1: re.sub(r"\W", "_", d) for i, d in enumerate(into) if isinstance(d, str)}
+    names = {i: re.sub(r"\W", "_", d) for i, d in enumerate(into) if isinstance(d, str)}
     try:
         with _quiet():
             program = torch.onnx.export(
                 module,
                 (example,),
                 dynamo=True,
-                input_names=[takes],
-                output_names=list(gives),
+                input_names=[tensor.name for tensor in inputs],
+                output_names=[tensor.name for tensor in outputs],
                 dynamic_shapes=(names,),
                 opset_version=OPSET,
                 verbose=False,
@@ -178,18 +172,14 @@ def _trace(
     assert program is not None
     graph = program.model
     _rename_inner(graph)
-    for value, dims in [*((v, into) for v in graph.graph.inputs), *((v, out) for v in graph.graph.outputs)]:
-        value.shape = onnx_ir.Shape(["batch", *dims])
+    ends = zip((*graph.graph.inputs, *graph.graph.outputs), (*inputs, *outputs), strict=True)
+    for value, tensor in ends:
+        value.shape = onnx_ir.Shape(tensor.shape)
     _forget_origin(graph)
     raw = onnx_ir.to_proto(graph).SerializeToString()
     if len(raw) > _INLINE_LIMIT:
         raise InputError(f"export: the {kind} has {len(raw):,} bytes; up to {_INLINE_LIMIT:,} are supported so far")
-    record = Graph(
-        file=f"vae_{kind}/model.onnx",
-        opset=graph.opset_imports[""],
-        inputs=(TensorRecord(name=takes, dtype="float32", shape=("batch", *into)),),
-        outputs=tuple(TensorRecord(name=n, dtype="float32", shape=("batch", *out)) for n in gives),
-    )
+    record = Graph(file=f"vae_{kind}/model.onnx", opset=graph.opset_imports[""], inputs=inputs, outputs=outputs)
     return raw, record
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from vae_export.errors import InputError
 from vae_export.files import atomic_file
 from vae_export.manifest import Data
+from vae_export.pixels import is_picture, to_uint8
 
 Array = npt.NDArray[Any]
 
@@ -21,21 +22,6 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _TILE = 48  # pixels that a tile of a grid has at least along its shorter side
 _MODES = {1: "L", 3: "RGB"}
 _CLEAR = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes that convert without loss of meaning
-
-
-def is_picture(shape: tuple[object, ...]) -> bool:
-    """Whether examples of this shape, (C, H, W), can be shown: one channel or three."""
-    return len(shape) == 3 and shape[0] in _MODES
-
-
-def to_uint8(x: Array, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """Map the data's range onto 0…255, clamped and rounded. Any shape, kept; uint8 stays as it is."""
-    if x.dtype == np.uint8:
-        return x
-    low, high = value_range
-    scaled = (np.asarray(x, np.float32) - low) * (255.0 / (high - low))
-    pixels: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
-    return pixels
 
 
 def grid(x: Array, value_range: tuple[float, float], columns: int | None = None) -> Image.Image:

@@ -1,23 +1,16 @@
 """The manifest: what a bundle contains and what its model is. The contract of exporter and runtime.
 
-`manifest.json` is canonical: two-space indented JSON in the order of the fields below, ended by a newline.
-It carries a SHA-256 over its own bytes, and reading it is strict: unknown fields, other types, another
-order or other white space are refused. A newer version is refused by name; every released version stays
-readable.
+`manifest.json` is a sealed record: see `records`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Final, Literal
 
-import msgspec
-
-from vae_export.errors import BundleError, InputError
+from vae_export.errors import InputError
+from vae_export.records import File, Part, Seal, check_paths, check_text
 
 FORMAT: Final = "vae_export.bundle"
 VERSION: Final = 1
@@ -36,18 +29,11 @@ ENCODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "deterministic": ("mean",),
 }
 
+#: The graphs of a bundle: encoder x → q(z|x), decoder z → p(x|z).
+GRAPHS = ("encoder", "decoder")
+
 LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
 PosteriorKind = Literal["diagonal_gaussian", "deterministic"]
-
-
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A strict, immutable record."""
-
-
-class Part(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """A record of the manifest. What has its default value is not written, so that fields may be added: old
-    manifests keep their canonical bytes.
-    """
 
 
 class SizeDim(Part, frozen=True, kw_only=True):
@@ -187,6 +173,23 @@ class Likelihood(Part, frozen=True, kw_only=True):
             raise ValueError(f"variance must be positive, got {self.variance}")
 
 
+class Tensor(Part, frozen=True, kw_only=True):
+    """An input or output of a graph.
+
+    Attributes:
+        name: its name in the ONNX graph.
+        dtype: its element type.
+        shape: its dimensions, the batch included: integers, or names of dimensions that vary.
+    """
+
+    name: str
+    dtype: Literal["float32", "uint8"]
+    shape: tuple[int | str, ...]
+
+
+Ends = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
 class Model(Part, frozen=True, kw_only=True):
     """The model that the graphs compute.
 
@@ -253,27 +256,47 @@ class Model(Part, frozen=True, kw_only=True):
         named = self.sizes(latent)
         return tuple(dim if isinstance(dim, int) else named[dim.name] for dim in self.data.shape)
 
+    def ends(self, graph: str) -> Ends:
+        """A graph's inputs and outputs, in order.
+
+        Args:
+            graph: one of GRAPHS, or of those that only builds have: `reconstruct` (x, and eps ~ N(0, I) unless
+                the encoder is deterministic → sample) and `generate` (z → image, uint8, channels last).
+        """
+        shape = self.data.shape
+        data = tuple(dim.name if isinstance(dim, SizeDim) else dim for dim in shape)
+        latent = tuple(dim if isinstance(dim, int) else str(dim) for dim in self.latent.shape)
+
+        def tensors(names: tuple[str, ...], dims: tuple[int | str, ...]) -> tuple[Tensor, ...]:
+            return tuple(Tensor(name=name, dtype="float32", shape=("batch", *dims)) for name in names)
+
+        x, z = tensors(("x",), data), tensors(("z",), latent)
+        if graph == "encoder":
+            return x, tensors(ENCODER_OUTPUTS[self.posterior.kind], latent)
+        if graph == "decoder":
+            return z, tensors(DECODER_OUTPUTS[self.likelihood.kind], data)
+        if graph == "reconstruct":
+            eps = tensors(("eps",), latent) if self.posterior.kind == "diagonal_gaussian" else ()
+            return (*x, *eps), tensors(("sample",), data)
+        return z, (Tensor(name="image", dtype="uint8", shape=("batch", *data[1:], data[0])),)
+
+    def input_sizes(self, graph: str, example: tuple[int, ...]) -> dict[str, int]:
+        """The sizes of the data's named dimensions for one example of a graph's first input, x or z."""
+        if graph in ("decoder", "generate"):
+            return self.sizes(example)
+        dims = zip(self.data.shape, example, strict=True)
+        return {dim.name: size for dim, size in dims if isinstance(dim, SizeDim)}
+
+    def tensor_shape(self, tensor: Tensor, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """A graph's input or output in numbers, for a batch of examples of these sizes."""
+        latent = [dim for dim in self.latent.shape if isinstance(dim, LatentDim)]
+        known = {"batch": batch, **{str(dim): sizes[dim.name] // dim.divided_by for dim in latent}, **sizes}
+        return tuple(dim if isinstance(dim, int) else known[dim] for dim in tensor.shape)
+
     def sizes(self, latent: tuple[int, ...]) -> dict[str, int]:
         """The sizes of the data's named dimensions for a latent's shape."""
         dims = zip(self.latent.shape, latent, strict=True)
         return {dim.name: size * dim.divided_by for dim, size in dims if isinstance(dim, LatentDim)}
-
-
-class Tensor(Part, frozen=True, kw_only=True):
-    """An input or output of a graph.
-
-    Attributes:
-        name: its name in the ONNX graph.
-        dtype: its element type.
-        shape: its dimensions, the batch included: integers, or names of dimensions that vary.
-    """
-
-    name: str
-    dtype: Literal["float32"]
-    shape: tuple[int | str, ...]
-
-
-Shape = tuple[int | str, ...]
 
 
 class Graph(Part, frozen=True, kw_only=True):
@@ -342,22 +365,6 @@ class Origin(Part, frozen=True, kw_only=True):
         check_text(self.name, self.weights_sha256 or "", self.data or "")
 
 
-class File(Part, frozen=True, kw_only=True):
-    """A file of the bundle.
-
-    Attributes:
-        size: in bytes.
-        sha256: of its content, 64 lower-case hexadecimal digits.
-    """
-
-    size: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if self.size < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError("a size of 0 or more and 64 lower-case hexadecimal digits expected")
-
-
 class Manifest(Part, frozen=True, kw_only=True):
     """What `manifest.json` says.
 
@@ -391,96 +398,46 @@ class Manifest(Part, frozen=True, kw_only=True):
         check_text(self.name, self.created, *self.tools, *self.tools.values())
         if not self.name or set(self.name) & set("/\\"):
             raise ValueError(f"name {self.name!r}: a name without slashes expected")
-        for path in self.files:
-            pure = PurePosixPath(path)
-            if (
-                str(pure) != path
-                or not pure.parts
-                or not path.isprintable()
-                or pure.is_absolute()
-                or ".." in pure.parts
-                or re.search(r"[\\:\0]", path)
-            ):
-                raise ValueError(f"file {path!r}: a plain path inside the bundle expected")
-        if set(self.graphs) != {"encoder", "decoder"}:
+        check_paths(self.files)
+        if set(self.graphs) != set(GRAPHS):
             raise ValueError(f"graphs: an encoder and a decoder expected, got {sorted(self.graphs)}")
-        model = self.model
-        data = tuple(dim.name if isinstance(dim, SizeDim) else dim for dim in model.data.shape)
-        latent = tuple(dim if isinstance(dim, int) else str(dim) for dim in model.latent.shape)
-        self._check_graph("encoder", "x", data, ENCODER_OUTPUTS[model.posterior.kind], latent)
-        self._check_graph("decoder", "z", latent, DECODER_OUTPUTS[model.likelihood.kind], data)
+        for name in GRAPHS:
+            self._check_graph(name)
         missing = {"config.json", "golden.safetensors", "verification.json"} - set(self.files)
         if missing:
             raise ValueError(f"files: {', '.join(sorted(missing))} must be listed")
 
-    def _check_graph(self, name: str, takes: str, into: Shape, gives: tuple[str, ...], out: Shape) -> None:
+    def _check_graph(self, name: str) -> None:
         graph = self.graphs[name]
         if graph.file not in self.files:
             raise ValueError(f"{name}: its file {graph.file!r} is not listed in files")
         if graph.opset < 1:
             raise ValueError(f"{name}: opset {graph.opset} is none")
-        inputs = (Tensor(name=takes, dtype="float32", shape=("batch", *into)),)
-        outputs = tuple(Tensor(name=given, dtype="float32", shape=("batch", *out)) for given in gives)
+        inputs, outputs = self.model.ends(name)
         if graph.inputs != inputs or graph.outputs != outputs:
             raise ValueError(
                 f"{name}: {_signature(inputs, outputs)} expected, got {_signature(graph.inputs, graph.outputs)}"
             )
 
 
-class _Header(msgspec.Struct):
-    format: str
-    version: int
-
-
-def encode(manifest: Manifest) -> bytes:
-    """The canonical bytes of a manifest, its digest filled in."""
-    empty = _canonical(msgspec.structs.replace(manifest, digest=""))
-    return _canonical(msgspec.structs.replace(manifest, digest=hashlib.sha256(empty).hexdigest()))
-
-
-def decode(raw: bytes) -> Manifest:
-    """Read a manifest strictly.
-
-    Raises:
-        BundleError: it is not a manifest, is newer than this version, or was changed after it was written.
-    """
-    try:
-        header = msgspec.json.decode(raw, type=_Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"manifest.json is not a manifest: {error}") from None
-    if header.format != FORMAT:
-        raise BundleError(f"manifest.json: format is {header.format!r}, expected {FORMAT!r}")
-    if header.version > VERSION:
-        raise BundleError(
-            f"manifest.json has version {header.version}; this vae_export reads versions up to {VERSION}. "
-            "Run: pip install --upgrade vae-export"
-        )
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"manifest.json: {error}") from None
-    if encode(manifest) != raw:
-        raise BundleError(
-            "manifest.json was changed after the export: its digest or its form does not match its content. "
-            "Export the model again"
-        )
-    return manifest
-
-
-def _canonical(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-
-
-def check_text(*texts: str) -> None:
-    """Refuse what would do more in a terminal than be read."""
-    for text in texts:
-        if not text.isprintable():
-            raise ValueError(f"printable text expected, got {text!r}")
+SEAL = Seal(
+    record=Manifest,
+    format=FORMAT,
+    version=VERSION,
+    file="manifest.json",
+    name="manifest",
+    folder="bundle",
+    made="export",
+    remedy="Export or copy the bundle again",
+)
 
 
 def _signature(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> str:
-    ends = (", ".join(f"{t.name} ({', '.join(map(str, t.shape))})" for t in ts) for ts in (inputs, outputs))
-    return " → ".join(ends)
+    def end(tensor: Tensor) -> str:
+        dtype = f"{tensor.dtype} " * (tensor.dtype != "float32")
+        return f"{tensor.name} {dtype}({', '.join(map(str, tensor.shape))})"
+
+    return " → ".join(", ".join(map(end, tensors)) for tensors in (inputs, outputs))
 
 
 def _check_clamp(clamp: tuple[float, float] | None, kind: str, owner: str) -> None:

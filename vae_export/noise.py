@@ -14,8 +14,10 @@ backend or the processor.
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -32,7 +34,28 @@ VERIFIER: Final = 4
 
 _WORD = 1 << 64
 _MASK = _WORD - 1
-_HALVES = 8  # 32-bit halves in one 256-bit block
+HALVES: Final = 8  # 32-bit halves in one 256-bit block
+
+
+def check_address(seed: int, stream: int, first: int, count: int, size: int, draw: int = 0) -> tuple[int, ...]:
+    """The six numbers of an address as Python integers, in this order.
+
+    Raises:
+        InputError: one is out of the range that `words` states.
+    """
+    try:
+        seed, stream, first, count, size, draw = map(operator.index, (seed, stream, first, count, size, draw))
+    except TypeError as error:
+        raise InputError(f"noise: seed, start and the like must be integers: {error}") from None
+    for name, value in (("seed", seed), ("stream", stream), ("draw", draw)):
+        if not 0 <= value < _WORD:
+            raise InputError(f"noise: {name} is {value}; expected 0 to 2^64 - 1")
+    if first < 0 or count < 0 or size < 0 or first + count > _WORD:
+        raise InputError(
+            "noise: first, count and size must not be negative and first + count must not exceed 2^64, "
+            f"got {first}, {count} and {size}"
+        )
+    return seed, stream, first, count, size, draw
 
 
 def words(seed: int, stream: int, first: int, count: int, size: int, draw: int = 0) -> npt.NDArray[np.uint32]:
@@ -52,24 +75,13 @@ def words(seed: int, stream: int, first: int, count: int, size: int, draw: int =
     Raises:
         InputError: an argument is out of its range.
     """
-    try:
-        seed, stream, first, count, size, draw = map(operator.index, (seed, stream, first, count, size, draw))
-    except TypeError as error:
-        raise InputError(f"noise: seed, start and the like must be integers: {error}") from None
-    for name, value in (("seed", seed), ("stream", stream), ("draw", draw)):
-        if not 0 <= value < _WORD:
-            raise InputError(f"noise: {name} is {value}; expected 0 to 2^64 - 1")
-    if first < 0 or count < 0 or size < 0 or first + count > _WORD:
-        raise InputError(
-            "noise: first, count and size must not be negative and first + count must not exceed 2^64, "
-            f"got {first}, {count} and {size}"
-        )
-    blocks = -(-size // _HALVES)
+    seed, stream, first, count, size, draw = check_address(seed, stream, first, count, size, draw)
+    blocks = -(-size // HALVES)
     # NumPy increments the counter before it generates, so its block c + 1 is Random123's block c.
     counter = ((draw << 128) + first * blocks - 1) % (1 << 256)
     raw = _philox(counter, seed, stream).random_raw(count * blocks * 4)
     halves: npt.NDArray[np.uint32] = raw.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
-    return halves.reshape(count, blocks * _HALVES)[:, :size]
+    return halves.reshape(count, blocks * HALVES)[:, :size]
 
 
 class _Local(threading.local):
@@ -131,3 +143,40 @@ def permutation(seed: int, stream: int, index: int, n: int, draw: int = 0) -> np
         (n,) intp. Ties between the underlying 32-bit words keep their order, which biases pairs by 2^-32.
     """
     return np.argsort(words(seed, stream, index, 1, n, draw)[0], kind="stable")
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Standard normals by their address, to be made where they are needed: on the host or on a GPU.
+
+    Attributes:
+        seed: as for `normals`.
+        stream: as for `normals`.
+        first: index of the first example.
+        shape: (count, *example): the examples' shape, in which example i takes the numbers of `normals`.
+        draw: importance draw.
+    """
+
+    seed: int
+    stream: int
+    first: int
+    shape: tuple[int, ...]
+    draw: int = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Normals:
+        """Some of the examples, next to each other."""
+        begin, end, step = rows.indices(len(self))
+        assert step == 1
+        return replace(self, first=self.first + begin, shape=(max(0, end - begin), *self.shape[1:]))
+
+    @property
+    def size(self) -> int:
+        """Numbers for each example."""
+        return math.prod(self.shape[1:])
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """The numbers, on the host: float32 of `shape`. Errors as for `normals`."""
+        return normals(self.seed, self.stream, self.first, len(self), self.size, self.draw).reshape(self.shape)

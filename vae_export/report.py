@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from vae_export.builds import Build, title
 from vae_export.certificate import Certificate
 from vae_export.manifest import Likelihood, Manifest, shape_text
 
@@ -52,7 +53,9 @@ def certificate(measured: Certificate) -> Table:
     return table
 
 
-def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list[str]) -> list[Table]:
+def bundle(
+    path: Path, manifest: Manifest, measured: Certificate, unlisted: list[str], cached: list[str]
+) -> list[Table]:
     """What a bundle is."""
     model = manifest.model
     low, high = model.data.range
@@ -72,6 +75,8 @@ def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list
             "`vae-export verify` measures it here"
         ),
     }
+    if cached:
+        overview["builds in the cache"] = ", ".join(cached)
     if unlisted:
         overview["unlisted files"] = f"{', '.join(unlisted)} (never read)"
     graphs = Table("graph", "file", "opset", "inputs", "outputs", title="graphs", title_justify="left")
@@ -86,6 +91,27 @@ def bundle(path: Path, manifest: Manifest, measured: Certificate, unlisted: list
     for name, file in manifest.files.items():
         files.add_row(Text(name), f"{file.size:,}", file.sha256[:16] + "…")
     return [facts(manifest.name, overview), graphs, files]
+
+
+def build(path: Path, record: Build) -> Table:
+    """What a build is."""
+    options, engine = record.options, record.engine
+    flags = [name for name in ("tf32", "nhwc", "refittable") if getattr(options, name)]
+    values: dict[str, object] = {
+        "build": path,
+        "of bundle": f"{record.bundle}, manifest {record.manifest[:16]}…",
+        "target": record.target,
+        "created": record.created,
+        "precision": ", ".join([options.precision, *flags]),
+        "graphs": ", ".join(f"{name} ({record.files[g.file].size:,} bytes)" for name, g in record.graphs.items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in record.tools.items()),
+    }
+    if engine:
+        values["engine"] = f"{title(engine.flavour)} {engine.version}, {engine.platform}"
+        values["runs on"] = f"compute capability {', '.join(engine.capabilities)}"
+        values["built on"] = f"{engine.gpu}, {engine.driver}" if engine.gpu else "a machine without a GPU"
+        values["profiles"] = "\n".join(map(str, options.profiles))
+    return facts(f"build for {record.target}", values)
 
 
 def as_text(*renderables: Any, width: int = 120) -> str:

@@ -13,17 +13,26 @@ import numpy as np
 from vae_export import certificate as certificates
 from vae_export import elbo, golden, noise
 from vae_export.bundle import Bundle
-from vae_export.certificate import TOLERANCES, Certificate, Check
+from vae_export.certificate import TOLERANCES, Certificate, Check, Tolerance
 from vae_export.elbo import Array, Float64
 from vae_export.golden import Reference
 from vae_export.manifest import Model
-from vae_export.runtimes import VAE, Backend, open_backend
+from vae_export.pixels import to_uint8
+from vae_export.runtimes import VAE, Backend, Settings, open_bundle
 
 BATCHES = (1, 2, 7, 64)
 
 
-def verify(path: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None) -> Certificate:
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    build: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+) -> Certificate:
     """Measure a bundle again, on this machine, against the golden examples that it brought along.
+
+    What is measured is what `load` would use: with device `auto`, a build of the cache where there is one.
 
     Nothing is written. The result may be out of budget: ask `Certificate.passed`, or call
     `Certificate.require`.
@@ -31,6 +40,7 @@ def verify(path: str | os.PathLike[str], *, device: str = "auto", threads: int |
     Args:
         path: the bundle's folder.
         device: as for `load`.
+        build: as for `load`.
         threads: as for `load`.
 
     Raises:
@@ -38,18 +48,26 @@ def verify(path: str | os.PathLike[str], *, device: str = "auto", threads: int |
     """
     bundle = Bundle(path)
     manifest = bundle.manifest
-    graphs = {name: bundle.read(graph.file) for name, graph in manifest.graphs.items()}
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, manifest.model)
-    bundle.check()
-    return measure(
-        manifest.model, open_backend(graphs, manifest.graphs, device=device, threads=threads), reference, manifest.name
-    )
+    opened = open_bundle(bundle, device=device, build=build, settings=Settings(threads=threads))
+    try:
+        return measure(manifest.model, opened.backend, reference, manifest.name, opened.options.tolerance)
+    finally:
+        opened.backend.close()
 
 
-def measure(model: Model, backend: Backend, reference: Reference, name: str) -> Certificate:
-    """Compare a backend that has a model's graphs with the reference, at every batch size of `BATCHES`."""
+def measure(model: Model, backend: Backend, reference: Reference, name: str, precision: str = "float32") -> Certificate:
+    """Compare a backend that has a model's graphs with the reference, at every batch size of `BATCHES`.
+
+    Args:
+        model: what the graphs compute.
+        backend: has them; its fused graphs are measured, too, where it has any.
+        reference: what they are compared with.
+        name: of the bundle.
+        precision: whose tolerances apply.
+    """
     vaes = {batch: VAE(model, backend, micro_batch=batch) for batch in BATCHES}
-    meter = _Meter(reference)
+    meter = _Meter(reference, TOLERANCES[precision])
     encoded = {batch: _encode(vae, reference) for batch, vae in vaes.items()}
     decoded = {batch: _decode(vae, reference) for batch, vae in vaes.items()}
     meter.finite("encoder", encoded)
@@ -63,6 +81,8 @@ def measure(model: Model, backend: Backend, reference: Reference, name: str) -> 
     gaussian = model.posterior.kind == "diagonal_gaussian"
     samples = {b: vae.reconstruct(x, seed=seed if gaussian else None) for b, vae in vaes.items()}
     meter.pixels("end to end", samples, "sample", model)
+    if "generate" in backend.graphs:
+        meter.pictures({b: _pictures(vae, reference) for b, vae in vaes.items()}, model)
     if reference.has_elbo:
         bounds = {batch: vae.elbo(x, seed=seed) for batch, vae in vaes.items()}
         meter.terms("ELBO", {b: bound.elbo for b, bound in bounds.items()})
@@ -76,7 +96,7 @@ def measure(model: Model, backend: Backend, reference: Reference, name: str) -> 
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         reference=record.reference,
         measured={**{k: str(v) for k, v in backend.describe().items()}, "machine": platform.machine()},
-        precision=_PRECISION,
+        precision=precision,
         examples={
             "extremes": record.extremes,
             "held_out": record.held_out,
@@ -89,7 +109,6 @@ def measure(model: Model, backend: Backend, reference: Reference, name: str) -> 
     )
 
 
-_PRECISION = "float32"
 _Outputs = Mapping[str, Array]
 
 
@@ -104,12 +123,18 @@ def _decode(vae: VAE, reference: Reference) -> _Outputs:
     return vae.likelihood(z.reshape(-1, *shape))
 
 
+def _pictures(vae: VAE, reference: Reference) -> Array:
+    record, latent = reference.record, reference.tensors["mean"].shape[1:]
+    pictures: Array = vae.generate(record.prior, record.seed, size=vae.model.sizes(latent) or None)
+    return pictures
+
+
 class _Meter:
     """Collects checks. Every quantity is the worst over the batch sizes."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, tolerance: Tolerance) -> None:
         self.tensors = reference.tensors
-        self.tolerance = TOLERANCES[_PRECISION]
+        self.tolerance = tolerance
         self.checks: list[Check] = []
         self.identical = True
 
@@ -137,7 +162,7 @@ class _Meter:
         exact = self.tensors[against]
         largest = max(float(np.abs(exact).max()), 1e-30)
         own = float(self.tensors[f"float32.{against}"].max()) / largest
-        allowed = max(self.tolerance.relative, self.tolerance.own_factor * own)
+        allowed = max(self.tolerance.output, self.tolerance.own_factor * own)
         errors = {b: _row_max(np.abs(value - exact)) / largest for b, value in got.items()}
         self._worst_row(graph, f"{output}, worst", "of the largest", errors, allowed, own)
 
@@ -160,6 +185,15 @@ class _Meter:
         )
         batch = min(noise_ratio, key=lambda b: np.nan_to_num(noise_ratio[b], nan=-np.inf))
         self._add(graph, "PSNR", "dB", np.nan_to_num(noise_ratio[batch]), None, batch=batch)
+
+    def pictures(self, got: Mapping[int, Array], model: Model) -> None:
+        """Bytes of the pictures of draws from the prior, against those of the reference."""
+        exact = to_uint8(self.tensors["prior.sample"], model.data.range).transpose(0, 2, 3, 1).astype(np.int16)
+        off = {b: np.abs(v.astype(np.int16) - exact) for b, v in got.items()}
+        # Rounding puts two values that are close on both sides of a half: one level is never an error.
+        allowed = 1 + math.floor(255 * self.tolerance.pixel)
+        worst = {b: _row_max(levels) for b, levels in off.items()}
+        self._worst_row("decoder", "picture, worst", "levels of 255", worst, allowed)
 
     def terms(self, quantity: str, got: Mapping[int, Array]) -> None:
         """ELBO, reconstruction or KL: nats, and relative to S, beside PyTorch's own in float32."""

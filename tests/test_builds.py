@@ -1,0 +1,959 @@
+"""Builds: made whole, found in the cache, and refused in words before an engine is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from test_bundle import reseal
+from test_cli import Run, failed, succeeded
+from test_manifest import HASH, NAMED, SPATIAL, a_model
+from vae_export.runtimes import flavours, machine
+
+import vae_export
+from vae_export import builds, records
+from vae_export.builds import SEAL, Build, BuildFolder, BuiltGraph, Engine, Machine, Options, Profile
+from vae_export.bundle import Bundle
+from vae_export.errors import BackendError, BundleError, InputError
+from vae_export.manifest import File, Likelihood, Model
+
+#: What is built from where the kind of model does not matter.
+NAME = "mlp-gaussian"
+RTX = "tensorrt-rtx-sm86"
+NO_GPU = machine.driver().problem
+no_gpu = pytest.mark.skipif(NO_GPU is None, reason="this machine has a GPU: what happens without one cannot be tested")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache for each test."""
+    monkeypatch.setenv("VAE_EXPORT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bundle(member: Callable[[str], Any]) -> Path:
+    path: Path = member(NAME).bundle
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(member: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., vae_export.Built]:
+    """A build of `NAME` for a target, made once: not to be changed."""
+    found: dict[tuple[Any, ...], vae_export.Built] = {}
+
+    def get(target: str, **options: Any) -> vae_export.Built:
+        if target.startswith("tensorrt-rtx"):
+            try:
+                flavours.load("tensorrt-rtx")
+            except BackendError as error:
+                pytest.skip(f"no engines can be built here: {error}")
+            options = {"batches": [1, 4], **options}
+        key = (target, *map(str, options.items()))
+        if key not in found:
+            out = tmp_path_factory.mktemp("builds") / target
+            found[key] = vae_export.build(member(NAME).bundle, target, out=out, **options)
+        return found[key]
+
+    return get
+
+
+@pytest.fixture
+def copy(made: Callable[..., vae_export.Built], tmp_path: Path) -> Callable[[str], Path]:
+    """A build that may be broken."""
+
+    def get(target: str) -> Path:
+        return Path(shutil.copytree(made(target).path, tmp_path / f"copy-{target}"))
+
+    return get
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change a build's record, and seal it as it is now: what a hostile author would do."""
+    record = msgspec.structs.replace(BuildFolder(path).record, **changes)
+    (path / SEAL.file).write_bytes(SEAL.encode(record))
+
+
+# Builds for ONNX Runtime
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", "float32"), ("fp16", "float16")])
+def test_a_build_for_the_cpu(bundle: Path, made: Any, precision: str, tolerance: str) -> None:
+    built = made("cpu", precision=precision)
+    assert built.unmeasured is None
+    assert built.certificate.passed
+    assert built.certificate.precision == tolerance
+    names = {"encoder", "decoder", "reconstruct", "generate"}
+    assert {p.name for p in built.path.iterdir()} == {*(f"{n}.onnx" for n in names), "build.json", "verification.json"}
+    record = built.record
+    assert set(record.graphs) == names
+    assert (record.target, record.engine, record.options) == ("cpu", None, Options(precision=precision))
+    assert record.manifest == Bundle(bundle).manifest.digest
+    assert all(record.files[g.file].sha256 == g.onnx_sha256 for g in record.graphs.values())
+    again = vae_export.verify(bundle, build=built.path)
+    assert again.passed
+    assert again.precision == tolerance
+    assert [(c.graph, c.quantity, c.got) for c in again.checks] == [
+        (c.graph, c.quantity, c.got) for c in built.certificate.checks
+    ]
+    assert "levels of 255" in {check.unit for check in again.checks}
+
+
+def test_load_uses_the_build_that_it_is_given(bundle: Path, made: Any) -> None:
+    path = made("cpu", precision="fp16").path
+    with vae_export.load(bundle, build=path) as vae, vae_export.load(bundle, device="cpu") as plain:
+        facts = vae.describe()
+        assert (facts["build"], facts["precision"], facts["passed_over"]) == (str(path), "float16", {})
+        assert (plain.describe()["build"], plain.describe()["precision"]) == (None, "float32")
+        low, full = vae.sample(5, seed=1), plain.sample(5, seed=1)
+        assert 0 < np.abs(low - full).max() <= 1e-2 * np.abs(full).max()
+        assert np.abs(vae.generate(5, seed=1).astype(int) - plain.generate(5, seed=1)).max() <= 2
+
+
+@no_gpu
+def test_load_finds_the_build_in_the_cache(bundle: Path, own_cache: Path) -> None:
+    built = vae_export.build(bundle, "cpu", precision="fp16")
+    assert built.path == own_cache / "builds" / Bundle(bundle).manifest.digest / "cpu"
+    for device in ("auto", "cpu"):
+        with vae_export.load(bundle, device=device) as vae:
+            facts = vae.describe()
+        assert (facts["build"], facts["precision"]) == (str(built.path), "float16")
+        assert facts["passed_over"] == ({"cuda": NO_GPU} if device == "auto" else {})
+    assert vae_export.verify(bundle).precision == "float16"
+    # One in the cache is replaced by the next.
+    assert vae_export.build(bundle, "cpu").path == built.path
+    with vae_export.load(bundle) as vae:
+        assert vae.describe()["precision"] == "float32"
+    assert [path.name for path in built.path.parent.iterdir()] == ["cpu"]
+
+
+def test_steps_are_told(bundle: Path, tmp_path: Path) -> None:
+    steps: list[str] = []
+    vae_export.build(bundle, "cpu", out=tmp_path / "b", progress=steps.append)
+    assert steps == ["graphs in fp32", "measuring the certificate", "writing the build"]
+
+
+def test_every_kind_of_model(member: Any, tmp_path: Path) -> None:
+    """Vectors, whose autoencoder has neither variance nor pictures, and named sizes."""
+    for name, graphs in (("plain", 3), ("spatial-named", 4)):
+        built = vae_export.build(member(name).bundle, "cpu", out=tmp_path / name, precision="fp16")
+        assert built.certificate is not None
+        assert built.certificate.passed
+        assert len(built.record.graphs) == graphs
+
+
+def test_a_build_that_differs_too_much_is_not_written(member: Any, tmp_path: Path) -> None:
+    """The golden examples are those of a model that is not the bundle's."""
+    import onnx
+
+    path = Path(shutil.copytree(member(NAME).bundle, tmp_path / "b"))
+    model = onnx.load(path / "vae_decoder" / "model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.5, tensor.name))
+    (path / "vae_decoder" / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(path)
+    with pytest.raises(vae_export.VerificationError, match="differs from its reference"):
+        vae_export.build(path, "cpu", out=tmp_path / "out", precision="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+# Builds for TensorRT for RTX
+
+
+@no_gpu
+def test_an_engine_for_a_gpu_that_is_not_here(bundle: Path, made: Any) -> None:
+    built = made(RTX)
+    assert built.certificate is None
+    assert built.unmeasured == NO_GPU
+    assert {p.name for p in built.path.iterdir()} == {*(f"{n}.engine" for n in built.record.graphs), "build.json"}
+    engine = built.record.engine
+    assert (engine.capabilities, engine.gpu, engine.driver) == (("8.6",), None, None)
+    assert engine.version == flavours.load("tensorrt-rtx").version
+    assert [str(p) for p in built.record.options.profiles] == ["batch 1 to 1", "batch 2 to 4"]
+    with pytest.raises(
+        BackendError, match=r"built for compute capability 8\.6; this machine has no GPU \(.*\)\. Run: "
+    ):
+        vae_export.load(bundle, build=built.path)
+
+
+@no_gpu
+def test_an_engine_in_the_cache_is_no_reason_not_to_run(bundle: Path, made: Any, own_cache: Path) -> None:
+    place = builds.cached(Bundle(bundle).manifest, RTX)
+    builds.check_cache()
+    shutil.copytree(made(RTX).path, place)
+    assert builds.cached_targets(Bundle(bundle).manifest) == [RTX]
+    with vae_export.load(bundle) as vae:
+        assert vae.describe()["build"] is None
+        assert vae.describe()["passed_over"] == {"cuda": NO_GPU}
+    with pytest.raises(
+        BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider|no NVIDIA driver|no usable GPU"
+    ):
+        vae_export.load(bundle, device="cuda")
+
+
+def test_named_sizes_have_profiles_of_their_own(member: Any, tmp_path: Path, made: Any) -> None:
+    made(RTX)
+    sizes = [{"height": 8, "width": 8}, {"height": 16, "width": 32}]
+    built = vae_export.build(member("spatial-named").bundle, RTX, out=tmp_path / "b", batches=[2], sizes=sizes)
+    assert [p.sizes for p in built.record.options.profiles] == [
+        {"height": (4, 8, 8), "width": (4, 8, 8)},
+        {"height": (4, 16, 16), "width": (4, 32, 32)},
+    ]
+    # None asked for takes the golden examples'.
+    built = vae_export.build(member("spatial-named").bundle, RTX, out=tmp_path / "c", batches=[2], static=True)
+    assert [p.sizes for p in built.record.options.profiles] == [{"height": (16, 16, 16), "width": (24, 24, 24)}]
+    assert built.record.options.profiles[0].batch == (2, 2, 2)
+
+
+@pytest.mark.parametrize("batches", [np.array([1, 4]), [np.int64(2)], range(1, 3)])
+def test_batches_may_be_of_numpy(bundle: Path, tmp_path: Path, made: Any, batches: Any) -> None:
+    made(RTX)
+    built = vae_export.build(bundle, RTX, out=tmp_path / "b", batches=batches)
+    assert [p.batch[2] for p in built.record.options.profiles] == [int(batch) for batch in batches]
+
+
+@no_gpu
+def test_a_refittable_engine_needs_a_gpu(bundle: Path, tmp_path: Path, made: Any) -> None:
+    made(RTX)
+    message = (
+        r"TensorRT for RTX \S+ does not build the encoder in fp32\. A refittable engine needs a GPU where it is built"
+    )
+    with pytest.raises(BackendError, match=message):
+        vae_export.build(bundle, RTX, out=tmp_path / "b", batches=[1], refittable=True)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("tpu", {}, "build: target is 'tpu'; expected cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for a"),
+        ("cpu", {"precision": "int8"}, "build: precision is 'int8'; expected fp32, fp16, bf16"),
+        (
+            "cpu",
+            {"precision": "bf16"},
+            r"target cpu does not take bf16 \(bf16: ONNX Runtime has no bf16 convolutions on the CPU\)",
+        ),
+        ("cpu", {"tf32": True}, r"target cpu does not take tf32 \(tf32: TF32 is a GPU's\)"),
+        ("cpu", {"nhwc": True}, r"target cpu does not take nhwc \(nhwc: it is ONNX Runtime's on CUDA\)"),
+        ("cpu", {"static": True}, r"does not take static \(static: it is an option of TensorRT engines\)"),
+        ("cpu", {"sizes": [{"height": 8}]}, r"does not take size \(size: it is an option of TensorRT engines\)"),
+        ("cuda", {"refittable": True}, r"target cuda does not take refittable \(refittable: it is an option of Tens"),
+        ("cuda", {"static": True, "sizes": [{"h": 8}]}, "target cuda does not take static, size "),
+        (RTX, {"nhwc": True}, rf"target {RTX} does not take nhwc \(nhwc: it is ONNX Runtime's on CUDA\)"),
+        ("tensorrt", {"nhwc": True}, "target tensorrt does not take nhwc"),
+        (RTX, {"batches": []}, r"build: batches are \[\]; expected numbers from 1 on"),
+        (RTX, {"batches": [0]}, r"build: batches are \[0\]; expected numbers from 1 on"),
+        (RTX, {"batches": [4, -1]}, r"build: batches are \[-1, 4\]; expected numbers from 1 on"),
+        (RTX, {"sizes": [{"height": 8}]}, r"size: this model takes no sizes; got \{'height': 8\}"),
+        (
+            "tensorrt-rtx-sm10",
+            {},
+            r"build: TensorRT for RTX \S+ builds for sm75, .*sm120.*; target is tensorrt-rtx-sm10",
+        ),
+    ],
+)
+def test_bad_arguments(bundle: Path, target: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        vae_export.build(bundle, target, **options)
+
+
+@pytest.mark.parametrize("batches", [[1.5], ["4"]])
+def test_batches_that_are_no_integers(bundle: Path, batches: Any, made: Any) -> None:
+    made(RTX)
+    with pytest.raises(InputError, match=r"build: batches are .*; expected numbers from 1 on"):
+        vae_export.build(bundle, RTX, batches=batches)
+
+
+# Where a build goes
+
+
+def test_a_bundle_is_never_changed(bundle: Path) -> None:
+    with pytest.raises(InputError, match=r"b lies inside the bundle, which is never changed\. Choose a path outside"):
+        vae_export.build(bundle, "cpu", out=bundle / "deep" / "b")
+    assert not (bundle / "deep").exists()
+
+
+def test_what_is_there_stays(bundle: Path, copy: Any, tmp_path: Path) -> None:
+    path = copy("cpu")
+    with pytest.raises(InputError, match=r"exists already\. Choose another path, or overwrite it on purpose"):
+        vae_export.build(bundle, "cpu", out=path)
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files that are not the build's: notes\.txt\. Move them away"):
+        vae_export.build(bundle, "cpu", out=path, overwrite=True)
+    (path / "notes.txt").unlink()
+    before = BuildFolder(path).record.options.precision
+    built = vae_export.build(bundle, "cpu", out=path, precision="fp16", overwrite=True)
+    assert (before, built.record.options.precision) == ("fp32", "fp16")
+    strangers = tmp_path / "precious"
+    strangers.mkdir()
+    (strangers / "thesis.txt").write_text("…")
+    with pytest.raises(InputError, match="precious exists and is not a whole build"):
+        vae_export.build(bundle, "cpu", out=strangers, overwrite=True)
+    with pytest.raises(InputError, match="exists and is not a whole build"):
+        vae_export.build(bundle, "cpu", out=Path(shutil.copytree(bundle, tmp_path / "bundle")), overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="exists and is not a folder"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "file", overwrite=True)
+    assert (strangers / "thesis.txt").read_text() == "…"
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert builds.cache() == tmp_path / "cache"
+    for value in (None, ""):
+        monkeypatch.delenv("VAE_EXPORT_CACHE") if value is None else monkeypatch.setenv("VAE_EXPORT_CACHE", value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        if sys.platform == "linux":
+            assert builds.cache() == tmp_path / "xdg" / "vae_export"
+        assert builds.check_cache() == builds.cache()
+        assert builds.cache().stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o702])
+def test_a_cache_that_is_open_to_others(bundle: Path, own_cache: Path, mode: int) -> None:
+    vae_export.build(bundle, "cpu")
+    own_cache.chmod(mode)
+    message = (
+        r"cache: the cache belongs to another user or is open to others, who could put native code there\. Run: chmod"
+    )
+    with pytest.raises(BackendError, match=message):
+        vae_export.build(bundle, "cpu")
+    with vae_export.load(bundle, device="cpu") as vae:
+        assert vae.describe()["build"] is None
+        assert "is open to others" in vae.describe()["passed_over"]["build cpu"]
+
+
+KILLED = """
+import sys
+from vae_export import build
+build(sys.argv[1], "tensorrt-rtx-sm86", batches=[4], progress=lambda step: print(step, flush=True))
+"""
+
+
+@pytest.mark.parametrize("step", ["building the decoder", "writing the build"])
+def test_a_killed_build_leaves_none(member: Any, made: Any, step: str) -> None:
+    made(RTX)
+    path = member("resnet").bundle
+    command = [sys.executable, "-c", KILLED, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.strip() == step for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+    manifest = Bundle(path).manifest
+    if builds.cached(manifest, RTX).exists():  # the last rename came first
+        assert step == "writing the build"
+        BuildFolder(builds.cached(manifest, RTX)).graphs()
+    else:
+        assert builds.cached_targets(manifest) == []
+
+
+# Damage
+
+
+def damaged(path: Path, bundle: Path, message: str) -> None:
+    """Neither loaded nor shown, with the words of a broken build."""
+    with pytest.raises(BundleError, match=message) as caught:
+        vae_export.load(bundle, build=path)
+    assert caught.value.exit_code == 3
+
+
+BROKEN = (
+    r"its SHA-256 is not the one in the build's record|build\.json is not a build's record|was changed after the build|"
+    r"build\.json: |build\.json has version"
+)
+
+
+@pytest.mark.parametrize("target", ["cpu", RTX])
+def test_one_bit_flipped_anywhere_is_refused(bundle: Path, copy: Any, target: str) -> None:
+    path = copy(target)
+    choose = random.Random(0)
+    for file in sorted(path.iterdir()):
+        original = file.read_bytes()
+        for _ in range(200 if file.suffix == ".json" else 40):
+            changed = bytearray(original)
+            changed[choose.randrange(len(original))] ^= 1 << choose.randrange(8)
+            file.write_bytes(changed)
+            damaged(path, bundle, BROKEN)
+        file.write_bytes(original)
+    BuildFolder(path).graphs()
+
+
+@pytest.mark.parametrize("name", ["decoder.engine", "build.json"])
+def test_truncated_missing_and_linked(bundle: Path, copy: Any, tmp_path: Path, name: str) -> None:
+    path = copy(RTX)
+    file = path / name
+    original = file.read_bytes()
+    for size in (0, 1, len(original) // 2, len(original) - 1):
+        file.write_bytes(original[:size])
+        damaged(
+            path, bundle, "is not a build's record|was changed" if "json" in name else "It is truncated or was changed"
+        )
+    file.write_bytes(original + b"\n")
+    damaged(path, bundle, "was changed")
+    file.unlink()
+    damaged(path, bundle, r"cannot be read: No such file or directory\. Build it again \(vae-export build\)")
+    (tmp_path / "outside").write_bytes(original)
+    file.symlink_to(tmp_path / "outside")
+    damaged(path, bundle, rf"{name} is a symbolic link\. Copy the build with its files instead")
+    file.unlink()
+    os.link(tmp_path / "outside", file)
+    damaged(path, bundle, "is a hard link, so that it can be changed from outside the build")
+
+
+def test_an_unlisted_file_is_never_read(bundle: Path, copy: Any) -> None:
+    path = copy("cpu")
+    (path / "extra.engine").write_bytes(b"\0" * 100)
+    assert BuildFolder(path).unlisted() == ["extra.engine"]
+    with vae_export.load(bundle, build=path) as vae:
+        assert vae.describe()["build"] == str(path)
+
+
+def test_no_build_at_all(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"nothing does not exist; expected the folder of a build \(vae-export build mak"
+    ):
+        vae_export.load(bundle, build=tmp_path / "nothing")
+    damaged(bundle, bundle, r"build\.json: cannot be read: No such file or directory\. Build it again")
+
+
+OPEN = """
+import sys
+import vae_export
+try:
+    vae_export.load(sys.argv[1], build=sys.argv[2])
+except vae_export.VaeExportError as error:
+    print(type(error).__name__, error)
+print(sorted(name for name in sys.modules if name.endswith(("runtimes.trt", "tensorrt_rtx_bindings", "torch"))))
+"""
+
+
+@no_gpu
+def test_nothing_of_a_broken_engine_is_deserialized(bundle: Path, copy: Any) -> None:
+    """The module that opens engines, and TensorRT itself, are not even imported."""
+    path = copy(RTX)
+    content = bytearray((path / "generate.engine").read_bytes())
+    content[100] ^= 1
+    (path / "generate.engine").write_bytes(content)
+    command = [sys.executable, "-c", OPEN, str(bundle), str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("BundleError ")
+    assert "generate.engine: its SHA-256 is not the one in the build's record: it was damaged or changed" in said
+    assert said.endswith("\n[]\n")
+
+
+def test_a_build_of_another_bundle(member: Any, made: Any, tmp_path: Path) -> None:
+    built = made("cpu")
+    path = tmp_path / f"{NAME}.bundle"
+    with pytest.raises(BundleError) as caught:
+        vae_export.load(member("mlp-bernoulli").bundle, build=built.path)
+    ours, theirs = Bundle(member("mlp-bernoulli").bundle).manifest.digest, built.record.manifest
+    assert str(caught.value) == (
+        f"{built.path}: built from bundle {NAME} with manifest {theirs[:12]}…; this bundle, mlp-bernoulli, has "
+        f"manifest {ours[:12]}…: its decoder and encoder changed since. Run: vae-export build BUNDLE --target cpu"
+    )
+    # The same model with other weights at the same place; and the same weights, exported again.
+    source = zoo.MEMBERS[NAME]()
+    for parameter in source.module.decoder.parameters():
+        parameter.data *= 0.75
+    vae_export.export(source, path)
+    with pytest.raises(
+        BundleError, match=rf"built from bundle {NAME} .*this bundle, {NAME}, .*: its decoder changed since"
+    ):
+        vae_export.load(path, build=built.path)
+    shutil.rmtree(path)
+    shutil.copytree(member(NAME).bundle, path)
+    reseal(path, created="2026-01-01T00:00:00+00:00")
+    with pytest.raises(
+        BundleError, match=rf"this bundle, {NAME}, .*: it was exported again since\. Run: vae-export build"
+    ):
+        vae_export.load(path, build=built.path)
+
+
+@no_gpu
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_broken_build_in_the_cache_is_passed_over(bundle: Path, device: str) -> None:
+    path = vae_export.build(bundle, "cpu", precision="fp16").path
+    (path / "decoder.onnx").write_bytes((path / "decoder.onnx").read_bytes()[:-1])
+    with vae_export.load(bundle, device=device) as vae:
+        facts = vae.describe()
+        assert len(vae.sample(2)) == 2
+    assert (facts["build"], facts["precision"]) == (None, "float32")
+    assert "decoder.onnx: has" in facts["passed_over"]["build cpu"]
+    assert "It is truncated or was changed. Build it again (vae-export build)" in facts["passed_over"]["build cpu"]
+    damaged(path, bundle, "It is truncated or was changed")
+    (path / SEAL.file).write_bytes(b"{")
+    with vae_export.load(bundle, device=device) as vae:
+        assert "is not a build's record" in vae.describe()["passed_over"]["build cpu"]
+
+
+def test_a_device_that_is_not_the_builds(bundle: Path, made: Any) -> None:
+    with pytest.raises(InputError, match=r"device is 'cuda', and .* is a build for cpu\. Drop one"):
+        vae_export.load(bundle, device="cuda", build=made("cpu").path)
+    with pytest.raises(InputError, match=rf"device is 'cpu', and .* is a build for {RTX}\. Drop one"):
+        vae_export.load(bundle, device="cpu", build=made(RTX).path)
+
+
+def test_a_hostile_graph_in_a_build_is_refused(bundle: Path, copy: Any) -> None:
+    import onnx
+
+    from vae_export import sealed
+
+    path = copy("cpu")
+    model = onnx.load(path / "generate.onnx")
+    model.graph.node.append(onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
+    (path / "generate.onnx").write_bytes(model.SerializeToString())
+    listed = {name: file for name, file in sealed.list_files(path).items() if name != SEAL.file}
+    (path / SEAL.file).write_bytes(SEAL.encode(msgspec.structs.replace(BuildFolder(path).record, files=listed)))
+    damaged(path, bundle, "generate: the graph draws random numbers")
+
+
+# Refit
+
+
+def test_what_cannot_be_refitted(bundle: Path, made: Any) -> None:
+    for target in ("cpu", RTX):
+        with pytest.raises(InputError, match=r"was not built with --refittable: its weights are fixed\. Build anew"):
+            vae_export.refit(bundle, made(target).path)
+
+
+@no_gpu
+def test_refit_of_another_architecture_and_elsewhere(member: Any, bundle: Path, copy: Any, tmp_path: Path) -> None:
+    path = copy(RTX)
+    options = msgspec.structs.replace(BuildFolder(path).record.options, refittable=True)
+    rewrite(path, options=options)
+    message = (
+        r"is of another architecture: its encoder and decoder and reconstruct and generate differ in more than weights"
+    )
+    with pytest.raises(InputError, match=message):
+        vae_export.refit(member("linear").bundle, path, out=tmp_path / "out")
+    with pytest.raises(BackendError, match=r"built for compute capability 8\.6; this machine has no GPU"):
+        vae_export.refit(bundle, path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Whether an engine runs here
+
+PLATFORM = machine.this_platform()
+
+
+def this(engine: Engine, **changes: Any) -> Machine:
+    """A machine that an engine runs on, but for some changes."""
+    fields: dict[str, Any] = {
+        "platform": engine.platform, "flavours": {engine.flavour: engine.version}, "capability": "8.6", "gpu": "A10",
+    }  # fmt: skip
+    return Machine(**fields | changes)
+
+
+MISSING = BackendError("TensorRT for RTX is not installed. Run: pip install 'vae-export[rtx]'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"gpu": "RTX 3090"}, None),
+        ({"capability": "8.9", "gpu": "L4"}, "built for compute capability 8.6; this machine has 8.9 (L4)"),
+        (
+            {"capability": None, "gpu": "no NVIDIA driver: x"},
+            "built for compute capability 8.6; this machine has no GPU (no NVIDIA driver: x)",
+        ),
+        (
+            {"flavours": {"tensorrt-rtx": "1.0.0.1"}},
+            "built for TensorRT for RTX {version}; this machine has 1.0.0.1",
+        ),
+        (
+            {"flavours": {"tensorrt-rtx": MISSING}},
+            "built for TensorRT for RTX {version}; this machine has none: TensorRT for RTX is not installed. Run: pip "
+            "install 'vae-export[rtx]'",
+        ),
+        ({"platform": "windows amd64"}, f"built for {PLATFORM}; this machine is windows amd64"),
+        # What can be changed least is named last.
+        ({"platform": "windows amd64", "capability": "8.9"}, f"built for {PLATFORM}; this machine is windows amd64"),
+    ],
+)
+def test_whether_an_engine_runs_here(made: Any, changes: dict[str, Any], words: str | None) -> None:
+    engine = made(RTX).record.engine
+    assert engine.platform == PLATFORM
+    found = builds.mismatch(engine, this(engine, **changes))
+    assert found == (words and words.format(version=engine.version))
+
+
+def test_a_flavour_that_was_not_asked_for(made: Any) -> None:
+    engine = made(RTX).record.engine
+    found = builds.mismatch(engine, this(engine, flavours={"tensorrt": engine.version}))
+    assert found == f"built for TensorRT for RTX {engine.version}; this machine has none: None"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_an_engine_for_all_gpus(bundle: Path, made: Any, tmp_path: Path, precision: Any) -> None:
+    made(RTX)
+    built = vae_export.build(bundle, "tensorrt-rtx", out=tmp_path / "b", batches=[1], precision=precision)
+    engine = built.record.engine
+    assert engine is not None
+    assert {"8.0", "8.6", "8.9", "12.0"} <= set(engine.capabilities)
+    assert "7.5" not in engine.capabilities  # Turing, for which TensorRT for RTX has no float32 products
+    for capability in engine.capabilities:
+        assert builds.mismatch(engine, this(engine, capability=capability)) is None
+    assert "this machine has 9.9" in str(builds.mismatch(engine, this(engine, capability="9.9")))
+
+
+def test_what_turing_cannot_do_comes_with_advice(bundle: Path, made: Any, tmp_path: Path) -> None:
+    made(RTX)
+    with pytest.raises(
+        BackendError, match=r"does not build the encoder in fp32\. .*--precision fp16.* It says: .*Turing"
+    ):
+        vae_export.build(bundle, "tensorrt-rtx-sm75", out=tmp_path / "b", batches=[1])
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": "1.0.0.1"}, r"built for TensorRT for RTX 1\.0\.0\.1; this machine has \d"),
+        ({"platform": "windows amd64"}, "built for windows amd64; this machine is "),
+        ({"capabilities": ("8.9", "12.0")}, r"built for compute capability 8\.9, 12\.0; this machine has no GPU"),
+    ],
+)
+def test_an_engine_for_another_machine_is_not_opened(
+    bundle: Path, copy: Any, change: dict[str, Any], words: str
+) -> None:
+    path = copy(RTX)
+    engine = BuildFolder(path).record.engine
+    assert engine is not None
+    rewrite(path, engine=msgspec.structs.replace(engine, **change))
+    message = rf"copy-{RTX}: {words}.* Run: vae-export build {bundle} --target {RTX}"
+    with pytest.raises(BackendError, match=message) as caught:
+        vae_export.load(bundle, build=path)
+    assert caught.value.exit_code == 4
+
+
+def test_an_engine_of_a_flavour_that_is_not_installed(bundle: Path, copy: Any) -> None:
+    if not isinstance(machine.this_machine("tensorrt").flavours["tensorrt"], BackendError):
+        pytest.skip("TensorRT is installed here: its absence cannot be tested")
+    path = copy(RTX)
+    engine = BuildFolder(path).record.engine
+    assert engine is not None
+    rewrite(path, target="tensorrt", engine=msgspec.structs.replace(engine, flavour="tensorrt", version="11.1.0"))
+    message = r"built for TensorRT 11\.1\.0; this machine has none: TensorRT is not installed\. Run: pip install"
+    with pytest.raises(BackendError, match=message):
+        vae_export.load(bundle, build=path)
+
+
+# The record
+
+
+def a_build(**changes: Any) -> Build:
+    fields: dict[str, Any] = {
+        "format": "vae_export.build",
+        "version": 1,
+        "digest": "",
+        "bundle": "test",
+        "manifest": HASH,
+        "sources": {"encoder": HASH, "decoder": HASH},
+        "target": RTX,
+        "created": "2026-01-01T00:00:00+00:00",
+        "options": Options(precision="fp16", profiles=(Profile(batch=(1, 4, 4)),)),
+        "graphs": {
+            name: BuiltGraph(file=f"{name}.engine", onnx_sha256=HASH, structure=HASH) for name in ("encoder", "decoder")
+        },
+        "engine": Engine(
+            flavour="tensorrt-rtx", version="1.7.1", capabilities=("8.6",), platform="linux x86_64", gpu="A10"
+        ),
+        "tools": {"onnx": "1.18.0"},
+        "files": {f"{name}.engine": File(size=1, sha256=HASH) for name in ("encoder", "decoder")},
+    }
+    return Build(**fields | changes)
+
+
+FOR_CPU: dict[str, Any] = {"target": "cpu", "engine": None, "options": Options()}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        a_build(),
+        a_build(**FOR_CPU),
+        a_build(options=Options(profiles=(Profile(batch=(1, 1, 1), sizes={"h": (1, 2, 2)}),))),
+    ],
+)
+def test_round_trip(record: Build) -> None:
+    raw = SEAL.encode(record)
+    again = SEAL.decode(raw)
+    assert msgspec.structs.replace(again, digest="") == record
+    assert records.is_sha256(again.digest)
+    assert SEAL.encode(again) == raw
+
+
+def test_every_field_is_described() -> None:
+    found = [v for v in vars(builds).values() if isinstance(v, type) and issubclass(v, records.Record)]
+    described = [record for record in found if record.__module__ == builds.__name__]
+    assert len(described) >= 5
+    for record in described:
+        for field in record.__struct_fields__:
+            assert f"        {field}: " in (record.__doc__ or "") + "\n", f"{record.__name__}.{field}"
+
+
+def tampered(change: Callable[[dict[str, Any]], None]) -> bytes:
+    plain = json.loads(SEAL.encode(a_build()))
+    change(plain)
+    return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def test_tampering_starts_from_the_exact_bytes() -> None:
+    assert tampered(lambda plain: None) == SEAL.encode(a_build())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: p.update(version=2),
+            r"build\.json has version 2; this vae_export reads versions up to 1\. Run: pip",
+        ),
+        (lambda p: p.update(format="zip"), r"build\.json: format is 'zip', expected 'vae_export\.build'"),
+        (lambda p: p.update(extra=1), "unknown field `extra`"),
+        (lambda p: p["options"].update(int8=True), "unknown field `int8` - at `\\$\\.options`"),
+        (lambda p: p.pop("graphs"), "missing required field `graphs`"),
+        (lambda p: p.update(bundle="other"), r"was changed after the build: its digest or its form .*Build it again"),
+        (lambda p: p.update(digest=HASH), "was changed after the build"),
+        (lambda p: p["options"].update(tf32=False), "was changed after the build"),  # a default is not written
+        (lambda p: p["options"].update(precision="int8"), "Invalid enum value 'int8'"),
+        (lambda p: p["engine"].update(flavour="tensorrt-lite"), "Invalid enum value 'tensorrt-lite'"),
+        (lambda p: p["engine"].update(capabilities=[]), "capabilities: one or more expected"),
+        (lambda p: p["engine"].update(gpu="a\x1b[2Jb"), "printable text expected"),
+        (lambda p: p.update(bundle="a\x1b[2Jb"), "printable text expected"),
+        (lambda p: p.update(target="tpu"), "build: target is 'tpu'; expected cpu, cuda"),
+        (lambda p: p.update(target="tensorrt"), "target tensorrt: its engine is of another flavour"),
+        (lambda p: p.update(target="cpu"), "target cpu: its engine is of another flavour"),
+        (lambda p: p.pop("engine"), "profiles belong to engines, and every engine has one or more"),
+        (lambda p: p["options"].pop("profiles"), "profiles belong to engines, and every engine has one or more"),
+        (lambda p: p["options"]["profiles"][0].update(batch=[0, 1, 1]), "1 ≤ smallest ≤ middle ≤ largest expected"),
+        (lambda p: p["options"]["profiles"][0].update(batch=[2, 1, 4]), "expected, got 2, 1, 4"),
+        (lambda p: p["options"]["profiles"][0].update(batch=[1, 5, 4]), "expected, got 1, 5, 4"),
+        (lambda p: p["options"]["profiles"][0].update(sizes={"h": [3, 2, 1]}), "expected, got 3, 2, 1"),
+        (lambda p: p["options"]["profiles"][0].update(batch=[1, 1]), "Expected `array` of length 3"),
+        (lambda p: p["files"].pop("encoder.engine"), r"files: encoder\.engine must be listed"),
+        (lambda p: p["graphs"]["encoder"].update(file="../x"), r"files: \.\./x must be listed"),
+        (lambda p: p["files"].update({"../x": p["files"]["encoder.engine"]}), "a plain path inside the folder"),
+        (
+            lambda p: p["graphs"].pop("encoder"),
+            r"encoder, decoder, reconstruct and generate expected, got \['decoder'\]",
+        ),
+        (lambda p: p["graphs"].update(other=p["graphs"]["encoder"]), "reconstruct and generate expected, got"),
+        (lambda p: p["graphs"]["encoder"].update(structure="x"), "structure: 64 lower-case hexadecimal digits"),
+        (lambda p: p["files"]["encoder.engine"].update(size=-1), "a size of 0 or more"),
+    ],
+)
+def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        SEAL.decode(tampered(change))
+
+
+def test_white_space_is_refused() -> None:
+    with pytest.raises(BundleError, match="its digest or its form"):
+        SEAL.decode(SEAL.encode(a_build()).replace(b"  ", b" \t", 1))
+
+
+# Targets and profiles
+
+
+@pytest.mark.parametrize(
+    ("name", "flavour", "capability", "device"),
+    [
+        ("cpu", None, None, "cpu"),
+        ("cuda", None, None, "cuda"),
+        ("tensorrt", "tensorrt", None, "cuda"),
+        ("tensorrt-rtx", "tensorrt-rtx", None, "cuda"),
+        ("tensorrt-rtx-sm86", "tensorrt-rtx", "8.6", "cuda"),
+        ("tensorrt-rtx-sm120", "tensorrt-rtx", "12.0", "cuda"),
+    ],
+)
+def test_targets(name: str, flavour: str | None, capability: str | None, device: str) -> None:
+    found = builds.target(name)
+    assert (found.name, found.flavour, found.capability, found.device) == (name, flavour, capability, device)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "CPU", "cpu ", "cpu\n", "tensorrt-sm86", "tensorrt-rtx-", "tensorrt-rtx-sm8", "tensorrt-rtx-sm1200", "../cpu"],
+)
+def test_what_is_no_target(name: str) -> None:
+    with pytest.raises(
+        InputError, match=r"build: target is .*; expected cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt"
+    ):
+        builds.target(name)
+
+
+SIZED: Model = a_model(data=NAMED, latent=SPATIAL, likelihood=Likelihood(kind="gaussian"))
+
+
+@pytest.mark.parametrize(
+    ("batches", "static", "expected"),
+    [
+        ([1], False, ["batch 1 to 1"]),
+        ([64, 1, 8, 8], False, ["batch 1 to 1", "batch 2 to 8", "batch 9 to 64"]),
+        ([4], False, ["batch 1 to 4"]),
+        ([4, 2], True, ["batch 2 to 2", "batch 4 to 4"]),
+    ],
+)
+def test_profiles(batches: list[int], static: bool, expected: list[str]) -> None:
+    assert [str(p) for p in builds.profiles(a_model(), batches, [], static=static)] == expected
+
+
+def test_profiles_of_named_sizes() -> None:
+    sizes = [{"height": 32, "width": 24}, {"height": 64, "width": 8}]
+    assert [str(p) for p in builds.profiles(SIZED, [1, 4], sizes)] == [
+        "batch 1 to 1, height 16 to 32, width 8 to 24",
+        "batch 2 to 4, height 16 to 32, width 8 to 24",
+        "batch 1 to 1, height 16 to 64, width 8 to 8",
+        "batch 2 to 4, height 16 to 64, width 8 to 8",
+    ]
+    (static,) = builds.profiles(SIZED, [4], sizes[:1], static=True)
+    assert str(static) == "batch 4 to 4, height 32 to 32, width 24 to 24"
+    x, z = (SIZED.ends(graph)[0][0] for graph in ("encoder", "decoder"))
+    assert static.shapes(x, SIZED) == ((4, 3, 32, 24),) * 3
+    moving = builds.profiles(SIZED, [4], sizes[:1])[0]
+    assert moving.shapes(x, SIZED) == ((1, 3, 16, 8), (4, 3, 32, 24), (4, 3, 32, 24))
+    assert moving.shapes(z, SIZED) == ((1, 4, 2, 2), (4, 4, 4, 6), (4, 4, 4, 6))
+    with pytest.raises(InputError, match=r"this model takes height .*got height = 12"):
+        builds.profiles(SIZED, [1], [{"height": 12, "width": 8}])
+    with pytest.raises(InputError, match=r"this model takes height .*got \{\}"):
+        builds.profiles(SIZED, [1], [])
+
+
+THREE = builds.profiles(a_model(), [1, 8, 64], [])
+TWO_SIZES = builds.profiles(SIZED, [1, 4], [{"height": 32, "width": 24}, {"height": 64, "width": 8}])
+STATIC = builds.profiles(a_model(), [2, 8], [], static=True)
+
+
+@pytest.mark.parametrize(
+    ("profiles", "batch", "sizes", "expected"),
+    [
+        (THREE, 1, {}, (0, 1)),
+        (THREE, 2, {}, (1, 2)),
+        (THREE, 8, {}, (1, 8)),
+        (THREE, 9, {}, (2, 9)),
+        (THREE, 65, {}, None),
+        (STATIC, 1, {}, (0, 2)),
+        (STATIC, 3, {}, (1, 8)),
+        (STATIC, 9, {}, None),
+        (TWO_SIZES, 1, {"height": 16, "width": 8}, (2, 1)),
+        (TWO_SIZES, 1, {"height": 16, "width": 16}, (0, 1)),
+        (TWO_SIZES, 3, {"height": 64, "width": 8}, (3, 3)),
+        (TWO_SIZES, 1, {"height": 64, "width": 16}, None),
+        (TWO_SIZES, 1, {"height": 8, "width": 8}, None),
+        (TWO_SIZES, 1, {}, None),
+    ],
+)
+def test_choose(profiles: Any, batch: int, sizes: dict[str, int], expected: tuple[int, int] | None) -> None:
+    assert builds.choose(profiles, batch, sizes) == expected
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(2, 8), st.integers(1, 12)), min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(1, 110),
+    st.tuples(st.integers(2, 8), st.integers(1, 12)),
+)
+def test_the_chosen_profile_is_the_smallest_that_fits(
+    batches: list[int], sizes: list[tuple[int, int]], static: bool, n: int, size: tuple[int, int]
+) -> None:
+    asked = [{"height": 8 * h, "width": 8 * w} for h, w in sizes]
+    made = builds.profiles(SIZED, batches, asked, static=static)
+    assert len(made) == len(set(batches)) * len(sizes)
+    wanted = {"height": 8 * size[0], "width": 8 * size[1]}
+
+    def fits(profile: Profile) -> bool:
+        held = all(low <= wanted[name] <= high for name, (low, _, high) in profile.sizes.items())
+        return held and n <= profile.batch[2]
+
+    found = builds.choose(made, n, wanted)
+    if found is None:
+        assert not any(map(fits, made))
+        covered = any(size == s if static else size[0] <= s[0] and size[1] <= s[1] for s in sizes)
+        assert n > max(batches) or not covered
+        return
+    index, rows = found
+    chosen = made[index]
+    assert fits(chosen)
+    assert chosen.volume == min(profile.volume for profile in made if fits(profile))
+    assert n <= rows
+    assert chosen.batch[0] <= rows <= chosen.batch[2]
+    assert rows == (chosen.batch[2] if static else max(n, chosen.batch[0]))
+
+
+# The command line
+
+
+def test_build_on_the_command_line(run: Run, bundle: Path, tmp_path: Path, own_cache: Path) -> None:
+    said = succeeded(run("build", bundle, "--target", "cpu", "--precision", "fp16"))
+    place = builds.cached(Bundle(bundle).manifest, "cpu")
+    assert f"{place} is written, and verified" in said
+    assert "build for cpu" in said
+    assert "end to end" in said
+    assert "FAILED" not in said
+    assert "builds in the cache" in succeeded(run("inspect", bundle))
+    assert json.loads(succeeded(run("inspect", bundle, "--json")))["builds"] == ["cpu"]
+    shown = succeeded(run("inspect", place))
+    assert all(part in shown for part in ("build for cpu", "fp16", f"{NAME}, manifest"))
+    plain = json.loads(succeeded(run("inspect", place, "--json")))
+    assert (plain["kind"], plain["target"], plain["unlisted"]) == ("build", "cpu", [])
+    assert json.loads(succeeded(run("verify", bundle, "--target", "cpu", "--json")))["precision"] == "float16"
+    both = run("verify", bundle, "--build", place, "--target", "cpu")
+    failed(both, 2, "verify: name one of --build and --target")
+    none = run("verify", bundle, "--target", "cuda")
+    failed(none, 2, "verify: the cache has no build for cuda. Run: vae-export build")
+    succeeded(run("sample", bundle, "--build", place, "--out", "a.npy", "--n", 3, "--seed", 1))
+    with vae_export.load(bundle, build=place) as vae:
+        assert np.array_equal(np.load(tmp_path / "a.npy"), vae.sample(3, seed=1))
+    (place / "encoder.onnx").write_bytes(b"")
+    failed(run("verify", bundle, "--target", "cpu"), 3, "It is truncated or was changed. Build it again")
+    failed(run("inspect", place), 3, "It is truncated or was changed")
+
+
+@no_gpu
+def test_engines_on_the_command_line(run: Run, bundle: Path, made: Any, tmp_path: Path) -> None:
+    made(RTX)
+    done = run("build", bundle, "--target", RTX, "--batch", "1,2", "--static", "--out", "out", "--json")
+    plain = json.loads(succeeded(done))
+    assert (plain["path"], plain["certificate"], plain["unmeasured"]) == ("out", None, NO_GPU)
+    assert [p["batch"] for p in plain["build"]["options"]["profiles"]] == [[1, 1, 1], [2, 2, 2]]
+    shown = succeeded(run("inspect", "out"))
+    for part in (f"build for {RTX}", "compute capability 8.6", "a machine without a GPU", "batch 2 to 2"):
+        assert part in shown
+    words = "built for compute capability 8.6; this machine has no GPU"
+    failed(run("sample", bundle, "--build", "out", "--out", "a.npy"), 4, words)
+    engine = tmp_path / "out" / "encoder.engine"
+    engine.write_bytes(engine.read_bytes()[:-1])
+    failed(
+        run("sample", bundle, "--build", "out", "--out", "a.npy"), 3, "It is truncated or was changed. Build it again"
+    )
+    assert not (tmp_path / "a.npy").exists()
+
+
+def test_bad_commands(run: Run, bundle: Path, made: Any) -> None:
+    failed(run("build", bundle), 2, "build: name a --target: cpu, cuda, tensorrt, tensorrt-rtx or tensorrt-rtx-smNN")
+    if isinstance(machine.this_machine("tensorrt").flavours["tensorrt"], BackendError):
+        done = run("build", bundle, "--target", "tensorrt")
+        failed(done, 4, "TensorRT is not installed. Run: pip install 'vae-export[tensorrt]'")
+    for options in (["--target", "cpu", "--static"], ["--precision", "fp16"], ["--batch", "1"]):
+        done = run("build", bundle, "--refit", made("cpu").path, *options)
+        failed(done, 2, "build: --refit takes target, precision, shapes and flags from the build that it refits. Drop")
+    failed(run("build", bundle, "--refit", made("cpu").path), 2, "was not built with --refittable")
+    failed(run("build", bundle, "--target", RTX, "--size", "height"), 2, "build: size is 'height'; expected names and")
+    failed(run("build", bundle, "--target", RTX, "--batch", "1,x"), 2, "build: batch")

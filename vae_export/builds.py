@@ -1,0 +1,417 @@
+"""Builds: what was made from a bundle for one target, where it lies, and whether it may run here.
+
+`build.json` is a sealed record (see `records`) and the only record of an engine. A build lies in the user's own
+cache, `builds/<digest of the bundle's manifest>/<target>/`, or where it was asked to be. An engine is native code:
+it is opened from the cache, or from a folder that the caller names, never because a bundle brought it along; and
+only after everything that is said here of it was compared with the machine.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from platformdirs import user_cache_path
+
+from vae_export.errors import BackendError, BundleError, InputError
+from vae_export.manifest import Manifest, Model, SizeDim, Tensor
+from vae_export.records import File, Part, Seal, check_paths, check_text, is_sha256
+from vae_export.sealed import SealedFolder
+
+FORMAT: Final = "vae_export.build"
+VERSION: Final = 1
+
+Precision = Literal["fp32", "fp16", "bf16"]
+FlavourName = Literal["tensorrt", "tensorrt-rtx"]
+Range = tuple[int, int, int]
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+CERTIFICATE = "verification.json"
+_TARGET = re.compile(r"cpu|cuda|tensorrt|tensorrt-rtx(?:-sm(\d{1,2})(\d))?")
+_TARGETS = "cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for a compute capability such as sm89"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a build is for.
+
+    Attributes:
+        name: as it was asked for, such as `tensorrt-rtx-sm89`.
+        flavour: of TensorRT, or None for ONNX Runtime.
+        capability: the one compute capability that was asked for, such as `8.9`, or None.
+    """
+
+    name: str
+    flavour: FlavourName | None
+    capability: str | None
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
+
+def target(name: str) -> Target:
+    """A target by its name.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if not (found := _TARGET.fullmatch(name)):
+        raise InputError(f"build: target is {name!r}; expected {_TARGETS}")
+    flavour: FlavourName | None = None
+    if name.startswith("tensorrt"):
+        flavour = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
+    return Target(name, flavour, f"{found[1]}.{found[2]}" if found[1] else None)
+
+
+class Profile(Part, frozen=True, kw_only=True):
+    """Shapes that an engine takes, fastest at the middle ones: (smallest, middle, largest).
+
+    Attributes:
+        batch: of examples.
+        sizes: of the data's named dimensions.
+    """
+
+    batch: Range
+    sizes: dict[str, Range] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for low, middle, high in (self.batch, *self.sizes.values()):
+            if not 1 <= low <= middle <= high:
+                raise ValueError(f"profile: 1 ≤ smallest ≤ middle ≤ largest expected, got {low}, {middle}, {high}")
+
+    def shapes(self, tensor: Tensor, model: Model) -> Shapes:
+        """The smallest, middle and largest shape of a graph's input."""
+        low, middle, high = (
+            model.tensor_shape(tensor, self.batch[which], {name: size[which] for name, size in self.sizes.items()})
+            for which in range(3)
+        )
+        return low, middle, high
+
+    def fits(self, batch: int, sizes: Mapping[str, int]) -> bool:
+        """Whether a batch of examples of these sizes can run, filled up to the smallest batch."""
+        return batch <= self.batch[2] and all(
+            name in sizes and low <= sizes[name] <= high for name, (low, _, high) in self.sizes.items()
+        )
+
+    @property
+    def volume(self) -> int:
+        """The largest batch times the largest sizes."""
+        product = self.batch[2]
+        for _, _, high in self.sizes.values():
+            product *= high
+        return product
+
+    def __str__(self) -> str:
+        sizes = [f"{name} {low} to {high}" for name, (low, _, high) in self.sizes.items()]
+        return ", ".join([f"batch {self.batch[0]} to {self.batch[2]}", *sizes])
+
+
+def profiles(
+    model: Model,
+    batches: Sequence[int],
+    sizes: Sequence[Mapping[str, int]],
+    *,
+    static: bool = False,
+) -> tuple[Profile, ...]:
+    """One profile for each batch size and each size: a batch between two belongs to the larger one.
+
+    Args:
+        model: whose data may have named dimensions.
+        batches: rising or not, each ≥ 1.
+        sizes: of the named dimensions; empty for data of fixed size.
+        static: take these batches and sizes only; a smaller batch is filled up.
+
+    Raises:
+        InputError: a batch size is below 1, or a size is not one that the model takes.
+    """
+    try:
+        batches = sorted({operator.index(batch) for batch in batches})
+    except TypeError:
+        raise InputError(f"build: batches are {batches!r}; expected numbers from 1 on") from None
+    if not batches or batches[0] < 1:
+        raise InputError(f"build: batches are {list(batches)}; expected numbers from 1 on")
+    named = model.data.named()
+    for size in sizes or [{}]:
+        model.latent_shape(size)
+    made = []
+    for size in sizes or [{}]:
+        ranges = {
+            name: (value if static else _smallest(named[name], value), value, value) for name, value in size.items()
+        }
+        for before, batch in zip([0, *batches], batches, strict=False):
+            made.append(Profile(batch=(batch if static else before + 1, batch, batch), sizes=ranges))
+    return tuple(made)
+
+
+def _smallest(dim: SizeDim, largest: int) -> int:
+    return min(largest, -(-dim.min // dim.multiple_of) * dim.multiple_of)
+
+
+def choose(profiles: Sequence[Profile], batch: int, sizes: Mapping[str, int]) -> tuple[int, int] | None:
+    """The smallest profile that fits: its index, and the batch to run at, which may be larger. None if none does."""
+    fitting = [(p.volume, index) for index, p in enumerate(profiles) if p.fits(batch, sizes)]
+    if not fitting:
+        return None
+    index = min(fitting)[1]
+    return index, max(batch, profiles[index].batch[0])
+
+
+class BuiltGraph(Part, frozen=True, kw_only=True):
+    """One graph of a build.
+
+    Attributes:
+        file: its engine or ONNX file in the build's folder.
+        onnx_sha256: of the ONNX graph that the engine was made from; for ONNX Runtime, of the file.
+        structure: SHA-256 of that graph without the values of its weights.
+    """
+
+    file: str
+    onnx_sha256: str
+    structure: str
+
+    def __post_init__(self) -> None:
+        if not (is_sha256(self.onnx_sha256) and is_sha256(self.structure)):
+            raise ValueError("onnx_sha256 and structure: 64 lower-case hexadecimal digits expected")
+
+
+class Engine(Part, frozen=True, kw_only=True):
+    """What made the engines, and what they run on.
+
+    Attributes:
+        flavour: of TensorRT.
+        version: its exact version; no other reads the engine.
+        capabilities: the compute capabilities that the engine runs on, such as `8.6`.
+        platform: operating system and processor, such as `linux x86_64`.
+        gpu: the GPU that it was built on; null where there was none.
+        driver: the version of CUDA that its driver had; null where there was none.
+    """
+
+    flavour: FlavourName
+    version: str
+    capabilities: tuple[str, ...]
+    platform: str
+    gpu: str | None = None
+    driver: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text(self.version, *self.capabilities, self.platform, self.gpu or "", self.driver or "")
+        if not self.capabilities:
+            raise ValueError("capabilities: one or more expected")
+
+
+class Options(Part, frozen=True, kw_only=True):
+    """How a build was asked for.
+
+    Attributes:
+        precision: what the heavy part of the graphs computes in.
+        tf32: whether float32 products on a GPU may be rounded to TF32's 10 bits.
+        nhwc: whether ONNX Runtime keeps channels last on CUDA.
+        refittable: whether other weights of the same architecture can be put into the engines.
+        profiles: shapes that the engines take; none for ONNX Runtime, which takes all.
+    """
+
+    precision: Precision = "fp32"
+    tf32: bool = False
+    nhwc: bool = False
+    refittable: bool = False
+    profiles: tuple[Profile, ...] = ()
+
+    @property
+    def tolerance(self) -> str:
+        """The name of the tolerances that a certificate is held to."""
+        if self.precision == "fp32":
+            return "tf32" if self.tf32 else "float32"
+        return {"fp16": "float16", "bf16": "bfloat16"}[self.precision]
+
+
+class Build(Part, frozen=True, kw_only=True):
+    """What `build.json` says.
+
+    Attributes:
+        format: always `vae_export.build`.
+        version: of this format: 1.
+        digest: SHA-256 of the record's own bytes with this field empty.
+        bundle: the bundle's name.
+        manifest: the digest of the bundle's manifest.
+        sources: SHA-256 of the bundle's graphs.
+        target: what the build is for.
+        created: when it was made, UTC, ISO 8601.
+        options: how it was asked for.
+        graphs: encoder, decoder, reconstruct, and generate for pictures.
+        engine: of TensorRT; null for ONNX Runtime.
+        tools: versions of the packages that made the build.
+        files: every file of the build but the record, by its path with forward slashes.
+    """
+
+    format: Literal["vae_export.build"]
+    version: Literal[1]
+    digest: str
+    bundle: str
+    manifest: str
+    sources: dict[str, str]
+    target: str
+    created: str
+    options: Options
+    graphs: dict[str, BuiltGraph]
+    engine: Engine | None = None
+    tools: dict[str, str]
+    files: dict[str, File]
+
+    def __post_init__(self) -> None:
+        check_text(self.bundle, self.created, self.target, *self.tools, *self.tools.values())
+        check_paths(self.files)
+        missing = {graph.file for graph in self.graphs.values()} - set(self.files)
+        if missing:
+            raise ValueError(f"files: {', '.join(sorted(missing))} must be listed")
+        if not {"encoder", "decoder"} <= set(self.graphs) <= {"encoder", "decoder", "reconstruct", "generate"}:
+            raise ValueError(f"graphs: encoder, decoder, reconstruct and generate expected, got {sorted(self.graphs)}")
+        if (self.engine is None) != (not self.options.profiles):
+            raise ValueError("profiles belong to engines, and every engine has one or more")
+        try:
+            flavour = target(self.target).flavour
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if flavour != (self.engine.flavour if self.engine else None):
+            raise ValueError(f"target {self.target}: its engine is of another flavour")
+
+
+SEAL = Seal(
+    record=Build,
+    format=FORMAT,
+    version=VERSION,
+    file="build.json",
+    name="build's record",
+    folder="build",
+    made="build",
+    remedy="Build it again (vae-export build)",
+)
+
+
+class BuildFolder(SealedFolder[Build]):
+    """An opened build: its record is verified, and nothing else of it has been read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the build at `path`.
+
+        Raises:
+            InputError: there is no folder at `path`.
+            BundleError: its record is missing, damaged, newer than this version or was changed.
+        """
+        super().__init__(path, SEAL)
+
+    def check_source(self, manifest: Manifest) -> None:
+        """Refuse a build of another bundle.
+
+        Raises:
+            BundleError: it was made from another bundle, or from this one before it was exported again.
+        """
+        if self.record.manifest == manifest.digest:
+            return
+        ours = {name: manifest.files[graph.file].sha256 for name, graph in manifest.graphs.items()}
+        changed = sorted(name for name, digest in ours.items() if self.record.sources.get(name) != digest)
+        what = f"its {' and '.join(changed)} changed since" if changed else "it was exported again since"
+        raise BundleError(
+            f"{self.path}: built from bundle {self.record.bundle} with manifest {self.record.manifest[:12]}…; this "
+            f"bundle, {manifest.name}, has manifest {manifest.digest[:12]}…: {what}. "
+            f"Run: vae-export build BUNDLE --target {self.record.target}"
+        )
+
+    def graphs(self) -> dict[str, bytes]:
+        """The verified bytes of all graphs; every other file is verified, too.
+
+        Raises:
+            BundleError: a file is missing or was changed.
+        """
+        found = {name: self.read(graph.file) for name, graph in self.record.graphs.items()}
+        self.check()
+        return found
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a build is compared with.
+
+    Attributes:
+        platform: as `Engine.platform`.
+        flavours: the version of each flavour of TensorRT that can be loaded here, or the reason why not.
+        capability: of the GPU that is used, such as `9.0`; None without one.
+        gpu: its name, or why there is none.
+    """
+
+    platform: str
+    flavours: Mapping[str, str | BackendError]
+    capability: str | None
+    gpu: str
+
+
+def mismatch(engine: Engine, machine: Machine) -> str | None:
+    """What keeps an engine from running on a machine, in words, or None.
+
+    It is asked before a byte of the engine is deserialized.
+    """
+    version = machine.flavours.get(engine.flavour)
+    if not isinstance(version, str):
+        return f"built for {_TITLES[engine.flavour]} {engine.version}; this machine has none: {version}"
+    if version != engine.version:
+        return f"built for {_TITLES[engine.flavour]} {engine.version}; this machine has {version}"
+    if machine.platform != engine.platform:
+        return f"built for {engine.platform}; this machine is {machine.platform}"
+    if machine.capability not in engine.capabilities:
+        built = ", ".join(engine.capabilities)
+        has = f"{machine.capability} ({machine.gpu})" if machine.capability else f"no GPU ({machine.gpu})"
+        return f"built for compute capability {built}; this machine has {has}"
+    return None
+
+
+_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+
+
+def title(flavour: FlavourName) -> str:
+    """A flavour's name in words."""
+    return _TITLES[flavour]
+
+
+def cache() -> Path:
+    """The folder of the user's own cache: VAE_EXPORT_CACHE, or where this system keeps caches."""
+    named = os.environ.get("VAE_EXPORT_CACHE")
+    return Path(named) if named else user_cache_path("vae_export", appauthor=False)
+
+
+def cached(manifest: Manifest, name: str) -> Path:
+    """Where the cache keeps a bundle's build for a target, whether it is there or not."""
+    return cache() / "builds" / manifest.digest / name
+
+
+def cached_targets(manifest: Manifest) -> list[str]:
+    """The targets for which the cache holds a build of this bundle."""
+    folder = cache() / "builds" / manifest.digest
+    found = sorted(path.name for path in folder.iterdir() if (path / SEAL.file).is_file()) if folder.is_dir() else []
+    return [name for name in found if _TARGET.fullmatch(name)]
+
+
+def check_cache() -> Path:
+    """The cache, made if it is missing, that nobody but this user can reach: an engine is native code.
+
+    Raises:
+        BackendError: it belongs to another user or is open to others.
+    """
+    root = cache()
+    if not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+    status = root.stat()
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077):
+        raise BackendError(
+            f"{root}: the cache belongs to another user or is open to others, who could put native code there. "
+            f"Run: chmod 700 {root} (if it is yours), or set VAE_EXPORT_CACHE to a folder of your own"
+        )
+    return root

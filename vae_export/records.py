@@ -1,0 +1,156 @@
+"""Strict records, and the canonical JSON with a digest over itself that seals a folder.
+
+A sealed record is two-space indented JSON in the order of its fields, ended by a newline. It carries a SHA-256
+over its own bytes, and reading it is strict: unknown fields, other types, another order or other white space are
+refused. What has its default value is not written, so that fields may be added: old records keep their canonical
+bytes, and every released version stays readable. A newer version is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from vae_export.errors import BundleError
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A strict, immutable record."""
+
+
+class Part(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A record that is sealed, or a part of one. What has its default value is not written."""
+
+
+class File(Part, frozen=True, kw_only=True):
+    """A file of a sealed folder.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its content, 64 lower-case hexadecimal digits.
+    """
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or not is_sha256(self.sha256):
+            raise ValueError("a size of 0 or more and 64 lower-case hexadecimal digits expected")
+
+
+class SealedRecord(Protocol):
+    """What a record needs to seal a folder: `digest`, the SHA-256 of its own bytes with this field empty, and
+    `files`, every file of the folder but the record, by its path with forward slashes.
+    """
+
+    @property
+    def digest(self) -> str:
+        """64 lower-case hexadecimal digits."""
+        ...
+
+    @property
+    def files(self) -> dict[str, File]:
+        """Size and hash by path."""
+        ...
+
+
+T = TypeVar("T", bound=SealedRecord)
+
+
+@dataclass(frozen=True)
+class Seal(Generic[T]):
+    """A format of sealed records, and its words for messages.
+
+    Attributes:
+        record: the type, whose first fields are `format` and `version`.
+        format: the value of its first.
+        version: the newest version that is read.
+        file: the record's name in its folder, such as `manifest.json`.
+        name: the record in words, such as `manifest`.
+        folder: the folder in words, such as `bundle`.
+        made: what made it, such as `export`.
+        remedy: what to do about a broken one, such as `Export the model again`.
+    """
+
+    record: type[T]
+    format: str
+    version: int
+    file: str
+    name: str
+    folder: str
+    made: str
+    remedy: str
+
+    def encode(self, record: T) -> bytes:
+        """The canonical bytes of a record, its digest filled in."""
+        return _canonical(record, hashlib.sha256(_canonical(record, "")).hexdigest())
+
+    def decode(self, raw: bytes) -> T:
+        """Read a record strictly.
+
+        Raises:
+            BundleError: it is no such record, is newer than this version, or was changed after it was written.
+        """
+        try:
+            header = msgspec.json.decode(raw, type=_Header)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise BundleError(f"{self.file} is not a {self.name}: {error}") from None
+        if header.format != self.format:
+            raise BundleError(f"{self.file}: format is {header.format!r}, expected {self.format!r}")
+        if header.version > self.version:
+            raise BundleError(
+                f"{self.file} has version {header.version}; this vae_export reads versions up to {self.version}. "
+                "Run: pip install --upgrade vae-export"
+            )
+        try:
+            record = msgspec.json.decode(raw, type=self.record)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise BundleError(f"{self.file}: {error}") from None
+        if self.encode(record) != raw:
+            raise BundleError(
+                f"{self.file} was changed after the {self.made}: its digest or its form does not match its content. "
+                f"{self.remedy}"
+            )
+        return record
+
+
+class _Header(msgspec.Struct):
+    format: str
+    version: int
+
+
+def _canonical(record: Any, digest: str) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(record, digest=digest)), indent=2) + b"\n"
+
+
+def is_sha256(text: str) -> bool:
+    """Whether a text is 64 lower-case hexadecimal digits."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def check_text(*texts: str) -> None:
+    """Refuse what would do more in a terminal than be read."""
+    for text in texts:
+        if not text.isprintable():
+            raise ValueError(f"printable text expected, got {text!r}")
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Refuse what is not a plain relative path with forward slashes."""
+    for path in paths:
+        pure = PurePosixPath(path)
+        if (
+            str(pure) != path
+            or not pure.parts
+            or not path.isprintable()
+            or pure.is_absolute()
+            or ".." in pure.parts
+            or re.search(r"[\\:\0]", path)
+        ):
+            raise ValueError(f"file {path!r}: a plain path inside the folder expected")
