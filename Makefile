@@ -16,7 +16,7 @@ demo: setup
 
 # Files are dealt out to processes: what a file's tests share is made once.
 test: lint types
-	$(BIN)/pytest -p no:cacheprovider -n $(JOBS) --dist loadfile
+	$(BIN)/pytest -p no:cacheprovider -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU: make test-gpu EXTRAS=gpu,export,train,test,rtx
 test-gpu: setup

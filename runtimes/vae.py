@@ -219,9 +219,7 @@ class VAE:
             InputError: x is not such an array.
         """
         x, on_device = self._data.anywhere("encode", x)
-        outputs = self._run("encoder", {"x": x}, self._encoder_outputs, on_device)
-        mean, logvar = outputs[0], outputs[1] if len(outputs) > 1 else None
-        return DevicePosterior(mean, logvar, self._backend) if on_device else Posterior(mean, logvar)
+        return self._on_device(x) if on_device else self._posterior(x)
 
     @overload
     def decode(self, z: npt.NDArray[Any]) -> Array: ...
@@ -360,8 +358,9 @@ class VAE:
         x, on_device = self._data.anywhere("reconstruct", x)
         gaussian = len(self._encoder_outputs) > 1
         if "reconstruct" not in self._backend.graphs or (seed is not None and not gaussian):
-            posterior = self.encode(x)
-            return self.decode(posterior.mode() if seed is None else posterior.sample(seed, start))
+            posterior = self._on_device(x) if on_device else self._posterior(x)
+            z = posterior.mode() if seed is None else posterior.sample(seed, start)
+            return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
         inputs = {"x": x}
         if gaussian:
             shape = (x.shape[0], *self._example("encoder", tuple(x.shape[1:])))
@@ -520,6 +519,10 @@ class VAE:
     def _posterior(self, x: Array) -> Posterior:
         outputs = self._run("encoder", {"x": x}, self._encoder_outputs)
         return Posterior(outputs[0], outputs[1] if len(outputs) > 1 else None)
+
+    def _on_device(self, x: Any) -> DevicePosterior:
+        outputs = self._run("encoder", {"x": x}, self._encoder_outputs, on_device=True)
+        return DevicePosterior(outputs[0], outputs[1] if len(outputs) > 1 else None, self._backend)
 
     def _parameters(self, z: Array | Normals) -> dict[str, Array]:
         return dict(zip(self._decoder_outputs, self._run("decoder", {"z": z}, self._decoder_outputs), strict=True))

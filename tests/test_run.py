@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -304,7 +305,10 @@ def test_batches_made_ahead_are_the_same() -> None:
 def torchrun(folder: Path, out: str, processes: int, batch: int, *more: object) -> None:
     arguments = ["train", out, "--model", "conv", "--widths", "8,16", "--epochs", 1, "--device", "cpu", "--seed", 3]
     options = ["--free-bits", 0.2, "--draws", 2, "--flip", "--importance-draws", 2, "--batch-size", batch, *more]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", 29511, "-m", "vae_export"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port, "-m", "vae_export"]
     done = subprocess.run(
         [sys.executable, *map(str, [*command, *arguments, *options])],
         cwd=folder,
