@@ -82,7 +82,7 @@ def test_parity(case: Any, place: str, placed: Callable[..., Any]) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu build"])  # it is the same backend
 @pytest.mark.parametrize("micro_batch", [1, 2, 7, 64])
 def test_micro_batches_change_nothing(case: Any, place: str, placed: Callable[..., Any], micro_batch: int) -> None:
     x = examples(case.source, 20)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import get_args
 
 import msgspec
 
-from vae_export import builds, certificate, engines, files, golden, sealed, verifier
+from vae_export import builds, certificate, engines, files, golden, sealed, verifier, versions
 from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Precision, Target
 from vae_export.bundle import Bundle
 from vae_export.certificate import Certificate
@@ -220,7 +218,7 @@ def _make(
                 for name, graph in graphs.items()
             },
             engine=engine,
-            tools=_tools(),
+            tools=versions.tools(_TOOLS),
             files=sealed.list_files(folder),
         )
         (folder / builds.SEAL.file).write_bytes(builds.SEAL.encode(record))
@@ -291,13 +289,3 @@ def _unmeasurable(target: Target, engine: Engine | None, options: Options, sizes
 def _golden_sizes(model: Model, reference: golden.Reference) -> dict[str, int]:
     """The golden examples' sizes of the named dimensions."""
     return model.sizes(reference.tensors["mean"].shape[1:])
-
-
-def _tools() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _TOOLS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vae_export import __version__, builds
+from vae_export import __version__, builds, versions
 from vae_export.errors import BackendError, require
 from vae_export.runtimes import flavours, machine
 from vae_export.runtimes.gpu import compile_kernels
@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
     """
     extras = {}
     for extra, purpose in EXTRAS.items():
-        packages = {name: _version(name) for name in _packages(extra)}
+        packages = {name: versions.of(name) for name in _packages(extra)}
         missing = any(version is None for version in packages.values())
         extras[extra] = {
             "purpose": purpose,
@@ -53,9 +53,9 @@ def examine() -> dict[str, Any]:
             "install": _install(extra) if missing and extra not in _UNUSED else None,
         }
     problems = []
-    if _version("vae-export") is None:
+    if versions.of("vae-export") is None:
         problems.append("vae-export itself is not installed, so that its extras are not known. Run: pip install .")
-    installed = [name for name in _CLASH.values() if _version(name)]
+    installed = [name for name in _CLASH.values() if versions.of(name)]
     if len(installed) > 1:
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Run: "
@@ -86,7 +86,7 @@ def examine() -> dict[str, Any]:
 
 def _install(extra: str) -> str:
     other = _CLASH.get(extra)
-    first = f"pip uninstall -y {other}; " if other and _version(other) else ""
+    first = f"pip uninstall -y {other}; " if other and versions.of(other) else ""
     return f"{first}pip install 'vae-export[{extra}]'"
 
 
@@ -127,13 +127,6 @@ def _packages(extra: str) -> list[str]:
         assert found is not None
         names |= set(_packages(found[2])) if found[1] == "vae-export" else {found[1]}
     return sorted(names)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _onnxruntime() -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import logging
 import os
-import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, sealed, verifier
+from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, sealed, verifier, versions
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
@@ -133,7 +131,7 @@ def export(
             graphs=records,
             golden=kept.record,
             origin=source.origin,
-            tools=_tools(),
+            tools=versions.tools(_TOOLS),
             files=sealed.list_files(folder),
         )
         bundle.write_manifest(folder, manifest)
@@ -246,13 +244,3 @@ def _calibration(source: Source) -> bytes:
     limit = max(1, min(_CALIBRATION_ROWS, _CALIBRATION_LIMIT // rows[0].nbytes))
     chosen = noise.permutation(references.SEED, noise.VERIFIER, 1, len(rows))[:limit]
     return safetensors.numpy.save({"x": np.ascontiguousarray(rows[np.sort(chosen)], np.float32)})
-
-
-def _tools() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _TOOLS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
