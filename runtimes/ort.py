@@ -59,27 +59,28 @@ class OrtBackend:
         on_device: bool = False,
     ) -> list[Any]:
         """See `Backend.run`."""
-        assert not on_device
-        n = len(next(iter(inputs.values())))
-        if n <= micro_batch:
-            return self._run(graph, inputs, outputs)
-        results: list[Any] = []
-        for rows in slices(n, micro_batch):
-            parts = self._run(graph, {name: value[rows] for name, value in inputs.items()}, outputs)
-            results = results or [np.empty((n, *part.shape[1:]), part.dtype) for part in parts]
-            for result, part in zip(results, parts, strict=True):
-                result[rows] = part
-        return results
-
-    def _run(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str]) -> list[Any]:
-        feed = {name: value.numpy() if type(value) is Normals else value for name, value in inputs.items()}
+        first = next(iter(inputs.values()))
+        if len(first) > micro_batch:
+            return self._sliced(graph, inputs, outputs, micro_batch)
+        if len(inputs) > 1 or type(first) is Normals:
+            inputs = {name: value.numpy() if type(value) is Normals else value for name, value in inputs.items()}
         try:
-            result: list[Any] = self._sessions[graph].run(outputs, feed)
+            result: list[Any] = self._sessions[graph].run(outputs, inputs)
         except KeyError:
             raise BackendError("this VAE was closed; load the bundle again") from None
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BackendError(f"ONNX Runtime {self._version} failed in the {graph}: {error}") from error
         return result
+
+    def _sliced(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int) -> list[Any]:
+        n = len(next(iter(inputs.values())))
+        results: list[Any] = []
+        for rows in slices(n, micro_batch):
+            parts = self.run(graph, {name: value[rows] for name, value in inputs.items()}, outputs, micro_batch)
+            results = results or [np.empty((n, *part.shape[1:]), part.dtype) for part in parts]
+            for result, part in zip(results, parts, strict=True):
+                result[rows] = part
+        return results
 
     def draw(self, mean: Value, logvar: Value, eps: Normals) -> Any:
         """See `Backend.draw`: there is no GPU here."""

@@ -239,6 +239,8 @@ class VAE:
         Raises:
             InputError: z is not such an array.
         """
+        if type(z) is np.ndarray:  # the shortest way
+            return self._run("decoder", {"z": self._latent("decode", z)}, _SAMPLE)[0]
         z, on_device = self._latent.anywhere("decode", z)
         return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
 
@@ -531,9 +533,8 @@ class VAE:
         self, graph: str, inputs: dict[str, Value], outputs: tuple[str, ...], on_device: bool = False
     ) -> list[Any]:
         results = self._backend.run(graph, inputs, outputs, self._micro_batch, on_device=on_device)
-        first = next(iter(inputs.values()))
-        shape = first.shape
-        expected = (shape[0], *self._example(graph, tuple(shape[1:])))
+        shape = next(iter(inputs.values())).shape
+        expected = (shape[0], *(self._gives.get(graph) or self._example(graph, tuple(shape[1:]))))
         for result in results:
             if result.shape != expected:
                 raise BundleError(
