@@ -114,10 +114,10 @@ class DeviceArray:
 
     def _hand_over(self, stream: int) -> None:
         """Let the taker's stream wait for this array, and its memory go back only after that stream's work."""
+        self.shared = True
         if stream == -1:  # the taker has seen to it
             return
         self._gpu.use()
-        self.shared = True
         taker = self._gpu.stream(stream)
         taker.wait(self.ready)
         self._buffer.set_deallocation_stream(taker)
@@ -196,7 +196,7 @@ class Gpu:
         """
         try:
             return self._pinned.allocate(size)
-        except Exception as error:
+        except Exception as error:  # as above
             raise self.failure(error, f"{size:,} bytes of pinned memory") from None
 
     def failure(self, error: Exception, what: str) -> BackendError:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from conftest import PLACES
+from vae_export.runtimes.inputs import ArrayCheck
 from vae_export.trainers.objective import elbo as torch_elbo
 from vae_export.trainers.objective import log_prob_of
 
@@ -345,6 +346,8 @@ def test_bad_options(digits: dict[str, Path]) -> None:
         vae_export.load(path, device="tpu")
     with pytest.raises(InputError, match="lanes is 0; expected a number from 1 to 64"):
         vae_export.load(path, lanes=0)
+    with pytest.raises(InputError, match=r"captures CUDA graphs in one lane only; lanes is 2\. Ask for one"):
+        vae_export.load(path, device="cuda", cuda_graphs=True, lanes=2)
     with pytest.raises(InputError, match="cuda_graphs is 'yes'; expected True, False or None"):
         vae_export.load(path, cuda_graphs="yes")
     with pytest.raises(InputError, match="micro_batch is 0; expected 1 or more"):
@@ -405,6 +408,21 @@ def test_the_cpu_takes_no_arrays_of_a_gpu(digits: dict[str, Path], array: Any) -
         for draw in (vae.sample, vae.generate):
             with pytest.raises(InputError, match="on_device is for a GPU, and this VAE runs on the CPU"):
                 draw(1, on_device=True)
+
+
+def test_what_is_asked_of_an_array_on_a_gpu(digits: dict[str, Path]) -> None:
+    """Before it goes anywhere: shape and type, as it tells them itself."""
+    check = ArrayCheck("x", vae_export.Bundle(digits["bernoulli"]).manifest.model, on_gpu=True)
+    good, wrong = OnAGpu(), OnAGpu()
+    assert check.anywhere("encode", good) == (good, True)
+    with pytest.raises(InputError, match="encode: x is a Numbas without a shape and a dtype"):
+        check.anywhere("encode", Numbas())
+    wrong.dtype = "torch.float16"
+    with pytest.raises(InputError, match=r"x has dtype float16 on the GPU; expected float32\. Convert it there"):
+        check.anywhere("encode", wrong)
+    wrong.shape = (2, 1, 9, 8)
+    with pytest.raises(InputError, match=r"encode: x has shape \(2, 1, 9, 8\); this bundle expects"):
+        check.anywhere("encode", wrong)
 
 
 def test_describe(digits: dict[str, Path]) -> None:

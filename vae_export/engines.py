@@ -17,6 +17,7 @@ from vae_export.manifest import Model
 from vae_export.runtimes import machine
 from vae_export.runtimes.flavours import Bindings
 
+#: The first compute capability that an RTX engine for all GPUs is made for: Ampere.
 _FROM = 8.0
 # TensorRT's builders share one logger, from which a failure's reason is taken.
 _one_at_a_time = threading.Lock()
