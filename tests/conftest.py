@@ -27,7 +27,7 @@ from vae_export.trainers.fit import fit
 import vae_export
 from vae_export import builds, engines
 from vae_export.errors import BackendError
-from vae_export.sources.protocol import Source
+from vae_export.sources.protocol import Trained
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Member:
     """A model of the zoo and its bundle."""
 
-    source: Source
+    source: Trained
     bundle: Path
     certificate: vae_export.Certificate
 

@@ -22,7 +22,7 @@ from vae_export import builds, engines
 from vae_export.builds import BuildFolder, Options, Profile
 from vae_export.errors import BackendError, InputError
 from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
-from vae_export.sources.protocol import Source
+from vae_export.sources.protocol import Trained
 
 RTX = flavours.load("tensorrt-rtx")
 CAPABILITIES = ("sm86", "sm120")
@@ -169,7 +169,7 @@ def transposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         likelihood=Likelihood(kind="gaussian_fixed", variance=0.1),
     )
     module = zoo.fill(Transposed())
-    vae_export.export(Source(module, model, zoo.ORIGIN, zoo.CONFIG, (1, 8, 8)), path)
+    vae_export.export(Trained(module, model, zoo.ORIGIN, zoo.CONFIG, (1, 8, 8)), path)
     return path
 
 

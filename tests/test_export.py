@@ -23,7 +23,7 @@ from vae_export.bundle import Bundle
 from vae_export.errors import InputError, VerificationError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
 from vae_export.sources import reference
-from vae_export.sources.protocol import Source
+from vae_export.sources.protocol import Trained
 
 
 @pytest.mark.parametrize("name", sorted(zoo.MEMBERS))
@@ -136,7 +136,7 @@ def test_a_path_that_gives_no_name(tmp_path: Path) -> None:
 
 
 def test_a_bare_module_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"got a Plain; expected a checkpoint's folder or a .*Source, in which"):
+    with pytest.raises(InputError, match=r"got a Plain; expected a checkpoint's folder or a .*Trained, in which"):
         vae_export.export(zoo.Plain(), tmp_path / "b")
 
 
@@ -264,7 +264,7 @@ def test_every_likelihood_and_posterior(tmp_path: Path, likelihood: str, posteri
             assert np.isfinite(vae.elbo(source.held_out[:3]).elbo).all()
 
 
-def with_heads(likelihood: str, posterior: str = "diagonal_gaussian") -> Source:
+def with_heads(likelihood: str, posterior: str = "diagonal_gaussian") -> Trained:
     model = msgspec.structs.replace(
         zoo.plain().model,
         data=Data(shape=(12,), range=(0.0, 1.0)),

@@ -11,7 +11,7 @@ from vae_export.trainers.config import ModelConfig
 from vae_export.trainers.models import build
 
 from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
-from vae_export.sources.protocol import Source
+from vae_export.sources.protocol import Trained
 
 CONFIG = b'{"zoo": true}\n'
 ORIGIN = Origin(kind="module", name="zoo")
@@ -29,12 +29,12 @@ def fill(module: nn.Module) -> nn.Module:
 
 def trainer_model(
     model: str, likelihood: str, shape: tuple[int, int, int] = (1, 8, 8), latent: int = 5, **widths: object
-) -> Source:
+) -> Trained:
     """A model of our trainer."""
     config = ModelConfig(model=model, data_shape=shape, likelihood=likelihood, latent=latent, **widths)
     module = fill(build(config))
     low, high = config.data_range
-    return Source(
+    return Trained(
         module=module,
         model=Model(
             architecture=model,
@@ -80,14 +80,14 @@ class Spatial(nn.Module):
         return sample, logvar.clamp(-6.0, 4.0)
 
 
-def spatial(*, named: bool) -> Source:
+def spatial(*, named: bool) -> Trained:
     """`Spatial`, of fixed 16 × 24 or of named height and width."""
     height, width = (SizeDim(name="height", multiple_of=4), SizeDim(name="width", multiple_of=4)) if named else (16, 24)
     h, w = (
         (LatentDim(name="height", divided_by=4), LatentDim(name="width", divided_by=4)) if named else (4, 6)
     )  # fmt: skip
     module = fill(Spatial())
-    return Source(
+    return Trained(
         module=module,
         model=Model(
             architecture="spatial",
@@ -118,9 +118,9 @@ class Plain(nn.Module):
         return self.back(z)
 
 
-def plain() -> Source:
+def plain() -> Trained:
     """`Plain`, on data of shape (12,)."""
-    return Source(
+    return Trained(
         module=fill(Plain()),
         model=Model(
             architecture="plain",

@@ -26,7 +26,7 @@ from vae_export.pixels import is_picture
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import checkpoint
 from vae_export.sources import reference as references
-from vae_export.sources.protocol import Decoder, Encoder, Source
+from vae_export.sources.protocol import Decoder, Encoder, Trained
 
 #: The newest version of the ONNX operators that PyTorch's exporter writes by default; every backend that
 #: is built for has kernels for it.
@@ -39,7 +39,7 @@ _TOOLS = ("vae-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
 
 
 def export(
-    source: str | os.PathLike[str] | Source,
+    source: str | os.PathLike[str] | Trained,
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -50,7 +50,7 @@ def export(
     The bundle appears at `path` whole, and only if every check of its certificate holds.
 
     Args:
-        source: a checkpoint folder of our trainer, or a `Source`.
+        source: a checkpoint folder of our trainer, or a `Trained`.
         path: the bundle's folder.
         overwrite: replace a bundle that is there.
         progress: called with the name of each step as it begins.
@@ -66,12 +66,12 @@ def export(
     """
     path = Path(path)
     bundle.check_target(path, overwrite=overwrite)
-    if not isinstance(source, (Source, str, os.PathLike)):
+    if not isinstance(source, (Trained, str, os.PathLike)):
         raise InputError(
             f"export: got a {type(source).__name__}; expected a checkpoint's folder or a "
-            "vae_export.sources.protocol.Source, in which a module is wrapped with what the manifest says of it"
+            "vae_export.sources.protocol.Trained, in which a module is wrapped with what the manifest says of it"
         )
-    if not isinstance(source, Source):
+    if not isinstance(source, Trained):
         source = checkpoint.load(Path(source))
     _check_size(source)
     name = re.sub(r"\.bundle$", "", path.resolve().name)
@@ -220,7 +220,7 @@ def _forget_origin(model: onnx_ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _check_size(source: Source) -> None:
+def _check_size(source: Trained) -> None:
     shape = source.model.data.shape
     fits = len(shape) == len(source.example_shape) and all(
         dim.allows(size) if isinstance(dim, SizeDim) else dim == size
@@ -236,7 +236,7 @@ def _check_size(source: Source) -> None:
             )
 
 
-def _calibration(source: Source) -> bytes:
+def _calibration(source: Trained) -> bytes:
     """Examples to choose a lower precision by: training data where there is any, else none."""
     if source.calibration is None:
         return safetensors.numpy.save({"x": np.zeros((0, *source.example_shape), np.float32)})

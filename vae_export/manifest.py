@@ -115,19 +115,35 @@ class Latent(Part, frozen=True, kw_only=True):
     Attributes:
         shape: one latent's shape without the batch: flat [D] or spatial [C, h, w], integers or dimensions
             that follow the data's.
-        scaling: for latent diffusion: such a pipeline works on (z − shift) · scaling. The graphs of a
-            bundle never apply it.
+        scaling: for latent diffusion: such a pipeline works on (z − shift) · scaling, or, where there are a
+            mean and a deviation, on (z − mean) · scaling / std. The graphs of a bundle never apply it.
         shift: see scaling.
+        mean: of each channel, or null; see scaling.
+        std: of each channel, > 0, or null.
     """
 
     shape: tuple[int | LatentDim, ...]
     scaling: float = 1.0
     shift: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_shape(self.shape)
         if not (math.isfinite(self.scaling) and self.scaling > 0 and math.isfinite(self.shift)):
             raise ValueError(f"scaling must be positive and shift finite, got {self.scaling} and {self.shift}")
+        if (self.mean is None) != (self.std is None) or (self.mean is not None and self.shift):
+            raise ValueError("mean and std belong together, without a shift")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and (len(values) != self.shape[0] or not all(map(math.isfinite, values))):
+                raise ValueError(f"{name}: one finite number for each of {self.shape[0]} channels expected")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std: positive numbers expected, got {list(self.std)}")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a diffusion model works on other values than the encoder's."""
+        return self.scaling != 1.0 or self.shift != 0.0 or self.mean is not None
 
 
 class Posterior(Part, frozen=True, kw_only=True):
@@ -201,6 +217,7 @@ class Model(Part, frozen=True, kw_only=True):
         prior: p(z).
         posterior: q(z|x).
         likelihood: p(x|z).
+        force_upcast: its makers say that it overflows in float16.
     """
 
     architecture: str
@@ -210,6 +227,7 @@ class Model(Part, frozen=True, kw_only=True):
     prior: Literal["standard_normal"]
     posterior: Posterior
     likelihood: Likelihood
+    force_upcast: bool = False
 
     def __post_init__(self) -> None:
         check_text(self.architecture)
@@ -299,6 +317,31 @@ class Model(Part, frozen=True, kw_only=True):
         return {dim.name: size * dim.divided_by for dim, size in dims if isinstance(dim, LatentDim)}
 
 
+class Cost(Part, frozen=True, kw_only=True):
+    """What one example costs in a graph, as a polynomial of its pixels: c0 + c1 · p + c2 · p², p = height · width.
+
+    For data without named dimensions it is the constant c0. The square is that of attention.
+
+    Attributes:
+        multiply_adds: of convolutions and products.
+        activations: the most bytes of float32 intermediate results that are needed at once, as counted in PyTorch;
+            a backend may need more.
+    """
+
+    multiply_adds: tuple[float, float, float]
+    activations: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(c) and c >= 0 for c in (*self.multiply_adds, *self.activations)):
+            raise ValueError("cost: finite numbers of 0 or more expected")
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """Multiply-adds and bytes for one example whose named dimensions have these sizes."""
+        pixels = math.prod(sizes.values()) if sizes else 0
+        first, second = (round(c[0] + c[1] * pixels + c[2] * pixels**2) for c in (self.multiply_adds, self.activations))
+        return first, second
+
+
 class Graph(Part, frozen=True, kw_only=True):
     """One ONNX graph.
 
@@ -307,12 +350,14 @@ class Graph(Part, frozen=True, kw_only=True):
         opset: the version of the standard ONNX operators that it uses.
         inputs: in the graph's order.
         outputs: in the graph's order.
+        cost: of one example; null where it was not counted.
     """
 
     file: str
     opset: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    cost: Cost | None = None
 
 
 class Golden(Part, frozen=True, kw_only=True):

@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from vae_export.errors import BackendError, InputError
 from vae_export.manifest import Data, Latent, Model, Origin, Posterior
-from vae_export.sources.protocol import Source, Training
+from vae_export.sources.protocol import Trained, Training
 from vae_export.trainers import checkpoint, data
 from vae_export.trainers import config as configs
 
 _ROWS = 1024
 
 
-def load(path: Path) -> Source:
+def load(path: Path) -> Trained:
     """Read a checkpoint, and its data set again for held-out examples, where that can still be had.
 
     Raises:
@@ -35,7 +35,7 @@ def load(path: Path) -> Source:
     except (BackendError, InputError):  # what has it is not on this machine: the certificate will say so
         dataset = None
     clamp = config.model.logvar_clamp if config.model.posterior == "diagonal_gaussian" else None
-    return Source(
+    return Trained(
         module=module,
         model=Model(
             architecture=config.model.model,

@@ -28,7 +28,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Source:
+class Trained:
     """A trained model and what the manifest says of it. A new kind of source is one file that returns this.
 
     Attributes:

@@ -17,7 +17,7 @@ from vae_export import elbo, golden, noise
 from vae_export.errors import InputError
 from vae_export.golden import EXTREMES, Reference
 from vae_export.manifest import Golden, Model, SizeDim
-from vae_export.sources.protocol import Decoder, Encoder, Source
+from vae_export.sources.protocol import Decoder, Encoder, Trained
 from vae_export.trainers.objective import kl_terms, log_prob_of
 
 #: The seed of the golden examples' noise, and of the choice of rows.
@@ -25,7 +25,7 @@ SEED = 2014
 _ROWS = 256  # of data, and of prior draws
 
 
-def compute(source: Source) -> Reference:
+def compute(source: Trained) -> Reference:
     """Run the PyTorch model in float64 on held-out data, extremes and prior draws; see `golden`.
 
     The ELBO's terms are those of `trainers.objective`: PyTorch's, not the runtime's NumPy ones.
@@ -76,7 +76,7 @@ class _Torch:
 
     BATCH = 64
 
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+    def __init__(self, source: Trained, dtype: torch.dtype) -> None:
         module = copy.deepcopy(source.module).to(dtype).eval()
         self.model = source.model
         self.dtype = dtype
