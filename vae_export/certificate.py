@@ -35,7 +35,8 @@ class Tolerance(Record, frozen=True, kw_only=True):
         posterior_kl: KL(q_reference || q_exported) of the worst latent dimension that is always allowed.
         pixel: the worst error of the decoded mean from end to end, as a share of the data's range.
         pixels_off: the share of pixels that are off by more than 1/255 of the range.
-        split: the worst difference between two ways to split a batch, as a share of the largest output.
+        split: the worst difference between two ways to split a batch, as a share of the largest output, where
+            PyTorch's own error in float32 does not allow more.
     """
 
     relative: float

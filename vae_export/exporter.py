@@ -7,25 +7,30 @@ import datetime
 import logging
 import os
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Unpack
 
+import msgspec
 import numpy as np
 import onnx_ir
 import safetensors.numpy
 import torch
 from torch import nn
 
-from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, sealed, verifier, versions
+from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, sealed, sources, verifier
 from vae_export import manifest as manifests
+from vae_export import versions
 from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import Graph, Manifest, Model, SizeDim
+from vae_export.manifest import Cost, Graph, Manifest, Model, SizeDim
 from vae_export.pixels import is_picture
 from vae_export.runtimes import VAE, open_backend
-from vae_export.sources import checkpoint
+from vae_export.sources import Described, cost
 from vae_export.sources import reference as references
+from vae_export.sources.module import Source
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 
 #: The newest version of the ONNX operators that PyTorch's exporter writes by default; every backend that
@@ -34,26 +39,35 @@ OPSET = 20
 _CALIBRATION_ROWS = 512
 _CALIBRATION_LIMIT = 16 << 20
 _INLINE_LIMIT = 1_900_000_000  # protobuf ends at 2 GiB
+#: Times that an example is encoded and decoded: in PyTorch in float64, which counts twice, and in float32; and at
+#: three batch sizes by itself, for a reconstruction and for the ELBO.
+_PASSES = 3 * 2 + 3 * 3
+_WORTH_SAYING = 2e11  # multiply-adds, some seconds
+_SHARE_OF_PEAK = 0.4  # of a matrix product's rate, as models of this kind reach it, measured
 _TRACE_BATCH = 3  # not 1, which tracing would take for a constant
-_TOOLS = ("vae-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+_TOOLS = ("vae-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "diffusers")
 
 
 def export(
-    source: str | os.PathLike[str] | Trained,
+    source: str | os.PathLike[str] | nn.Module | Source | Trained,
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
+    **described: Unpack[Described],
 ) -> Certificate:
     """Export a trained model, and prove that the export computes the same.
 
     The bundle appears at `path` whole, and only if every check of its certificate holds.
 
     Args:
-        source: a checkpoint folder of our trainer, or a `Trained`.
+        source: a checkpoint folder of our trainer; an autoencoder in the layout of diffusers, as a folder or a
+            `.safetensors` file; `package.module:factory`; a PyTorch module with `encode` and `decode`, or a
+            `vae_export.Source` of one.
         path: the bundle's folder.
         overwrite: replace a bundle that is there.
         progress: called with the name of each step as it begins.
+        described: what the source does not say itself: see `sources.Described`.
 
     Returns:
         The certificate, which the bundle holds as `verification.json`.
@@ -61,18 +75,12 @@ def export(
     Raises:
         InputError: the source cannot be read or exported, its graphs would be no pure functions (random
             operators, loops, custom operators), or something is at `path`.
-        BackendError: ONNX Runtime is not installed.
+        BackendError: ONNX Runtime, or diffusers for its folders, is not installed.
         VerificationError: the exported graphs differ from the model by more than their budgets.
     """
     path = Path(path)
     bundle.check_target(path, overwrite=overwrite)
-    if not isinstance(source, (Trained, str, os.PathLike)):
-        raise InputError(
-            f"export: got a {type(source).__name__}; expected a checkpoint's folder or a "
-            "vae_export.sources.protocol.Trained, in which a module is wrapped with what the manifest says of it"
-        )
-    if not isinstance(source, Trained):
-        source = checkpoint.load(Path(source))
+    source = sources.resolve(source, **described)
     _check_size(source)
     name = re.sub(r"\.bundle$", "", path.resolve().name)
     if not name or not name.isprintable():
@@ -90,8 +98,10 @@ def export(
         except BundleError as error:
             raise InputError(f"export: {error}") from None
 
-    progress("computing the reference in float64")
-    reference = references.compute(source)
+    costs = cost.count(source)
+    records = {kind: msgspec.structs.replace(record, cost=costs[kind]) for kind, record in records.items()}
+    progress(f"computing the reference in float64{_estimate(source, costs)}")
+    reference = references.compute(source, costs)
     progress("measuring the certificate")
     backend = open_backend(graphs, model, device="cpu")
     measured = verifier.measure(model, backend, reference, name)
@@ -101,7 +111,7 @@ def export(
     kept = reference.shrunk()
     rows = golden.encode(kept)
     golden.decode(rows, kept.record, model)
-    vae = VAE(model, backend)
+    vae = VAE(model, backend, micro_batch=min(64, kept.record.prior))
     with bundle.create(path, overwrite=overwrite) as folder:
         for kind, graph in graphs.items():
             file = folder / records[kind].file
@@ -113,8 +123,8 @@ def export(
         (folder / "verification.json").write_bytes(certificate.encode(measured))
         picture = is_picture(model.data.shape)
         if picture:
-            examples = vae.sample(64, size=source.sizes())
-            images.grid(examples, model.data.range, columns=16).save(folder / model_card.PICTURE)
+            examples = vae.sample(min(64, kept.record.prior), size=source.sizes())
+            images.grid(examples, model.data.range, columns=16 if len(examples) > 16 else 8).save(folder / model_card.PICTURE)
         if source.training and source.training.pictures:
             (folder / model_card.TRAINING).mkdir()
             for file_name, (_, content) in source.training.pictures.items():
@@ -136,6 +146,24 @@ def export(
         )
         bundle.write_manifest(folder, manifest)
     return measured
+
+
+def _estimate(source: Trained, costs: Mapping[str, Cost]) -> str:
+    """For models that take a while: what is measured, and about how long it takes, in words."""
+    each = sum(cost.at(source.sizes())[0] for cost in costs.values())
+    total = references.rows(costs, source.sizes()) * each * _PASSES
+    if total < _WORTH_SAYING:
+        return ""
+    square = torch.rand(1024, 1024)
+    torch.mm(square, square)
+    began = time.perf_counter()
+    for _ in range(5):
+        torch.mm(square, square)
+    rate = 5 * 1024**3 / (time.perf_counter() - began)
+    return (
+        f" and measuring: {references.rows(costs, source.sizes())} examples of {each / 1e9:,.1f} billion multiply-adds, "
+        f"about {total / rate / _SHARE_OF_PEAK / 60:.1f} minutes"
+    )
 
 
 def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -> tuple[bytes, Graph]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,31 +16,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vae_export import elbo, golden, noise
 from vae_export.errors import InputError
 from vae_export.golden import EXTREMES, Reference
-from vae_export.manifest import Golden, Model, SizeDim
+from vae_export.manifest import Cost, Golden, Model, SizeDim
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 from vae_export.trainers.objective import kl_terms, log_prob_of
 
 #: The seed of the golden examples' noise, and of the choice of rows.
 SEED = 2014
 _ROWS = 256  # of data, and of prior draws
+_FEWEST = 7  # the largest batch of those that every certificate has
+#: Multiply-adds of encoding and decoding all rows once, above which there are fewer of them.
+_WORK = 2e11
+_MEMORY = 1 << 30  # of intermediate results at once
 
 
-def compute(source: Trained) -> Reference:
+def rows(costs: Mapping[str, Cost], sizes: Mapping[str, int]) -> int:
+    """How many rows of data, and as many draws from the prior, a model of these costs is measured on."""
+    each = sum(cost.at(sizes)[0] for cost in costs.values())
+    return min(_ROWS, max(_FEWEST, int(_WORK / max(each, 1))))
+
+
+def compute(source: Trained, costs: Mapping[str, Cost]) -> Reference:
     """Run the PyTorch model in float64 on held-out data, extremes and prior draws; see `golden`.
 
     The ELBO's terms are those of `trainers.objective`: PyTorch's, not the runtime's NumPy ones.
+
+    Args:
+        source: the model.
+        costs: of its encoder and decoder; they decide how many rows there are, and how many run at once.
+
+    Raises:
+        InputError: the model gives what it is not said to give.
     """
     model, seed = source.model, SEED
-    exact, single = _Torch(source, torch.float64), _Torch(source, torch.float32)
+    count = rows(costs, source.sizes())
+    bytes_each = 2 * max(cost.at(source.sizes())[1] for cost in costs.values())  # counted in float32
+    batch = min(64, max(1, _MEMORY // max(bytes_each, 1)))
+    exact, single = _Torch(source, torch.float64, batch), _Torch(source, torch.float32, batch)
     latent = model.latent_shape(source.sizes())
     size = math.prod(latent)
-    z = noise.normals(seed, noise.PRIOR, 0, _ROWS, size).reshape(-1, *latent)
+    z = noise.normals(seed, noise.PRIOR, 0, count, size).reshape(-1, *latent)
     prior = exact.decode(z)
     held_out = np.zeros((0, *source.example_shape), np.float32)
     if source.held_out is not None:
-        rows = noise.permutation(seed, noise.VERIFIER, 0, len(source.held_out))[:_ROWS]
-        held_out = np.asarray(source.held_out[np.sort(rows)], np.float32)
-    decoded = np.clip(prior["sample"], *model.data.range).astype(np.float32)[: _ROWS - len(held_out)]
+        chosen = noise.permutation(seed, noise.VERIFIER, 0, len(source.held_out))[:count]
+        held_out = np.asarray(source.held_out[np.sort(chosen)], np.float32)
+    decoded = np.clip(prior["sample"], *model.data.range).astype(np.float32)[: count - len(held_out)]
     x = np.concatenate([golden.extremes(source.example_shape, model.data.range), held_out, decoded])
 
     posterior = exact.encode(x)
@@ -66,17 +86,16 @@ def compute(source: Trained) -> Reference:
         extremes=EXTREMES,
         held_out=len(held_out),
         decoded=len(decoded),
-        prior=_ROWS,
+        prior=count,
     )
     return Reference(record, tensors)
 
 
 class _Torch:
-    """The PyTorch model at one precision, on NumPy arrays, in slices."""
+    """The PyTorch model at one precision, on NumPy arrays, in slices of at most `batch` examples."""
 
-    BATCH = 64
-
-    def __init__(self, source: Trained, dtype: torch.dtype) -> None:
+    def __init__(self, source: Trained, dtype: torch.dtype, batch: int) -> None:
+        self.batch = batch
         module = copy.deepcopy(source.module).to(dtype).eval()
         self.model = source.model
         self.dtype = dtype
@@ -134,8 +153,8 @@ class _Torch:
     def _run(self, function: Callable[..., dict[str, Tensor]], *arrays: npt.NDArray[np.float32]) -> golden.Tensors:
         parts = []
         with torch.no_grad():
-            for first in range(0, len(arrays[0]), self.BATCH):
-                inputs = [torch.from_numpy(a[first : first + self.BATCH]).to(self.dtype) for a in arrays]
+            for first in range(0, len(arrays[0]), self.batch):
+                inputs = [torch.from_numpy(a[first : first + self.batch]).to(self.dtype) for a in arrays]
                 parts.append(function(*inputs))
         return {name: torch.cat([part[name] for part in parts]).double().numpy() for name in parts[0]}
 

@@ -1,0 +1,123 @@
+"""Small autoencoders of every family of diffusers, with deterministic weights, as folders on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors.torch
+import torch
+from torch import nn
+from zoo import fill, pictures
+
+from vae_export import noise
+
+_KL: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "sample_size": 32,
+}
+
+#: The published kinds, small: what differs between them is what they were chosen for.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "kl-sd15": _KL | {"scaling_factor": 0.18215},
+    "kl-sdxl": _KL
+    | {"scaling_factor": 0.13025, "force_upcast": True, "latents_mean": [-1.6, 2.2, 0.1, -0.2],
+       "latents_std": [8.4, 5.6, 7.1, 4.5], "layers_per_block": 2},
+    "kl-sd3": _KL
+    | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+       "use_post_quant_conv": False, "force_upcast": True},
+    "kl-flux": _KL
+    | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
+       "use_post_quant_conv": False, "mid_block_add_attention": False, "block_out_channels": [8, 8, 16],
+       "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3},
+    "tiny": {
+        "_class_name": "AutoencoderTiny", "encoder_block_out_channels": [8, 8, 8],
+        "decoder_block_out_channels": [8, 8, 8], "num_encoder_blocks": [1, 1, 1], "num_decoder_blocks": [1, 1, 1],
+    },
+    "dc": {
+        "_class_name": "AutoencoderDC", "latent_channels": 4, "attention_head_dim": 4,
+        "encoder_block_types": ["ResBlock", "EfficientViTBlock"],
+        "decoder_block_types": ["ResBlock", "EfficientViTBlock"],
+        "encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8],
+        "encoder_layers_per_block": [1, 1], "decoder_layers_per_block": [1, 1],
+        "encoder_qkv_multiscales": [[], [5]], "decoder_qkv_multiscales": [[], [5]],
+        "upsample_block_type": "interpolate", "downsample_block_type": "pixel_unshuffle",
+        "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "scaling_factor": 0.41407,
+    },
+    "asymmetric": {
+        "_class_name": "AsymmetricAutoencoderKL", "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "down_block_out_channels": [8, 16], "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "up_block_out_channels": [16, 16], "norm_num_groups": 4, "scaling_factor": 0.18215,
+    },
+}  # fmt: skip
+
+_FULL_KL = _KL | {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+#: The published configurations in full, for benchmarks: 84 million parameters each.
+FULL: dict[str, dict[str, Any]] = {
+    "sd15": _FULL_KL | {"scaling_factor": 0.18215, "sample_size": 512},
+    "sdxl": _FULL_KL | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
+    "flux": _FULL_KL
+    | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
+       "use_post_quant_conv": False, "sample_size": 1024, "force_upcast": True},
+}  # fmt: skip
+
+
+def model(name: str) -> nn.Module:
+    """The model of a name in PyTorch."""
+    config = (CONFIGS | FULL)[name]
+    return settle(getattr(diffusers, config["_class_name"]).from_config(config))
+
+
+def settle(module: nn.Module) -> nn.Module:
+    """Deterministic weights that keep latents and pictures in the range that a trained model gives them.
+
+    Norms keep their weights near 1, as trained ones do; the last layers are scaled, by powers of 2, so that a smooth
+    picture has latents, and unit latents have pictures, of a deviation near 1 and near ½.
+    """
+    fill(module)
+    with torch.no_grad():
+        for child in module.modules():
+            if "Norm" in type(child).__name__:
+                for parameter, value in ((child.weight, 1.0), (child.bias, 0.0)):
+                    if parameter is not None:
+                        parameter.mul_(0.1).add_(value)
+        x = torch.from_numpy(pictures(2, (3, 32, 32))) * 2 - 1
+        encoded = module.encode(x)
+        latent = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded[0]
+        _scale(_last(module.encoder), 1.0 / float(latent.std()))
+        z = torch.from_numpy(noise.normals(0, 0, 0, 2, latent[0].numel()).reshape(latent.shape))
+        _scale(_last(module.decoder), 0.5 / float(module.decode(z).sample.std()))
+    return module
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """The layer that gives the outputs."""
+    return [child for child in module.modules() if isinstance(child, nn.Conv2d)][-1]
+
+
+def _scale(layer: nn.Module, factor: float) -> None:
+    for parameter in layer.parameters():
+        parameter.mul_(2.0 ** round(math.log2(factor)))
+
+
+def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    """The model of a name as a folder of diffusers."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps((CONFIGS | FULL)[name]))
+    state = {k: v.to(dtype).contiguous() for k, v in model(name).state_dict().items()}
+    safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    return folder

@@ -1,0 +1,99 @@
+"""What one example costs a model: multiply-adds, and intermediate results at once, counted without computing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vae_export.manifest import Cost, Model
+from vae_export.sources.protocol import Decoder, Encoder, Trained
+
+
+def count(source: Trained) -> dict[str, Cost]:
+    """The cost of a model's encoder and decoder.
+
+    With named sizes it is counted at three of them, which determine the polynomial of `manifest.Cost`.
+    """
+    model = source.model
+    named = model.data.named()
+    base = source.sizes()
+    places = [base]
+    if named:
+        places = [
+            {name: dim.multiple_of * math.ceil(times * base[name] / dim.multiple_of) for name, dim in named.items()}
+            for times in (1, 2, 3)
+        ]
+    counted = [_at(source.module, model, sizes) for sizes in places]
+    costs = {}
+    for graph in ("encoder", "decoder"):
+        pixels = [math.prod(sizes.values()) if sizes else 0 for sizes in places]
+        multiply_adds, activations = (
+            _polynomial(pixels, [values[graph][i] for values in counted]) for i in range(2)
+        )
+        costs[graph] = Cost(multiply_adds=multiply_adds, activations=activations)
+    return costs
+
+
+def _at(module: nn.Module, model: Model, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """(multiply-adds, bytes) of each graph for one example of these sizes."""
+    found = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin = copy.deepcopy(module)  # of tensors that have shapes and no values
+        for wrapper, graph in ((Encoder, "encoder"), (Decoder, "decoder")):
+            shape = model.tensor_shape(model.ends(graph)[0][0], 1, sizes)
+            with torch.no_grad(), FlopCounterMode(display=False) as flops, _Live() as live:
+                wrapper(twin, model)(torch.empty(shape))
+            found[graph] = (flops.get_total_flops() // 2, live.peak)
+    return found
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes that are held at once by tensors made in it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "scaled_dot_product" in func.__name__:
+            # Exported, its weights are a tensor, (batch, heads, queries, keys), and so is what they are made of.
+            query, key = args[0], args[1]
+            weights = query.numel() // query.shape[-1] * key.shape[-2] * query.element_size()
+            self.peak = max(self.peak, self.now + 2 * weights)
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self._hold(value.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _hold(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _polynomial(pixels: list[int], values: list[int]) -> tuple[float, float, float]:
+    """c0 + c1 · p + c2 · p² through the values, without negative parts."""
+    if len(values) == 1:
+        return float(values[0]), 0.0, 0.0
+    constant, linear, square = np.linalg.solve(np.vander(np.asarray(pixels, float), 3, increasing=True), values)
+    return max(0.0, float(constant)), max(0.0, float(linear)), max(0.0, float(square))

@@ -1,0 +1,332 @@
+"""A trained autoencoder in the layout of diffusers as a source: a folder, or one file of weights with its config.
+
+Nothing is fetched, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from vae_export.errors import InputError, require
+from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
+from vae_export.sources.protocol import Trained
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    'python -c "import torch, safetensors.torch as s; '
+    "s.save_file(torch.load('{name}', weights_only=True, map_location='cpu'), '{stem}.safetensors')\""
+)
+
+#: diffusers clamps the log-variance to these limits (its DiagonalGaussianDistribution).
+_CLAMP = (-30.0, 20.0)
+#: What is told of classes that are no autoencoders of pictures with a Gaussian or no posterior.
+_REFUSED = {
+    "VQModel": "its latents are discrete",
+    "ConsistencyDecoderVAE": "its decoder draws random numbers",
+}
+_VIDEO = re.compile(r"Autoencoder(KL)?(Wan|HunyuanVideo|CogVideoX|LTX\w*|Mochi|Magvit|Cosmos|QwenImage|TemporalDecoder)")
+#: Names of the middle attention's weights in older files, and what they are called now.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+#: The height and width to trace and verify at, where nobody says: latents of 8 × 8 for Stable Diffusion.
+_EXAMPLE = 64
+
+
+def is_diffusers(path: Path) -> bool:
+    """Whether `path` is a folder in this layout, or has one in `vae/`, or is a file of weights."""
+    return path.suffix == ".safetensors" or any("_class_name" in _config_of(p) for p in (path, path / "vae"))
+
+
+def load(
+    path: Path,
+    *,
+    config: Path | None = None,
+    size: Mapping[str, int] | None = None,
+    held_out: npt.NDArray[np.float32] | None = None,
+) -> Trained:
+    """Read an autoencoder: AutoencoderKL, AutoencoderTiny, AutoencoderDC or AsymmetricAutoencoderKL.
+
+    Weights of lower precision are widened to float32: what is exported and certified computes in float32.
+
+    Args:
+        path: the folder, one that has it in `vae/`, or a `.safetensors` file.
+        config: its `config.json`, where that is not beside the weights.
+        size: height and width to trace and to verify at; 64 × 64, or the smallest above.
+        held_out: (M, 3, height, width) float32 pictures in [−1, 1] of that size, for the certificate.
+
+    Raises:
+        InputError: what is there is not such an autoencoder, its weights are pickled, missing or do not fit, or the
+            size is none of the model's.
+        BackendError: diffusers is not installed.
+    """
+    folder, settings = _settings(path, config)
+    kind = str(settings["_class_name"])
+    _check_kind(folder, kind)
+    library = require("diffusers", "diffusers", "export")
+    files = [path] if path.is_file() else _weight_files(folder)
+    module = _build(getattr(library, kind), settings, folder)
+    _fill(module, files, folder)
+    settings = {**dict(module.config), **settings}  # with the defaults of what it leaves out
+    family = _FAMILIES[kind]
+    adapted = family(module)
+    stride, channels = adapted.stride, int(settings["in_channels"])
+    example = {name: max(_EXAMPLE, 2 * stride) for name in ("height", "width")} | dict(size or {})
+    model = Model(
+        architecture=kind,
+        parameters=sum(p.numel() for p in module.parameters()),
+        data=Data(
+            shape=(channels, *(SizeDim(name=name, multiple_of=stride, min=stride) for name in ("height", "width"))),
+            range=(-1.0, 1.0),
+        ),
+        latent=_latent(settings, stride, folder),
+        prior="standard_normal",
+        posterior=Posterior(kind=adapted.posterior, logvar_clamp=adapted.logvar_clamp),
+        likelihood=adapted.likelihood,
+        force_upcast=bool(settings.get("force_upcast", False)) and kind == "AutoencoderKL",
+    )
+    model.latent_shape(example)  # refuses a size that the model does not take
+    return Trained(
+        module=adapted.eval(),
+        model=model,
+        origin=Origin(kind="diffusers", name=path.resolve().name, weights_sha256=_digest(files)),
+        config=json.dumps({k: v for k, v in settings.items() if k != "_use_default_values"}, indent=2).encode() + b"\n",
+        example_shape=(channels, example["height"], example["width"]),
+        held_out=held_out,
+    )
+
+
+class _Family(nn.Module):
+    """One of diffusers' classes under the protocol."""
+
+    posterior: Any = "deterministic"
+    logvar_clamp: tuple[float, float] | None = None
+    likelihood = Likelihood(kind="none")
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @property
+    def stride(self) -> int:
+        """Pixels to a latent, along each side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def encode(self, x: Tensor) -> Any:
+        """(B, C, H, W) → (B, c, h, w), one or two."""
+        return self.vae.encode(x).latents
+
+    def decode(self, z: Tensor) -> Any:
+        """(B, c, h, w) → (B, C, H, W)."""
+        return self.vae.decode(z).sample
+
+
+class _Gaussian(_Family):
+    """AutoencoderKL and AsymmetricAutoencoderKL. They are trained with a perceptual loss and a critic beside the
+    squared error: a unit variance is a convention.
+    """
+
+    posterior = "diagonal_gaussian"
+    logvar_clamp = _CLAMP
+    likelihood = Likelihood(kind="gaussian_fixed", variance=1.0, nominal=True)
+
+    def encode(self, x: Tensor) -> Any:
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+
+class _Asymmetric(_Gaussian):
+    @property
+    def stride(self) -> int:
+        return int(2 ** (len(self.vae.config.down_block_out_channels) - 1))
+
+
+class _Tiny(_Family):
+    @property
+    def stride(self) -> int:
+        return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
+
+
+class _DeepCompression(_Family):
+    @property
+    def stride(self) -> int:
+        return int(self.vae.spatial_compression_ratio)
+
+    def encode(self, x: Tensor) -> Any:
+        return self.vae.encode(x).latent
+
+
+_FAMILIES: Mapping[str, type[_Family]] = {
+    "AutoencoderKL": _Gaussian,
+    "AsymmetricAutoencoderKL": _Asymmetric,
+    "AutoencoderTiny": _Tiny,
+    "AutoencoderDC": _DeepCompression,
+}
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The folder's configuration; empty where there is none that can be read."""
+    try:
+        value = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _settings(path: Path, config: Path | None) -> tuple[Path, dict[str, Any]]:
+    """The folder that has the weights, and its configuration."""
+    if path.is_file():
+        place = config or path.parent / CONFIG
+        if not place.is_file():
+            raise InputError(
+                f"export: {path} is a file of weights, and there is no {CONFIG} beside it. Pass the autoencoder's "
+                "configuration with --config"
+            )
+        folder = path.parent
+    else:
+        folder = path if config or (path / CONFIG).is_file() else path / "vae"
+        place = config or folder / CONFIG
+    try:
+        settings = json.loads(place.read_bytes())
+    except OSError as error:
+        raise InputError(f"export: {place} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"export: {place} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or "_class_name" not in settings:
+        raise InputError(f"export: {place} names no _class_name; expected the configuration of a diffusers autoencoder")
+    return folder, settings
+
+
+def _check_kind(folder: Path, kind: str) -> None:
+    if kind in _FAMILIES:
+        return
+    reason = _REFUSED.get(kind) or ("it is for video, which is not supported" if _VIDEO.match(kind) else None)
+    because = f": {reason}" if reason else ""
+    raise InputError(f"export: {folder} is a {kind}{because}; expected {', '.join(_FAMILIES)}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights: one, or the shards of an index; full precision before float16."""
+    for suffix in ("", ".fp16"):
+        index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
+        single = folder / f"{WEIGHTS}{suffix}.safetensors"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return _shards(index)
+    pickles = [p for p in sorted(folder.iterdir()) if p.suffix in _PICKLES] if folder.is_dir() else []
+    if pickles:
+        name, stem = pickles[0].name, pickles[0].stem
+        raise InputError(
+            f"export: {pickles[0]} is a pickle, which can run any code when it is read, and is not read. If you trust "
+            f"it, convert it in its folder: {_CONVERT.format(name=name, stem=stem)}"
+        )
+    raise InputError(f"export: {folder} has no {WEIGHTS}.safetensors, nor an index of its parts, nor a .fp16 one")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"export: {index} is no index of weights: it has no weight_map of names to files") from None
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise InputError(f"export: {index} names {outside[0]!r}; expected files of its own folder")
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"export: {index.parent} lacks {', '.join(missing)}, which its index names")
+    return files
+
+
+def _build(kind: Any, settings: Mapping[str, Any], folder: Path) -> Any:
+    try:
+        module = kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
+    except Exception as error:  # diffusers raises what its parts raise for a configuration that does not fit
+        raise InputError(
+            f"export: diffusers cannot make a {kind.__name__} from {folder / CONFIG}: {type(error).__name__}: {error}"
+        ) from None
+    return module.float().eval()
+
+
+def _fill(module: nn.Module, files: list[Path], folder: Path) -> None:
+    """Every weight from the files, each once; none left at its initial value."""
+    state, missing = module.state_dict(), set(module.state_dict())
+    with torch.no_grad():
+        for name, value in _tensors(files):
+            name = _new_name(name)
+            if name not in state:
+                raise InputError(f"export: {folder}: the weights have {name}, which the model of its {CONFIG} has not")
+            target = state[name]
+            if value.numel() != target.numel() or (value.shape != target.shape and value.squeeze().ndim != target.ndim):
+                raise InputError(
+                    f"export: {folder}: {name} has shape {tuple(value.shape)}; the model of its {CONFIG} has "
+                    f"{tuple(target.shape)}"
+                )
+            target.copy_(value.reshape(target.shape))
+            missing.discard(name)
+    if missing:
+        raise InputError(
+            f"export: {folder}: the weights lack {len(missing)} of the model's {len(state)} tensors, such as "
+            f"{min(missing)}"
+        )
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 — it is no mapping
+                    yield name, opened.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"export: {file} is not a safetensors file: {error}") from None
+
+
+def _new_name(name: str) -> str:
+    parts = name.rsplit(".", 2)
+    if len(parts) == 3 and ".attentions." in name and parts[1] in _OLD_NAMES:
+        parts[1] = _OLD_NAMES[parts[1]]
+    return ".".join(parts)
+
+
+def _latent(settings: Mapping[str, Any], stride: int, folder: Path) -> Latent:
+    shape = (
+        int(settings["latent_channels"]),
+        LatentDim(name="height", divided_by=stride),
+        LatentDim(name="width", divided_by=stride),
+    )
+    per_channel = {
+        ours: tuple(float(value) for value in settings[theirs]) if settings.get(theirs) else None
+        for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
+    }
+    try:
+        return Latent(
+            shape=shape,
+            scaling=float(settings.get("scaling_factor") or 1.0),
+            shift=float(settings.get("shift_factor") or 0.0),
+            **per_channel,
+        )
+    except ValueError as error:
+        raise InputError(f"export: {folder / CONFIG}: {error}") from None
+
+
+def _digest(files: list[Path]) -> str:
+    """SHA-256 of the weights' files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while piece := opened.read(16 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
