@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import io
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -17,6 +19,8 @@ from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, VaeExportE
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vae_export.sources import Described
 
 app = typer.Typer(
     name="vae-export",
@@ -108,23 +112,128 @@ def demo(out: Annotated[Path, typer.Option(help="Where the results go.")] = Path
 app.command()(train)
 
 
+class Layout(enum.StrEnum):
+    """How an export is laid out."""
+
+    bundle = "bundle"
+    optimum = "optimum"
+
+
+SourceName = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint's folder, a diffusers autoencoder (folder or .safetensors), or package.module:factory.",
+    ),
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="Of weights in one file: the diffusers config.json.")]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Of diffusers: trace and verify at this size, such as height=128,width=128.")
+]
+ShapeOption = Annotated[str | None, typer.Option(help="Of a factory's bare module: one example, such as 3,64,64.")]
+LikelihoodOption = Annotated[str | None, typer.Option(help="Of a factory's bare module: bernoulli, gaussian, …")]
+RangeOption = Annotated[str | None, typer.Option("--range", help="Of a factory's bare module: such as 0,1 or=-1,1.")]
+VarianceOption = Annotated[float | None, typer.Option(help="Of a factory's bare module: that of gaussian_fixed.")]
+MultipleOption = Annotated[
+    int | None, typer.Option(help="Of a factory's bare module: height and width may be any multiples of this.")
+]
+OutputsOption = Annotated[
+    str | None, typer.Option(help="Of a factory's bare module: what decode gives, where one cannot tell.")
+]
+
+
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint's folder.")],
+    source: SourceName,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Of diffusers: an INPUT of real pictures to verify on, brought to the size.")
+    ] = None,
+    shape: ShapeOption = None,
+    likelihood: LikelihoodOption = None,
+    data_range: RangeOption = None,
+    variance: VarianceOption = None,
+    multiple_of: MultipleOption = None,
+    outputs: OutputsOption = None,
+    layout: Annotated[Layout, typer.Option(help="Write a bundle, or what Optimum's pipelines read.")] = Layout.bundle,
     force: Force = False,
 ) -> None:
     """Export a trained model to ONNX, and prove that the export computes the same."""
     for module, extra in EXPORT_NEEDS:
         require(module, extra, "export")
-    from vae_export import report
+    from vae_export import layouts, report
     from vae_export.exporter import export as run
 
+    described = _described(config, size, held_out, shape, likelihood, data_range, variance, multiple_of, outputs)
     console = _console()
-    with console.status("export") as status:
-        certificate = run(source, bundle, overwrite=force, progress=lambda step: status.update(step))
+    with console.status("export") as status, contextlib.ExitStack() as stack:
+
+        def progress(step: str) -> None:
+            status.update(step)
+            if "minutes" in step:
+                console.print(step)
+
+        place = bundle
+        if layout == Layout.optimum:
+            layouts.check_target(bundle, overwrite=force)
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / bundle.name
+        certificate = run(source, place, overwrite=force, progress=progress, **described)
+        if layout == Layout.optimum:
+            layouts.optimum(place, bundle, overwrite=force)
     console.print(report.certificate(certificate))
     typer.echo(f"{bundle} is written and verified")
+
+
+def _described(
+    config: Path | None,
+    size: str | None,
+    held_out: str | None,
+    shape: str | None,
+    likelihood: str | None,
+    data_range: str | None,
+    variance: float | None,
+    multiple_of: int | None,
+    outputs: str | None,
+) -> Described:
+    """What the options say of a source; what is not said is left out."""
+    sizes = _sizes("export", size) if size else None
+    said: dict[str, Any] = {
+        "config": config,
+        "size": sizes,
+        "held_out": _held_out(held_out, sizes) if held_out else None,
+        "shape": numbers("export: shape", shape) if shape else None,
+        "likelihood": likelihood,
+        "data_range": _range(data_range) if data_range else None,
+        "variance": variance,
+        "multiple_of": multiple_of,
+        "outputs": outputs,
+    }
+    return cast("Described", {name: value for name, value in said.items() if value is not None})
+
+
+def _held_out(given: str, sizes: dict[str, int] | None) -> Any:
+    """Pictures for a certificate, in [−1, 1], resized to what is verified at."""
+    from vae_export import images
+    from vae_export.manifest import Data
+
+    size = {"height": 64, "width": 64} | (sizes or {})
+    data = Data(shape=(3, size["height"], size["width"]), range=(-1.0, 1.0))
+    x = images.read(given, data, resize=True)
+    if x.dtype.name == "uint8":
+        from vae_export.pixels import from_uint8
+
+        x = from_uint8(x, data.range)
+    return x
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"export: range is {text!r}; expected two numbers such as 0,1") from None
+    return low, high
 
 
 @app.command()
@@ -226,16 +335,29 @@ def build(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE|SOURCE|BUILD", help="A folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="BUNDLE|SOURCE|BUILD", help="A folder, a .safetensors file, or a factory.")
+    ],
+    config: ConfigOption = None,
+    size: Annotated[
+        str | None, typer.Option(help="Count multiply-adds and memory at this size, such as height=512,width=512.")
+    ] = None,
+    shape: ShapeOption = None,
+    likelihood: LikelihoodOption = None,
+    data_range: RangeOption = None,
+    variance: VarianceOption = None,
+    multiple_of: MultipleOption = None,
+    outputs: OutputsOption = None,
     json: Json = False,
 ) -> None:
-    """Show what a bundle, a checkpoint or a build is. Every file of a bundle or build is verified."""
+    """Show what a bundle, a source or a build is. Every file of a bundle or build is verified."""
     import msgspec
 
     from vae_export import builds, certificate, report
     from vae_export.bundle import MANIFEST, Bundle
-    from vae_export.trainers import config
+    from vae_export.trainers import config as configs
 
+    path, sizes = Path(source), _sizes("inspect", size) if size else None
     if (path / builds.SEAL.file).is_file():
         folder = builds.BuildFolder(path)
         folder.check()
@@ -244,25 +366,57 @@ def inspect(
         else:
             _console().print(report.build(path, folder.record))
         return
-    if config.is_checkpoint(path) and not (path / MANIFEST).exists():
-        plain = msgspec.to_builtins(config.read(path))
+    if configs.is_checkpoint(path) and not (path / MANIFEST).exists():
+        plain = msgspec.to_builtins(configs.read(path))
         if json:
             _print_json({"kind": "checkpoint", **plain})
         else:
             for part in ("model", "data", "train", "split", "result"):
                 _console().print(report.facts(f"{path}: {part}", plain[part] or {}))
         return
+    if not (path / MANIFEST).exists() and (path.exists() or ":" in source):
+        described = _described(config, None, None, shape, likelihood, data_range, variance, multiple_of, outputs)
+        _inspect_source(source, described, sizes, json=json)
+        return
     opened = Bundle(path)
     measured = certificate.decode(opened.read("verification.json"))
     opened.check()
+    graphs = opened.manifest.graphs
+    counted = {name: graph.cost for name, graph in graphs.items() if graph.cost}
+    model = opened.manifest.model
+    at = sizes or {name: dim.multiple_of * -(-64 // dim.multiple_of) for name, dim in model.data.named().items()}
+    model.latent_shape(at)  # refuses a size that the model does not take
+    costs = report.costs(model, counted, at)
     unlisted = opened.unlisted()
     cached = builds.cached_targets(opened.manifest)
     if json:
         plain = {**msgspec.to_builtins(opened.manifest), "certificate": measured.to_dict(), "builds": cached}
+        plain["costs"] = costs
         _print_json({"kind": "bundle", **plain, "unlisted": unlisted})
     else:
-        for table in report.bundle(path, opened.manifest, measured, unlisted, cached):
+        for table in report.bundle(path, opened.manifest, measured, unlisted, cached, costs):
             _console().print(table)
+
+
+def _inspect_source(source: str, described: Described, sizes: dict[str, int] | None, *, json: bool) -> None:
+    """What a source is that no bundle was made of yet."""
+    for module in ("torch", "msgspec"):
+        require(module, "export", "inspect")
+    import msgspec
+
+    from vae_export import report, sources
+    from vae_export.sources import cost
+
+    trained = sources.resolve(source, **described)
+    counted = cost.count(trained)
+    at = sizes or trained.sizes()
+    trained.model.latent_shape(at)
+    costs = report.costs(trained.model, counted, at)
+    if json:
+        plain = {"model": msgspec.to_builtins(trained.model), "origin": msgspec.to_builtins(trained.origin)}
+        _print_json({"kind": "source", **plain, "costs": costs})
+    else:
+        _console().print(report.source(source, trained.model, trained.origin, costs))
 
 
 @app.command()

@@ -24,6 +24,7 @@ EXTRAS: Mapping[str, str] = {
     "tensorrt": "make and run builds for TensorRT",
     "rtx": "make and run builds for TensorRT for RTX",
     "export": "make bundles",
+    "diffusers": "export autoencoders in the layout of diffusers",
     "train": "train models",
     "openvino": "not used yet: builds for OpenVINO",
 }

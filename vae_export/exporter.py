@@ -20,9 +20,20 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from vae_export import bundle, certificate, golden, images, model_card, noise, onnx_reader, sealed, sources, verifier
+from vae_export import (
+    bundle,
+    certificate,
+    golden,
+    images,
+    model_card,
+    noise,
+    onnx_reader,
+    sealed,
+    sources,
+    verifier,
+    versions,
+)
 from vae_export import manifest as manifests
-from vae_export import versions
 from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
 from vae_export.manifest import Cost, Graph, Manifest, Model, SizeDim
@@ -45,7 +56,17 @@ _PASSES = 3 * 2 + 3 * 3
 _WORTH_SAYING = 2e11  # multiply-adds, some seconds
 _SHARE_OF_PEAK = 0.4  # of a matrix product's rate, as models of this kind reach it, measured
 _TRACE_BATCH = 3  # not 1, which tracing would take for a constant
-_TOOLS = ("vae-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "diffusers")
+_TOOLS = (
+    "vae-export",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "diffusers",
+)
 
 
 def export(
@@ -124,7 +145,9 @@ def export(
         picture = is_picture(model.data.shape)
         if picture:
             examples = vae.sample(min(64, kept.record.prior), size=source.sizes())
-            images.grid(examples, model.data.range, columns=16 if len(examples) > 16 else 8).save(folder / model_card.PICTURE)
+            images.grid(examples, model.data.range, columns=16 if len(examples) > 16 else 8).save(
+                folder / model_card.PICTURE
+            )
         if source.training and source.training.pictures:
             (folder / model_card.TRAINING).mkdir()
             for file_name, (_, content) in source.training.pictures.items():
@@ -151,7 +174,8 @@ def export(
 def _estimate(source: Trained, costs: Mapping[str, Cost]) -> str:
     """For models that take a while: what is measured, and about how long it takes, in words."""
     each = sum(cost.at(source.sizes())[0] for cost in costs.values())
-    total = references.rows(costs, source.sizes()) * each * _PASSES
+    rows = references.rows(costs, source.sizes())
+    total = rows * each * _PASSES
     if total < _WORTH_SAYING:
         return ""
     square = torch.rand(1024, 1024)
@@ -161,7 +185,7 @@ def _estimate(source: Trained, costs: Mapping[str, Cost]) -> str:
         torch.mm(square, square)
     rate = 5 * 1024**3 / (time.perf_counter() - began)
     return (
-        f" and measuring: {references.rows(costs, source.sizes())} examples of {each / 1e9:,.1f} billion multiply-adds, "
+        f" and measuring: {rows} examples of {each / 1e9:,.1f} billion multiply-adds, "
         f"about {total / rate / _SHARE_OF_PEAK / 60:.1f} minutes"
     )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vae_export.certificate import Certificate
 from vae_export.manifest import Model, Origin, shape_text
+from vae_export.report import scaling
 
 if TYPE_CHECKING:
     from vae_export.sources.protocol import Training
@@ -33,6 +34,7 @@ def write(
         "architecture": f"{model.architecture}, {model.parameters:,} parameters",
         "data": f"{shape_text(model.data.shape)} float32 in [{low:g}, {high:g}]",
         "latent": shape_text(model.latent.shape),
+        **({"a diffusion model's latents": scaling(model.latent)} if model.latent.scaled else {}),
         "prior": model.prior,
         "posterior": model.posterior.kind,
         "likelihood": model.likelihood.kind + variance + (" (nominal)" if model.likelihood.nominal else ""),

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from vae_export.builds import Build, title
 from vae_export.certificate import Certificate
-from vae_export.manifest import Likelihood, Manifest, shape_text
+from vae_export.manifest import Cost, Latent, Likelihood, Manifest, Model, Origin, shape_text
 
 
 def facts(title: str, values: Mapping[str, object]) -> Table:
@@ -53,26 +53,79 @@ def certificate(measured: Certificate) -> Table:
     return table
 
 
-def bundle(
-    path: Path, manifest: Manifest, measured: Certificate, unlisted: list[str], cached: list[str]
-) -> list[Table]:
-    """What a bundle is."""
-    model = manifest.model
+def costs(model: Model, counted: Mapping[str, Cost], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What one example of these sizes costs each graph: multiply-adds, and bytes of intermediate results."""
+    graphs = {}
+    for name, cost in counted.items():
+        multiply_adds, activations = cost.at(sizes)
+        graphs[name] = {"multiply_adds": multiply_adds, "activation_bytes": activations}
+    return {"sizes": dict(sizes), "weight_bytes": 4 * model.parameters, **graphs}
+
+
+def source(name: str, model: Model, origin: Origin, counted: Mapping[str, Any]) -> Table:
+    """What a trained model is that no bundle was made of yet."""
+    return facts(name, {"from": f"{origin.kind} {origin.name}", **_model(model, counted)})
+
+
+def _model(model: Model, counted: Mapping[str, Any]) -> dict[str, object]:
+    """The facts about a model, in words."""
     low, high = model.data.range
-    overview: dict[str, object] = {
-        "bundle": path,
-        "created": manifest.created,
+    nominal = " (nominal: it was not trained with it)" * model.likelihood.nominal
+    values: dict[str, object] = {
         "architecture": f"{model.architecture}, {model.parameters:,} parameters",
         "data x": f"{shape_text(model.data.shape)} in [{low:g}, {high:g}]",
         "latent z": shape_text(model.latent.shape),
         "prior p(z)": model.prior,
         "posterior q(z|x)": _with_clamp(model.posterior.kind, model.posterior.logvar_clamp),
-        "likelihood p(x|z)": _likelihood(model.likelihood),
+        "likelihood p(x|z)": _likelihood(model.likelihood) + nominal,
+    }
+    if named := model.data.named():
+        values["sizes"] = "; ".join(str(dim) for dim in named.values())
+    if model.latent.scaled:
+        values["a diffusion model's latents"] = scaling(model.latent)
+    if model.force_upcast:
+        values["float16"] = "overflows, as its makers say"
+    at = ", ".join(f"{name} {size}" for name, size in counted["sizes"].items())
+    for graph in ("encoder", "decoder"):
+        if graph in counted:
+            one = counted[graph]
+            values[f"one example in the {graph}"] = (
+                f"{one['multiply_adds'] / 1e9:.3g} billion multiply-adds, {one['activation_bytes'] / 2**20:.3g} MiB of "
+                f"intermediate results{f' at {at}' if at else ''}"
+            )
+    values["weights"] = f"{counted['weight_bytes'] / 2**20:.3g} MiB in float32"
+    return values
+
+
+def scaling(latent: Latent) -> str:
+    """What a diffusion model works on, as a formula."""
+    if latent.mean is not None and latent.std is not None:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (latent.mean, latent.std))
+        return f"(z − mean) · {latent.scaling:g} / std, mean ({mean}), std ({std})"
+    return f"(z − {latent.shift:g}) · {latent.scaling:g}" if latent.shift else f"z · {latent.scaling:g}"
+
+
+def bundle(
+    path: Path,
+    manifest: Manifest,
+    measured: Certificate,
+    unlisted: list[str],
+    cached: list[str],
+    counted: Mapping[str, Any],
+) -> list[Table]:
+    """What a bundle is."""
+    worst = max(
+        (check for check in measured.checks if check.allowed), key=lambda check: check.got / (check.allowed or 1)
+    )
+    overview: dict[str, object] = {
+        "bundle": path,
+        "created": manifest.created,
+        **_model(manifest.model, counted),
         "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         "certificate": (
             f"{'passed' if measured.passed else 'FAILED'} at the export, {measured.precision}, as the bundle says; "
-            "`vae-export verify` measures it here"
+            f"nearest to its budget: {worst}. `vae-export verify` measures it here"
         ),
     }
     if cached:

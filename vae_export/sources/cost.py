@@ -37,9 +37,7 @@ def count(source: Trained) -> dict[str, Cost]:
     costs = {}
     for graph in ("encoder", "decoder"):
         pixels = [math.prod(sizes.values()) if sizes else 0 for sizes in places]
-        multiply_adds, activations = (
-            _polynomial(pixels, [values[graph][i] for values in counted]) for i in range(2)
-        )
+        multiply_adds, activations = (_polynomial(pixels, [values[graph][i] for values in counted]) for i in range(2))
         costs[graph] = Cost(multiply_adds=multiply_adds, activations=activations)
     return costs
 

@@ -37,7 +37,9 @@ _REFUSED = {
     "VQModel": "its latents are discrete",
     "ConsistencyDecoderVAE": "its decoder draws random numbers",
 }
-_VIDEO = re.compile(r"Autoencoder(KL)?(Wan|HunyuanVideo|CogVideoX|LTX\w*|Mochi|Magvit|Cosmos|QwenImage|TemporalDecoder)")
+_VIDEO = re.compile(
+    r"Autoencoder(KL)?(Wan|HunyuanVideo|CogVideoX|LTX\w*|Mochi|Magvit|Cosmos|QwenImage|TemporalDecoder)"
+)
 #: Names of the middle attention's weights in older files, and what they are called now.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

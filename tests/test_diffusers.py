@@ -1,0 +1,248 @@
+"""Autoencoders in the layout of diffusers: every family goes in, and what runs equals diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import zoo
+import zoo_diffusers
+
+import vae_export
+from vae_export import sources
+from vae_export.errors import InputError
+from vae_export.sources import cost, diffusers_folder, reference
+
+SIZE = {"height": 16, "width": 24}
+GAUSSIAN = [name for name in zoo_diffusers.CONFIGS if name.startswith("kl")]
+WEIGHTS = f"{diffusers_folder.WEIGHTS}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, vae_export.Certificate]]:
+    """A family's small member as a folder, exported on few rows: the bundle and its certificate."""
+    made: dict[str, tuple[Path, vae_export.Certificate]] = {}
+
+    def get(name: str) -> tuple[Path, vae_export.Certificate]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            source = zoo_diffusers.write(folder / "source", name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reference, "_ROWS", 12)
+                certificate = vae_export.export(source, folder / f"{name}.bundle", size=SIZE)
+            made[name] = folder / f"{name}.bundle", certificate
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", zoo_diffusers.CONFIGS)
+def test_every_family(exported: Callable[[str], Any], name: str) -> None:
+    """Its certificate holds, and what runs equals diffusers at other sizes than the traced one."""
+    bundle, certificate = exported(name)
+    assert certificate.passed
+    assert certificate.batches == (1, 2, 7)
+    module, config = zoo_diffusers.model(name), zoo_diffusers.CONFIGS[name]
+    manifest = vae_export.Bundle(bundle).manifest
+    assert manifest.model.architecture == config["_class_name"] == type(module).__name__
+    assert manifest.model.parameters == sum(p.numel() for p in module.parameters())
+    assert manifest.model.latent.scaling == config.get("scaling_factor", 1.0)
+    assert manifest.model.latent.shift == config.get("shift_factor", 0.0)
+    assert manifest.model.latent.mean == (tuple(config["latents_mean"]) if "latents_mean" in config else None)
+    assert manifest.origin.kind == "diffusers"
+    gaussian = "KL" in config["_class_name"]
+    assert manifest.model.posterior.kind == ("diagonal_gaussian" if gaussian else "deterministic")
+    assert manifest.model.likelihood.nominal == gaussian
+    with vae_export.load(bundle) as vae:
+        for height, width in ((32, 48), (40, 16), (24, 56)):
+            for batch in (1, 3):
+                x = zoo.pictures(batch, (3, height, width)) * 2 - 1
+                with torch.no_grad():
+                    encoded = module.encode(torch.from_numpy(x))
+                    posterior = encoded.latent_dist if gaussian else None
+                    mean = posterior.mean if posterior else encoded[0]
+                    decoded = module.decode(mean).sample.numpy()
+                ours = vae.encode(x)
+                pairs = [(ours.mean, mean.numpy()), (vae.decode(mean.numpy()), decoded)]
+                pairs += [(ours.logvar, posterior.logvar.numpy())] if posterior else []
+                for got, expected in pairs:
+                    assert np.abs(got - expected).max() <= 5e-5 * np.ptp(expected)
+
+
+def test_deterministic_encoders_say_so(exported: Callable[[str], Any]) -> None:
+    bundle, _ = exported("tiny")
+    with vae_export.load(bundle) as vae:
+        posterior = vae.encode(zoo.pictures(1, (3, 16, 16)) * 2 - 1)
+        assert posterior.logvar is None
+        with pytest.raises(InputError, match="this model's encoder is deterministic"):
+            posterior.sample(seed=0)
+        with pytest.raises(InputError, match="this model has no likelihood"):
+            vae.elbo(zoo.pictures(1, (3, 16, 16)) * 2 - 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return zoo_diffusers.write(tmp_path / "m", "kl-sd15")
+
+
+def _same(got: sources.Trained, name: str = "kl-sd15") -> None:
+    """The weights are those of the model, in float32."""
+    expected = zoo_diffusers.model(name).state_dict()
+    state = got.module.vae.state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_layouts_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    """With and without `vae/`, in parts, one file with its configuration, older names of weights."""
+    _same(sources.resolve(folder))
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(folder, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    _same(sources.resolve(tmp_path / "pipeline"))
+    single = tmp_path / "alone.safetensors"
+    shutil.copy(folder / WEIGHTS, single)
+    _same(sources.resolve(single, config=folder / "config.json"))
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    old = {_old(name): value for name, value in state.items()}
+    assert any(".query." in name for name in old)
+    safetensors.torch.save_file(old, folder / WEIGHTS)
+    _same(sources.resolve(folder))
+    names = sorted(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        safetensors.torch.save_file({name: state[name] for name in part}, folder / file)
+    (folder / WEIGHTS).unlink()
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    _same(sources.resolve(folder))
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"lacks b\.safetensors, which its index names"):
+        sources.resolve(folder)
+    (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"x": "../x.safetensors"}}')
+    with pytest.raises(InputError, match="expected files of its own folder"):
+        sources.resolve(folder)
+    (folder / f"{WEIGHTS}.index.json").write_text("[]")
+    with pytest.raises(InputError, match="is no index of weights"):
+        sources.resolve(folder)
+
+
+def _old(name: str) -> str:
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+def test_float16_weights_are_widened(tmp_path: Path) -> None:
+    folder = zoo_diffusers.write(tmp_path / "m", "kl-sd15", torch.float16)
+    (folder / WEIGHTS).rename(folder / f"{diffusers_folder.WEIGHTS}.fp16.safetensors")
+    module = sources.resolve(folder).module
+    expected = zoo_diffusers.model("kl-sd15").half().float()
+    assert all(torch.equal(got, value) for got, value in zip(module.parameters(), expected.parameters(), strict=True))
+
+
+def _config(folder: Path, **changed: Any) -> None:
+    place = folder / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | changed))
+
+
+def test_refused(folder: Path, tmp_path: Path) -> None:
+    def refused(match: str, path: Path = folder, **said: Any) -> None:
+        with pytest.raises(InputError, match=match):
+            sources.resolve(path, **said)
+
+    refused(r"height \(a multiple of 2.*got height = 15", size={"height": 15, "width": 16})
+    refused("a diffusers autoencoder takes config, size, held_out; got likelihood. Drop it", likelihood="none")
+    refused("does not exist; expected a checkpoint's or a diffusers", tmp_path / "nowhere")
+    shutil.copy(folder / WEIGHTS, tmp_path / "alone.safetensors")
+    refused("Pass the autoencoder's configuration with --config", tmp_path / "alone.safetensors")
+    refused("names no _class_name", tmp_path / "alone.safetensors", config=_write(tmp_path / "c.json", "{}"))
+    refused("is not JSON", tmp_path / "alone.safetensors", config=_write(tmp_path / "c.json", "{"))
+    refused("cannot be read", folder, config=tmp_path / "none.json")
+    _config(folder, norm_num_groups=3)
+    refused("diffusers cannot make a AutoencoderKL")
+    _config(folder, norm_num_groups=4, layers_per_block=2)
+    refused(r"the weights lack \d+ of the model's \d+ tensors, such as ")
+    _config(folder, layers_per_block=1, use_quant_conv=False)
+    refused("the weights have quant_conv.*, which the model of its config.json has not")
+    _config(folder, use_quant_conv=True, latent_channels=5)
+    refused(r"has shape \(.*\); the model of its config.json has \(")
+    _config(folder, latent_channels=4, scaling_factor=-1.0)
+    refused("scaling must be positive")
+    for kind, why in (
+        ("AutoencoderKLWan", "is for video"), ("VQModel", "its latents are discrete"), ("UNet2DModel", "expected Auto"),
+        ("ConsistencyDecoderVAE", "draws random numbers"),
+    ):  # fmt: skip
+        _config(folder, _class_name=kind)
+        refused(f"is a {kind}.*{why}")
+    _config(folder, _class_name="AutoencoderKL", scaling_factor=1.0)
+    (folder / WEIGHTS).write_bytes(b"no")
+    refused("is not a safetensors file")
+    (folder / WEIGHTS).unlink()
+    refused("nor an index of its parts")
+    (folder / f"{diffusers_folder.WEIGHTS}.bin").write_bytes(b"\x80")
+    refused(r"is a pickle, which can run any code.*convert it in its folder: python -c .*diffusion_pytorch_model\.bin")
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_conversion_that_is_told_works(folder: Path, tmp_path: Path) -> None:
+    """What the message says to run makes a folder that is taken."""
+    import shlex
+    import subprocess
+    import sys
+
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(state, folder / f"{diffusers_folder.WEIGHTS}.bin")
+    with pytest.raises(InputError) as refused:
+        sources.resolve(folder)
+    told = shlex.split(str(refused.value).partition("in its folder: ")[2])
+    subprocess.run([sys.executable, *told[1:]], cwd=folder, check=True)
+    _same(sources.resolve(folder))
+
+
+def test_without_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(vae_export.BackendError, match=r"'diffusers' is not installed.*vae-export\[diffusers\]"):
+        sources.resolve(folder)
+
+
+def test_costs_are_those_of_pytorch(folder: Path) -> None:
+    """The polynomial holds at sizes at which it was not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    source = sources.resolve(folder)
+    counted = cost.count(source)
+    for height, width in ((16, 24), (128, 96)):
+        x = torch.zeros(1, 3, height, width)
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            mean, _ = source.module.encode(x)
+        assert counted["encoder"].at({"height": height, "width": width})[0] == flops.get_total_flops() // 2
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            source.module.decode(mean)
+        assert counted["decoder"].at({"height": height, "width": width})[0] == flops.get_total_flops() // 2
+
+
+def test_fewer_rows_for_what_costs_more() -> None:
+    """256 rows for a model of a million multiply-adds, never fewer than the largest batch of every certificate."""
+
+    def rows(multiply_adds: float) -> int:
+        value = vae_export.manifest.Cost(multiply_adds=(multiply_adds, 0.0, 0.0), activations=(1.0, 0.0, 0.0))
+        return reference.rows({"encoder": value, "decoder": value}, {})
+
+    assert rows(1e6) == 256
+    assert 7 < rows(2e9) < 256
+    assert rows(1e12) == 7
