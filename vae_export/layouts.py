@@ -19,9 +19,12 @@ from vae_export import files, golden, onnx_reader
 from vae_export.bundle import Bundle
 from vae_export.errors import BundleError, InputError, VerificationError, require
 from vae_export.manifest import GRAPHS, Model, shape_text
+from vae_export.onnx_reader import Arrays
+from vae_export.runtimes.ort import session_options
 
 #: The files of Optimum's layout; there may be more weights beside a graph.
 _OPTIMUM = {f"vae_{name}/{file}" for name in GRAPHS for file in ("model.onnx", "config.json")}
+_WEIGHTS = "model.onnx_data"
 _ROWS = 8
 
 Array = npt.NDArray[np.float32]
@@ -57,14 +60,14 @@ def optimum(bundle: str | os.PathLike[str], path: str | os.PathLike[str], *, ove
         require(module, extra, "layout")
     from vae_export import graph
     from vae_export.graph import optimum as passes
+    from vae_export.graph.weights import apart
 
     if path.resolve().is_relative_to(opened.path.resolve()):
         raise InputError(f"layout: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     _check_target(path, overwrite=overwrite)
     opened.check()
-    sources = {name: opened.read(opened.manifest.graphs[name].file) for name in GRAPHS}
-    for name, source in sources.items():
-        onnx_reader.check_operators(source, name)
+    sources, weights = opened.graphs()
+    arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
     config = _config(opened)
     rows = golden.decode(opened.read(golden.FILE), opened.manifest.golden, model).tensors
     x, z = rows["x"][:_ROWS], rows["mean"][:_ROWS].astype(np.float32)
@@ -72,9 +75,12 @@ def optimum(bundle: str | os.PathLike[str], path: str | os.PathLike[str], *, ove
         for name, change, value in (("encoder", passes.encoder, x), ("decoder", passes.decoder, z)):
             folder = stage / f"vae_{name}"
             folder.mkdir()
-            (folder / "model.onnx").write_bytes(graph.write(change(graph.read(sources[name]), model)))
+            changed = change(graph.read(sources[name], arrays[name]), model)
+            if (data := apart(changed, _WEIGHTS)) is not None:
+                (folder / _WEIGHTS).write_bytes(data)
+            (folder / "model.onnx").write_bytes(graph.write(changed))
             (folder / "config.json").write_bytes(config)
-            _check_same(name, sources[name], folder / "model.onnx", value)
+            _check_same(name, _run(sources[name], value, arrays[name]), _run(str(folder / "model.onnx"), value, {}))
 
 
 def _check_model(model: Model) -> None:
@@ -91,7 +97,7 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
     if not path.is_dir():
         return
     found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
-    if strangers := sorted(found - _OPTIMUM):
+    if strangers := sorted(found - _OPTIMUM - {f"vae_{name}/{_WEIGHTS}" for name in GRAPHS}):
         raise InputError(
             f"{path} holds files that are not of this layout: {', '.join(strangers[:5])}. Move them away, or choose "
             "another path"
@@ -131,24 +137,22 @@ def _config(bundle: Bundle) -> bytes:
     return (json.dumps(facts, indent=2) + "\n").encode()
 
 
-def _check_same(name: str, source: bytes, written: Path, value: Array) -> None:
+def _check_same(name: str, ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> None:
     """Compare what was written with the bundle, both without fusions: dropping an output allows others."""
-    ours, theirs = _run(source, value), _run(str(written), value)
     expected = ours["sample"] if name == "decoder" else np.concatenate(list(ours.values()), axis=1)
     (got,) = theirs.values()
     if got.shape != expected.shape or got.tobytes() != expected.tobytes():
         raise VerificationError(
             f"layout: the {name} that was written does not give the bits that the bundle's gives, for the first "
-            f"{len(value)} golden examples. Nothing was kept; please report it"
+            f"{len(got)} golden examples. Nothing was kept; please report it"
         )
 
 
-def _run(graph: bytes | str, value: Array) -> Mapping[str, Array]:
-    """All outputs of a graph with one input, by name."""
+def _run(graph: bytes | str, value: Array, arrays: Arrays) -> Mapping[str, Array]:
+    """All outputs of a graph with one input, by name, computed without fusions."""
     import onnxruntime as ort
 
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings = session_options(ort, arrays)
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
