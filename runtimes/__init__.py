@@ -10,7 +10,8 @@ from vae_export import builds, onnx_reader
 from vae_export.builds import BuildFolder, Engine, Options
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError, VaeExportError
-from vae_export.manifest import GRAPHS, Model
+from vae_export.manifest import Model
+from vae_export.onnx_reader import Weights
 
 from . import machine
 from .backend import Backend, Settings
@@ -114,8 +115,9 @@ def open_bundle(
     for place in _places(bundle, device, passed_over):
         try:
             if place in ("cuda", "cpu"):
-                graphs = {name: bundle.read(bundle.manifest.graphs[name].file) for name in GRAPHS}
-                backend = open_backend(graphs, bundle.manifest.model, device=place, settings=settings)
+                graphs, weights = bundle.graphs()
+                model = bundle.manifest.model
+                backend = open_backend(graphs, model, device=place, settings=settings, weights=weights)
                 return Opened(backend, Options(), None, passed_over)
             return _open_cached(bundle, place.removeprefix("build "), device, settings, passed_over)
         except (BackendError, BundleError) as error:
@@ -215,6 +217,7 @@ def open_backend(
     options: Options | None = None,
     engine: Engine | None = None,
     settings: Settings | None = None,
+    weights: Mapping[str, Weights] | None = None,
 ) -> Backend:
     """Open graphs on a device.
 
@@ -226,6 +229,7 @@ def open_backend(
         options: how they were built.
         engine: what made the engines; None for ONNX.
         settings: how to run them.
+        weights: the verified weights that lie beside ONNX graphs, by the graph's name.
 
     Raises:
         BundleError, BackendError: as for `load`.
@@ -235,8 +239,10 @@ def open_backend(
         from .trt import open_engines
 
         return open_engines(graphs, model, options, engine, settings)
-    for name, graph in graphs.items():
-        onnx_reader.check_operators(graph, name)
+    beside = weights or {}
+    arrays = {name: onnx_reader.check_operators(graph, name, beside.get(name)) for name, graph in graphs.items()}
     from .ort import OrtBackend, open_cuda
 
-    return open_cuda(graphs, model, options, settings) if device == "cuda" else OrtBackend(graphs, model, settings)
+    if device == "cuda":
+        return open_cuda(graphs, model, options, settings, arrays)
+    return OrtBackend(graphs, model, settings, arrays)

@@ -14,6 +14,7 @@ from vae_export.builds import Options
 from vae_export.errors import BackendError, BundleError, InputError, require
 from vae_export.manifest import Model
 from vae_export.noise import Normals
+from vae_export.onnx_reader import Arrays
 
 from .backend import Settings, Value, slices
 from .gpu import Gpu, Shape
@@ -29,13 +30,16 @@ class OrtBackend:
 
     on_gpu = False
 
-    def __init__(self, graphs: Mapping[str, bytes], model: Model, settings: Settings) -> None:
+    def __init__(
+        self, graphs: Mapping[str, bytes], model: Model, settings: Settings, arrays: Mapping[str, Arrays]
+    ) -> None:
         """Open graphs.
 
         Args:
             graphs: serialized ONNX models by name. Their bytes were verified; no path is ever opened.
             model: what they take and give.
             settings: threads.
+            arrays: for each graph its weights that lie beside it, over verified bytes.
 
         Raises:
             BackendError: ONNX Runtime is not available.
@@ -45,8 +49,10 @@ class OrtBackend:
         self._version = ort.__version__
         self._threads = settings.threads
         self.graphs = frozenset(graphs)
+        self._arrays = arrays  # sessions lean on their memory
         self._sessions = {
-            name: _open(ort, name, graph, model, "cpu", {}, settings.threads) for name, graph in graphs.items()
+            name: _open(ort, name, graph, model, "cpu", {}, arrays[name], settings.threads)
+            for name, graph in graphs.items()
         }
 
     def run(
@@ -97,11 +103,14 @@ class OrtBackend:
         }
 
     def close(self) -> None:
-        """Drop the sessions."""
+        """Drop the sessions, and then the weights that they lean on."""
         self._sessions = {}
+        self._arrays = {}
 
 
-def open_cuda(graphs: Mapping[str, bytes], model: Model, options: Options, settings: Settings) -> GpuBackend:
+def open_cuda(
+    graphs: Mapping[str, bytes], model: Model, options: Options, settings: Settings, arrays: Mapping[str, Arrays]
+) -> GpuBackend:
     """The first CUDA device: sessions for each lane, on the lane's stream, bound to the lane's memory.
 
     Args:
@@ -109,6 +118,7 @@ def open_cuda(graphs: Mapping[str, bytes], model: Model, options: Options, setti
         model: what they take and give.
         options: TF32 and channels last.
         settings: lanes and CUDA graphs.
+        arrays: as for `OrtBackend`.
 
     Raises:
         InputError: CUDA graphs are asked for in more than one lane.
@@ -125,7 +135,7 @@ def open_cuda(graphs: Mapping[str, bytes], model: Model, options: Options, setti
     ort.preload_dlls()
 
     def make(lane: Lane) -> _Sessions:
-        return _Sessions(ort, lane, graphs, options, settings)
+        return _Sessions(ort, lane, graphs, options, settings, arrays)
 
     facts = {
         "backend": "onnxruntime",
@@ -142,7 +152,13 @@ class _Sessions:
     """A lane's sessions. With CUDA graphs, a session is never shared between lanes: replaying is not thread-safe."""
 
     def __init__(
-        self, ort: ModuleType, lane: Lane, graphs: Mapping[str, bytes], options: Options, settings: Settings
+        self,
+        ort: ModuleType,
+        lane: Lane,
+        graphs: Mapping[str, bytes],
+        options: Options,
+        settings: Settings,
+        arrays: Mapping[str, Arrays],
     ) -> None:
         self._ort = ort
         self._captured = settings.cuda_graphs is True
@@ -158,7 +174,10 @@ class _Sessions:
             "enable_cuda_graph": int(self._captured),
             "cudnn_conv_algo_search": "HEURISTIC",  # the default measures anew for every batch size
         }
-        self._sessions = {name: _open(ort, name, graph, lane.model, "cuda", chosen) for name, graph in graphs.items()}
+        self._arrays = arrays  # sessions lean on their memory
+        self._sessions = {
+            name: _open(ort, name, graph, lane.model, "cuda", chosen, arrays[name]) for name, graph in graphs.items()
+        }
 
     def rows(self, graph: str, n: int, sizes: Mapping[str, int]) -> int:
         """See `Executor.rows`."""
@@ -201,6 +220,21 @@ def _runtime(device: str) -> ModuleType:
     return ort
 
 
+def session_options(ort: ModuleType, arrays: Arrays) -> Any:
+    """Settings for a session on ONNX bytes whose weights, as far as they lie beside the graph, are these arrays.
+
+    Their memory must outlive the session.
+    """
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    # Bytes of its own format would be taken for what they are: unchecked by us.
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
+    if arrays:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        settings.add_external_initializers(list(arrays), values)
+    return settings
+
+
 def _open(
     ort: ModuleType,
     name: str,
@@ -208,13 +242,11 @@ def _open(
     model: Model,
     device: str,
     options: Mapping[str, Any],
+    arrays: Arrays,
     threads: int | None = None,
 ) -> Any:
     """A session on a device and on no other."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    # Bytes of its own format would be taken for what they are: unchecked by us.
-    settings.add_session_config_entry("session.load_model_format", "ONNX")
+    settings = session_options(ort, arrays)
     if threads is not None:
         settings.intra_op_num_threads = threads
     provider = _PROVIDERS[device]

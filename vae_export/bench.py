@@ -16,6 +16,7 @@ from vae_export import golden, noise, onnx_reader
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError, VerificationError, require
 from vae_export.runtimes import VAE, load
+from vae_export.runtimes.ort import session_options
 
 VERBS = ("encode", "decode", "sample")
 _ROUNDS = 10
@@ -73,10 +74,13 @@ class Bare:
         ort = require("onnxruntime", "cpu", "bench")
         bundle = Bundle(path)
         self.sessions = {}
-        for name, graph in bundle.manifest.graphs.items():
-            model = bundle.read(graph.file)
-            onnx_reader.check_operators(model, name)
-            self.sessions[name] = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+        graphs, weights = bundle.graphs()
+        self.arrays = {
+            name: onnx_reader.check_operators(model, name, weights.get(name)) for name, model in graphs.items()
+        }
+        for name, model in graphs.items():
+            settings = session_options(ort, self.arrays[name])
+            self.sessions[name] = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
         self.random = np.random.default_rng(0)
 
     def prepare(self, verb: str, value: Array) -> Call:

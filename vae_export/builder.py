@@ -12,12 +12,13 @@ from typing import get_args
 
 import msgspec
 
-from vae_export import builds, certificate, engines, files, golden, sealed, verifier, versions
+from vae_export import builds, certificate, engines, files, golden, onnx_reader, sealed, verifier, versions
 from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Precision, Target
 from vae_export.bundle import Bundle
 from vae_export.certificate import Certificate
 from vae_export.errors import BackendError, InputError, require
-from vae_export.manifest import GRAPHS, Model
+from vae_export.manifest import Model
+from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
 from vae_export.runtimes import Settings, flavours, machine, open_backend
 
@@ -165,10 +166,11 @@ def _make(
     sealed.check_target(path, builds.SEAL, overwrite=overwrite or out is None)
     bindings = flavours.load(target.flavour) if target.flavour else None
     progress(f"graphs in {options.precision}")
-    sources = {name: bundle.read(manifest.graphs[name].file) for name in GRAPHS}
+    sources, weights = bundle.graphs()
+    arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, model)
     bundle.check()
-    graphs = _graphs(sources, bundle, options.precision)
+    graphs = _graphs(sources, arrays, bundle, options.precision)
     structures = {name: structure.digest(graph) for name, graph in graphs.items()}
     engine: Engine | None = None
     made: dict[str, bytes] = graphs
@@ -225,16 +227,21 @@ def _make(
     return Built(path, BuildFolder(path).record, measured, unmeasured)
 
 
-def _graphs(sources: Mapping[str, bytes], bundle: Bundle, precision: Precision) -> dict[str, bytes]:
-    """The bundle's graphs in a precision, and the fused ones."""
+def _graphs(
+    sources: Mapping[str, bytes], arrays: Mapping[str, Arrays], bundle: Bundle, precision: Precision
+) -> dict[str, bytes]:
+    """The bundle's graphs in a precision, with all their weights in them, and the fused ones."""
     from vae_export import graph
     from vae_export.graph import compose
     from vae_export.graph.precision import lower
 
     model = bundle.manifest.model
     made = dict(sources)
-    if precision != "fp32":
-        made = {name: graph.write(lower(graph.read(source), precision, name)) for name, source in sources.items()}
+    for name, source in sources.items():
+        if precision != "fp32":
+            made[name] = graph.write(lower(graph.read(source, arrays[name]), precision, name))
+        elif arrays[name]:
+            made[name] = graph.write(graph.read(source, arrays[name]))
     fused = {"reconstruct": compose.reconstruct(graph.read(made["encoder"]), graph.read(made["decoder"]), model)}
     if is_picture(model.data.shape):
         fused["generate"] = compose.generate(graph.read(made["decoder"]), model)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vae_export import files, sealed
-from vae_export.manifest import SEAL, Manifest
+from vae_export.manifest import GRAPHS, SEAL, Manifest
+from vae_export.onnx_reader import Weights
 
 MANIFEST = SEAL.file
 
@@ -33,6 +34,19 @@ class Bundle(sealed.SealedFolder[Manifest]):
     def manifest(self) -> Manifest:
         """Its verified manifest."""
         return self.record
+
+    def graphs(self) -> tuple[dict[str, bytes], dict[str, Weights]]:
+        """The verified bytes of encoder and decoder, and those of the weights beside them, where there are any.
+
+        Raises:
+            BundleError: as `read`.
+        """
+        records = self.manifest.graphs
+        beside = {name: records[name].weights for name in GRAPHS}
+        return (
+            {name: self.read(records[name].file) for name in GRAPHS},
+            {name: Weights(PurePosixPath(file).name, self.read(file)) for name, file in beside.items() if file},
+        )
 
 
 @contextlib.contextmanager

@@ -36,7 +36,10 @@ from vae_export import (
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
+from vae_export.graph import write
+from vae_export.graph.weights import apart
 from vae_export.manifest import Cost, Graph, Manifest, Model, SizeDim
+from vae_export.onnx_reader import Weights
 from vae_export.pixels import is_picture
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import Described, cost
@@ -49,12 +52,12 @@ from vae_export.sources.protocol import Decoder, Encoder, Trained
 OPSET = 20
 _CALIBRATION_ROWS = 512
 _CALIBRATION_LIMIT = 16 << 20
-_INLINE_LIMIT = 1_900_000_000  # protobuf ends at 2 GiB
 #: Times that an example is encoded and decoded: in PyTorch in float64, which counts twice, and in float32; and at
 #: three batch sizes by itself, for a reconstruction and for the ELBO.
 _PASSES = 3 * 2 + 3 * 3
 _WORTH_SAYING = 2e11  # multiply-adds, some seconds
 _SHARE_OF_PEAK = 0.4  # of a matrix product's rate, as models of this kind reach it, measured
+_WEIGHTS = "model.onnx_data"  # beside a graph, as Optimum calls it
 _TRACE_BATCH = 3  # not 1, which tracing would take for a constant
 _TOOLS = (
     "vae-export",
@@ -108,14 +111,18 @@ def export(
         raise InputError(f"export: {path} gives the bundle no printable name. Choose another path")
     model = source.model
 
-    graphs, records = {}, {}
+    graphs: dict[str, bytes] = {}
+    weights: dict[str, Weights] = {}
+    records: dict[str, Graph] = {}
     latent = model.latent_shape(source.sizes())
     for kind, wrapper, shape in (("encoder", Encoder, source.example_shape), ("decoder", Decoder, latent)):
         progress(f"tracing the {kind}")
         module = wrapper(source.module, model).eval()
-        graphs[kind], records[kind] = _trace(kind, module, shape, model)
+        graphs[kind], data, records[kind] = _trace(kind, module, shape, model)
+        if data is not None:
+            weights[kind] = Weights(_WEIGHTS, data)
         try:
-            onnx_reader.check_operators(graphs[kind], kind)
+            onnx_reader.check_operators(graphs[kind], kind, weights.get(kind))
         except BundleError as error:
             raise InputError(f"export: {error}") from None
 
@@ -124,7 +131,7 @@ def export(
     progress(f"computing the reference in float64{_estimate(source, costs)}")
     reference = references.compute(source, costs)
     progress("measuring the certificate")
-    backend = open_backend(graphs, model, device="cpu")
+    backend = open_backend(graphs, model, device="cpu", weights=weights)
     measured = verifier.measure(model, backend, reference, name)
     measured.require()
 
@@ -138,6 +145,8 @@ def export(
             file = folder / records[kind].file
             file.parent.mkdir()
             file.write_bytes(graph)
+            if kind in weights:
+                (file.parent / _WEIGHTS).write_bytes(weights[kind].data)
         (folder / "config.json").write_bytes(source.config)
         (folder / golden.FILE).write_bytes(rows)
         (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
@@ -190,8 +199,8 @@ def _estimate(source: Trained, costs: Mapping[str, Cost]) -> str:
     )
 
 
-def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -> tuple[bytes, Graph]:
-    """One graph as ONNX bytes, with dynamic batch and named dimensions, and its record."""
+def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -> tuple[bytes, bytes | None, Graph]:
+    """One graph as ONNX bytes, with dynamic batch and named dimensions; weights to lie beside it; and its record."""
     inputs, outputs = model.ends(kind)
     into = inputs[0].shape
     example = torch.zeros(_TRACE_BATCH, *shape)
@@ -226,11 +235,15 @@ def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -
     for value, tensor in ends:
         value.shape = onnx_ir.Shape(tensor.shape)
     _forget_origin(graph)
-    raw = onnx_ir.to_proto(graph).SerializeToString()
-    if len(raw) > _INLINE_LIMIT:
-        raise InputError(f"export: the {kind} has {len(raw):,} bytes; up to {_INLINE_LIMIT:,} are supported so far")
-    record = Graph(file=f"vae_{kind}/model.onnx", opset=graph.opset_imports[""], inputs=inputs, outputs=outputs)
-    return raw, record
+    data = apart(graph, _WEIGHTS)
+    record = Graph(
+        file=f"vae_{kind}/model.onnx",
+        opset=graph.opset_imports[""],
+        inputs=inputs,
+        outputs=outputs,
+        weights=None if data is None else f"vae_{kind}/{_WEIGHTS}",
+    )
+    return write(graph), data, record
 
 
 @contextlib.contextmanager

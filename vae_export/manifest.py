@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Final, Literal
 
 from vae_export.errors import InputError
@@ -351,6 +352,7 @@ class Graph(Part, frozen=True, kw_only=True):
         inputs: in the graph's order.
         outputs: in the graph's order.
         cost: of one example; null where it was not counted.
+        weights: the file beside it that has its large weights, where one file would be too large; or null.
     """
 
     file: str
@@ -358,6 +360,7 @@ class Graph(Part, frozen=True, kw_only=True):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     cost: Cost | None = None
+    weights: str | None = None
 
 
 class Golden(Part, frozen=True, kw_only=True):
@@ -456,6 +459,10 @@ class Manifest(Part, frozen=True, kw_only=True):
         graph = self.graphs[name]
         if graph.file not in self.files:
             raise ValueError(f"{name}: its file {graph.file!r} is not listed in files")
+        if graph.weights is not None:
+            beside = PurePosixPath(graph.weights).parent == PurePosixPath(graph.file).parent
+            if graph.weights not in self.files or graph.weights == graph.file or not beside:
+                raise ValueError(f"{name}: weights {graph.weights!r} is no other listed file in the graph's folder")
         if graph.opset < 1:
             raise ValueError(f"{name}: opset {graph.opset} is none")
         inputs, outputs = self.model.ends(name)

@@ -138,7 +138,9 @@ def bundle(
             "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.shape))})" for t in tensors)
             for tensors in (graph.inputs, graph.outputs)
         )
-        graphs.add_row(*map(Text, (name, graph.file, str(graph.opset), *ends)))
+        graphs.add_row(
+            *map(Text, (name, "\n".join(filter(None, (graph.file, graph.weights))), str(graph.opset), *ends))
+        )
     files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
     files.columns[1].justify = "right"
     for name, file in manifest.files.items():

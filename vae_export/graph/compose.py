@@ -23,8 +23,8 @@ def reconstruct(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) ->
     A deterministic encoder has no eps: z is its mean. Both models are used up.
     """
     inputs, outputs = model.ends("reconstruct")
-    _rename(encoder, "encoder")
-    _rename(decoder, "decoder")
+    prefix_inner(encoder, "encoder")
+    prefix_inner(decoder, "decoder")
     graph = encoder.graph
     ends = {value.name: value for value in graph.outputs}
     z = ends["mean"]
@@ -37,7 +37,7 @@ def reconstruct(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) ->
         moved = _node(graph, "Mul", [std, eps], "draw.moved")
         z = _node(graph, "Add", [z, moved], "draw.z")
     graph.outputs.clear()
-    return _finish(_follow(encoder, decoder, {"z": z}), "reconstruct", outputs)
+    return finish(_follow(encoder, decoder, {"z": z}), "reconstruct", outputs)
 
 
 def generate(decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
@@ -46,7 +46,7 @@ def generate(decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
     The cast to uint8 is the last node, as TensorRT wants it.
     """
     _, outputs = model.ends("generate")
-    _rename(decoder, "decoder")
+    prefix_inner(decoder, "decoder")
     graph = decoder.graph
     sample = next(value for value in graph.outputs if value.name == "sample")
     sample.name = "decoder.sample"
@@ -59,10 +59,10 @@ def generate(decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
     rounded = _node(graph, "Round", [clamped], "image.rounded")
     last = _node(graph, "Transpose", [rounded], "image.channels_last", {"perm": [0, 2, 3, 1]})
     _node(graph, "Cast", [last], "image", {"to": onnx_ir.DataType.UINT8})
-    return _finish(decoder, "generate", outputs)
+    return finish(decoder, "generate", outputs)
 
 
-def _rename(model: onnx_ir.Model, prefix: str) -> None:
+def prefix_inner(model: onnx_ir.Model, prefix: str) -> None:
     """Put a prefix before every inner name, so that two graphs can be joined. Ends keep theirs.
 
     Inner shapes go: both graphs may call sizes that differ by one name, and whoever opens a graph infers them again.
@@ -94,7 +94,7 @@ def _follow(first: onnx_ir.Model, second: onnx_ir.Model, join: Mapping[str, onnx
     return first
 
 
-def _finish(model: onnx_ir.Model, name: str, outputs: tuple[Tensor, ...]) -> onnx_ir.Model:
+def finish(model: onnx_ir.Model, name: str, outputs: tuple[Tensor, ...]) -> onnx_ir.Model:
     """Name the graph, set its outputs, and drop what they do not need."""
     found = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.name = name

@@ -1,0 +1,284 @@
+"""A bundle in other tools' layouts, read as they read it.
+
+Optimum's own reader, the distribution optimum-onnx, is not a dependency of the tests: it needs transformers below
+4.58, which needs huggingface_hub below 1, and diffusers needs huggingface_hub from 1.32 on. `Reader` does what its
+documentation says instead.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime as ort
+import pytest
+import torch
+import zoo
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+import vae_export
+from vae_export import bundle as bundles
+from vae_export import layouts, sealed
+from vae_export.bundle import Bundle
+from vae_export.errors import BundleError, InputError, VerificationError
+from vae_export.graph import optimum as passes
+from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
+from vae_export.sources.protocol import Trained
+
+
+class Wrapped(nn.Module):
+    """A diffusers model under our protocol."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.model.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.model.decode(z).sample
+
+
+@pytest.fixture(scope="session")
+def diffusers(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A small AutoencoderKL, its bundle, and its layout."""
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.18215,
+    )
+    zoo.fill(model)
+    source = Trained(
+        module=Wrapped(model).eval(),
+        model=Model(
+            architecture="AutoencoderKL",
+            parameters=sum(p.numel() for p in model.parameters()),
+            data=Data(
+                shape=(3, SizeDim(name="height", multiple_of=2), SizeDim(name="width", multiple_of=2)),
+                range=(-1.0, 1.0),
+            ),
+            latent=Latent(
+                shape=(4, LatentDim(name="height", divided_by=2), LatentDim(name="width", divided_by=2)),
+                scaling=0.18215,
+            ),
+            prior="standard_normal",
+            posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=(-30.0, 20.0)),
+            likelihood=Likelihood(kind="gaussian_fixed", variance=1.0, nominal=True),
+        ),
+        origin=Origin(kind="diffusers", name="small"),
+        config=model.to_json_string().encode(),
+        example_shape=(3, 16, 12),
+    )
+    folder = tmp_path_factory.mktemp("diffusers")
+    vae_export.export(source, folder / "small.bundle")
+    layouts.optimum(folder / "small.bundle", folder / "onnx")
+    return SimpleNamespace(model=model, bundle=folder / "small.bundle", layout=folder / "onnx")
+
+
+class Reader:
+    """A VAE as Optimum's pipelines hold one: a session and a configuration for each half."""
+
+    def __init__(self, path: Path) -> None:
+        self.encoder, self.decoder = (
+            ort.InferenceSession(path / part / "model.onnx", providers=["CPUExecutionProvider"])
+            for part in ("vae_encoder", "vae_decoder")
+        )
+        self.configs = [json.loads((path / p / "config.json").read_text()) for p in ("vae_encoder", "vae_decoder")]
+
+    def encode(self, sample: np.ndarray) -> DiagonalGaussianDistribution:
+        """The posterior, as of `AutoencoderKL.encode`."""
+        (parameters,) = self.encoder.run(["latent_parameters"], {"sample": sample})
+        return DiagonalGaussianDistribution(torch.from_numpy(parameters))
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """As `AutoencoderKL.decode`."""
+        return self.decoder.run(["sample"], {"latent_sample": latents.numpy()})[0]
+
+
+def dims(value: onnx.ValueInfoProto) -> tuple[str, list[int | str]]:
+    shape = value.type.tensor_type.shape.dim
+    return value.name, [dim.dim_param or dim.dim_value for dim in shape]
+
+
+def ends(path: Path, part: str) -> list[tuple[str, list[int | str]]]:
+    graph = onnx.load(path / f"vae_{part}" / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    return [dims(value) for value in (*graph.graph.input, *graph.graph.output)]
+
+
+def close(got: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(got, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+
+
+@pytest.mark.parametrize("size", [(1, 16, 12), (3, 8, 32)])
+def test_the_reader_of_optimum_gives_what_diffusers_gives(
+    diffusers: SimpleNamespace, size: tuple[int, int, int]
+) -> None:
+    reader, model = Reader(diffusers.layout), diffusers.model
+    for config in reader.configs:
+        assert config["_class_name"] == "AutoencoderKL"
+        assert config["scaling_factor"] == 0.18215
+        assert config["block_out_channels"] == [8, 16]
+    batch, height, width = size
+    x = 2 * zoo.pictures(batch, (3, height, width)) - 1
+    factor = reader.configs[1]["scaling_factor"]
+    with torch.no_grad():
+        theirs = model.encode(torch.from_numpy(x)).latent_dist
+        ours = reader.encode(x)
+        close(ours.mean.numpy(), theirs.mean.numpy())
+        close(ours.logvar.numpy(), theirs.logvar.numpy())
+        latents = ours.sample(torch.Generator().manual_seed(0)) * factor
+        close(latents.numpy(), (theirs.sample(torch.Generator().manual_seed(0)) * factor).numpy())
+        close(reader.decode(latents / factor), model.decode(latents / factor).sample.numpy())
+
+
+def test_the_names_of_optimum(diffusers: SimpleNamespace) -> None:
+    """Optimum evaluates an output's size as an expression of the input's names."""
+    assert ends(diffusers.layout, "encoder") == [
+        ("sample", ["batch_size", 3, "sample_height", "sample_width"]),
+        ("latent_parameters", ["batch_size", 8, "sample_height / 2", "sample_width / 2"]),
+    ]
+    assert ends(diffusers.layout, "decoder") == [
+        ("latent_sample", ["batch_size", 4, "latent_height", "latent_width"]),
+        ("sample", ["batch_size", 3, "latent_height * 2", "latent_width * 2"]),
+    ]
+    written = {p.relative_to(diffusers.layout).as_posix() for p in diffusers.layout.rglob("*") if p.is_file()}
+    assert written == layouts._OPTIMUM
+    config = (diffusers.bundle / "config.json").read_bytes()
+    assert (diffusers.layout / "vae_decoder" / "config.json").read_bytes() == config
+
+
+def test_other_outputs_are_dropped_with_their_nodes(member: Callable[..., object], tmp_path: Path) -> None:
+    """A model of fixed sizes that is not of diffusers: sizes stay numbers, and the facts are the manifest's."""
+    path = member("spatial").bundle
+    layouts.optimum(path, tmp_path / "onnx")
+    assert ends(tmp_path / "onnx", "encoder")[1] == ("latent_parameters", ["batch_size", 8, 4, 6])
+    assert ends(tmp_path / "onnx", "decoder") == [
+        ("latent_sample", ["batch_size", 4, 4, 6]),
+        ("sample", ["batch_size", 3, 16, 24]),
+    ]
+    operators = [node.op_type for node in onnx.load(tmp_path / "onnx" / "vae_decoder" / "model.onnx").graph.node]
+    assert "Clip" not in operators  # of sample_logvar
+    config = json.loads((tmp_path / "onnx" / "vae_encoder" / "config.json").read_text())
+    assert config["latent_channels"] == 4
+    assert config["scaling_factor"] == 1.0
+    x = np.ascontiguousarray(2 * zoo.pictures(2, (3, 16, 24)) - 1)
+    with vae_export.load(path, device="cpu") as vae:
+        close(Reader(tmp_path / "onnx").encode(x).mean.numpy(), vae.encode(x).mean)
+
+
+class Tiny(nn.Module):
+    """A deterministic autoencoder on pictures whose sizes the latents have, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.back = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.into(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.back(z)
+
+
+def test_a_deterministic_encoder_gives_a_sample(tmp_path: Path) -> None:
+    """As of AutoencoderTiny: Optimum passes `latent_sample` on as `latents`."""
+    source = Trained(
+        module=zoo.fill(Tiny()),
+        model=Model(
+            architecture="tiny",
+            parameters=39,
+            data=Data(shape=(1, SizeDim(name="rows"), 8), range=(0.0, 1.0)),
+            latent=Latent(shape=(2, LatentDim(name="rows"), 8)),
+            prior="standard_normal",
+            posterior=Posterior(kind="deterministic"),
+            likelihood=Likelihood(kind="none"),
+        ),
+        origin=zoo.ORIGIN,
+        config=zoo.CONFIG,
+        example_shape=(1, 6, 8),
+    )
+    vae_export.export(source, tmp_path / "tiny.bundle")
+    layouts.optimum(tmp_path / "tiny.bundle", tmp_path / "onnx")
+    assert ends(tmp_path / "onnx", "encoder") == [
+        ("sample", ["batch_size", 1, "sample_height", 8]),
+        ("latent_sample", ["batch_size", 2, "sample_height", 8]),
+    ]
+    assert ends(tmp_path / "onnx", "decoder")[1] == ("sample", ["batch_size", 1, "latent_height", 8])
+
+
+@pytest.mark.parametrize("name", ["plain", "conv-bernoulli"])
+def test_models_that_are_no_pictures_with_spatial_latents(
+    member: Callable[..., object], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(
+        InputError, match=r"Optimum's is for pictures.*this model has data \(B, .*Use the bundle itself"
+    ):
+        layouts.optimum(member(name).bundle, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_what_is_there_is_replaced_on_purpose_only(diffusers: SimpleNamespace, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(diffusers.layout, tmp_path / "onnx"))
+    with pytest.raises(InputError, match="exists already"):
+        layouts.optimum(diffusers.bundle, out)
+    (out / "vae_encoder" / "config.json").write_text("{}")
+    layouts.optimum(diffusers.bundle, out, overwrite=True)
+    assert json.loads((out / "vae_encoder" / "config.json").read_text())
+    (out / "unet").mkdir()
+    (out / "unet" / "model.onnx").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files that are not of this layout: unet/model\.onnx\. Move them away"):
+        layouts.optimum(diffusers.bundle, out, overwrite=True)
+    shutil.rmtree(out / "unet")
+    (out / "vae_decoder" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"is not a whole layout: it has no vae_decoder/config\.json\. Remove it"):
+        layouts.optimum(diffusers.bundle, out, overwrite=True)
+    inside = diffusers.bundle / "onnx"
+    with pytest.raises(InputError, match="lies inside the bundle, which is never changed"):
+        layouts.optimum(diffusers.bundle, inside)
+
+
+def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = passes.decoder
+
+    def wrong(graph: object, model: Model) -> object:
+        changed = right(graph, model)
+        weight = next(v for v in changed.graph.initializers.values() if v.const_value.dtype.name == "FLOAT")
+        weight.const_value = onnx_ir.tensor(weight.const_value.numpy() + 1, name=weight.name)
+        return changed
+
+    monkeypatch.setattr(passes, "decoder", wrong)
+    with pytest.raises(
+        VerificationError, match=r"the decoder that was written does not give the bits.*Nothing was kept"
+    ):
+        layouts.optimum(diffusers.bundle, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [b"[1]", b"{"])
+def test_a_config_that_is_no_json_object(diffusers: SimpleNamespace, tmp_path: Path, config: bytes) -> None:
+    path = Path(shutil.copytree(diffusers.bundle, tmp_path / "copy.bundle"))
+    (path / "config.json").write_bytes(config)
+    with pytest.raises(BundleError, match="was changed"):
+        layouts.optimum(path, tmp_path / "onnx")
+    manifest = Bundle(diffusers.bundle).manifest
+    (path / bundles.MANIFEST).unlink()
+    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=sealed.list_files(path)))
+    with pytest.raises(BundleError, match=r"config\.json is not the JSON object of a diffusers model"):
+        layouts.optimum(path, tmp_path / "onnx")
