@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vae_export.exporter import export
     from vae_export.manifest import Manifest
     from vae_export.runtimes import VAE, Elbo, Posterior, load
+    from vae_export.sources.module import Source
     from vae_export.verifier import verify
 
 __version__ = "0.3.0"
@@ -34,6 +35,7 @@ _HOMES = {
     "InputError": "vae_export.errors",
     "Manifest": "vae_export.manifest",
     "Posterior": "vae_export.runtimes",
+    "Source": "vae_export.sources.module",
     "VAE": "vae_export.runtimes",
     "VaeExportError": "vae_export.errors",
     "VerificationError": "vae_export.errors",
@@ -54,6 +56,7 @@ __all__ = [
     "InputError",
     "Manifest",
     "Posterior",
+    "Source",
     "VaeExportError",
     "VerificationError",
     "__version__",
@@ -70,7 +73,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    if name == "export":
+    if name in ("export", "Source"):
         from vae_export.errors import EXPORT_NEEDS, require
 
         for module, extra in EXPORT_NEEDS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,12 +45,13 @@ def count(source: Trained) -> dict[str, Cost]:
 def _at(module: nn.Module, model: Model, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """(multiply-adds, bytes) of each graph for one example of these sizes."""
     found = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        twin = copy.deepcopy(module)  # of tensors that have shapes and no values
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for wrapper, graph in ((Encoder, "encoder"), (Decoder, "decoder")):
-            shape = model.tensor_shape(model.ends(graph)[0][0], 1, sizes)
+            whole = wrapper(module, model)
+            weights = {name: fake.from_tensor(value) for name, value in whole.state_dict(keep_vars=True).items()}
+            value = torch.empty(model.tensor_shape(model.ends(graph)[0][0], 1, sizes))
             with torch.no_grad(), FlopCounterMode(display=False) as flops, _Live() as live:
-                wrapper(twin, model)(torch.empty(shape))
+                functional_call(whole, weights, (value,))
             found[graph] = (flops.get_total_flops() // 2, live.peak)
     return found
 
