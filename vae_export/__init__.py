@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, VerificationError
     from vae_export.exporter import export
     from vae_export.manifest import Manifest
-    from vae_export.runtimes import VAE, Elbo, Posterior, load
+    from vae_export.runtimes import VAE, Elbo, Posterior, Tile, load
     from vae_export.verifier import verify
 
 __version__ = "0.3.0"
@@ -34,6 +34,7 @@ _HOMES = {
     "InputError": "vae_export.errors",
     "Manifest": "vae_export.manifest",
     "Posterior": "vae_export.runtimes",
+    "Tile": "vae_export.runtimes",
     "VAE": "vae_export.runtimes",
     "VaeExportError": "vae_export.errors",
     "VerificationError": "vae_export.errors",
@@ -54,6 +55,7 @@ __all__ = [
     "InputError",
     "Manifest",
     "Posterior",
+    "Tile",
     "VaeExportError",
     "VerificationError",
     "__version__",
