@@ -15,6 +15,8 @@ from vae_export.onnx_reader import Weights
 
 from . import machine
 from .backend import Backend, Settings
+from .memory import Budget, parse_bytes
+from .tiling import Tile
 from .vae import VAE, DevicePosterior, Elbo, Posterior
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Opened",
     "Posterior",
     "Settings",
+    "Tile",
     "load",
     "open_backend",
     "open_bundle",
@@ -40,6 +43,7 @@ def load(
     threads: int | None = None,
     lanes: int = 1,
     cuda_graphs: bool | None = None,
+    max_memory: int | str | None = None,
 ) -> VAE:
     """Open a bundle for use. PyTorch is never imported.
 
@@ -59,18 +63,29 @@ def load(
             threads wait.
         cuda_graphs: replay captured CUDA graphs. None does so with TensorRT where a shape can be captured; ONNX
             Runtime needs True, one lane, and a model whose every node runs on CUDA.
+        max_memory: a budget for the intermediate results of one call, as bytes or as text such as `2GiB`; weights,
+            and what a call takes and gives, are not counted. It makes the slices smaller than micro_batch, and where
+            not even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`, `interpolate` and
+            `edit` cut it into tiles (see `Tile`), whose blending does change results. What is needed is known from
+            counts in the manifest, times a factor for safety: it is an estimate, not a limit that is enforced.
 
     Raises:
-        InputError: there is no folder at `path` or `build`, or an option is not one of those above.
+        InputError: there is no folder at `path` or `build`, or an option is not one of those above; or max_memory is
+            less than a model of fixed sizes needs, or the bundle is too old to say what it needs.
         BundleError: the bundle or the build is incomplete, damaged, tampered with, or newer than this version; or
             the build is of another bundle.
         BackendError: the device or a package that it needs is not available, or the build is for another machine.
     """
+    limit = None if max_memory is None else parse_bytes(max_memory)
     bundle = Bundle(path)
     settings = Settings(micro_batch=micro_batch, threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
-    opened = open_bundle(bundle, device=device, build=build, settings=settings)
     manifest = bundle.manifest
-    return VAE(manifest.model, opened.backend, micro_batch=micro_batch, name=manifest.name, facts=opened.facts())
+    costs = {name: graph.cost for name, graph in manifest.graphs.items() if graph.cost}
+    budget = None if limit is None else Budget(limit, manifest.model, costs)
+    opened = open_bundle(bundle, device=device, build=build, settings=settings)
+    return VAE(
+        manifest.model, opened.backend, micro_batch=micro_batch, name=manifest.name, facts=opened.facts(), budget=budget
+    )
 
 
 class Opened:

@@ -82,6 +82,34 @@ class ArrayCheck:
             raise InputError(f"{verb}: {self._name} has dtype {dtype} on the GPU; expected float32. Convert it there")
         return value, True
 
+    def padded(self, verb: str, value: Any) -> Array:
+        """The value with its named dimensions grown to the next size that the model takes: the edge is repeated there.
+
+        Raises:
+            InputError: as for a call; or it lies on a GPU.
+        """
+        array = value if type(value) is np.ndarray else self._as_host_array(verb, value)
+        if len(array.shape) == self._rank:
+            missing = [grown - size for grown, size in zip(self._grown(array.shape[1:]), array.shape[1:], strict=True)]
+            if any(missing):
+                array = np.pad(array, [(0, 0), *((0, more) for more in missing)], mode="edge")
+        return self(verb, array)
+
+    def _as_host_array(self, verb: str, value: Any) -> Array:
+        if _lies_on_gpu(value):
+            raise InputError(f"{verb}: {self._name} lies on a GPU, and pad is done on the host. Pass a NumPy array")
+        return self._as_array(verb, value)
+
+    def _grown(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The next shape of an example that the model takes, or this one where there is none."""
+        grown = tuple(
+            max(-(-size // dim.multiple_of), -(-dim.min // dim.multiple_of)) * dim.multiple_of
+            if isinstance(dim, SizeDim) and size
+            else size
+            for dim, size in zip(self._dims, shape, strict=True)
+        )
+        return grown if self._allows(grown) else shape
+
     def _as_array(self, verb: str, value: Any) -> Array:
         if isinstance(value, np.ma.MaskedArray):
             raise InputError(f"{verb}: {self._name} is a masked array; fill its gaps first: {self._name}.filled(0)")
@@ -110,6 +138,8 @@ class ArrayCheck:
         if not self._allows(shape[1:]):
             limits = "; ".join(str(dim) for dim in self._model.data.named().values() if str(dim) != dim.name)
             what = "Resize or crop the examples" if self._range else "Pass latents that encode or a prior draw gave"
+            if self._range and verb in ("encode", "reconstruct") and self._grown(shape[1:]) != shape[1:]:
+                what += ", or use pad=True"
             raise InputError(f"{problem} {what}{f' ({limits})' if limits else ''}")
 
     def _allows(self, shape: tuple[int, ...]) -> bool:

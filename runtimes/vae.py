@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from vae_export import elbo, likelihoods, noise
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, shape_text
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Latent, Model, shape_text
 from vae_export.noise import Normals
 from vae_export.pixels import is_picture, to_uint8
 
-from .backend import Array, Backend, Value
+from .backend import Array, Backend, Value, slices
 from .inputs import ArrayCheck
+from .memory import Budget
+from .tiling import Axis, Tile, TileLike, grid, run_tiled, tile_of
 
 if TYPE_CHECKING:
     from .gpu import DeviceArray
@@ -29,6 +31,7 @@ _IMAGE = ("image",)
 _NO_VARIANCE = (
     "this model's encoder is deterministic: its posterior has no variance to draw from, no KL and no ELBO. Use mode()"
 )
+_NO_SCALING = "this model's manifest names no scaling of latents"
 
 
 class OnGpu(Protocol):
@@ -54,6 +57,7 @@ class Posterior:
 
     mean: Array
     logvar: Array | None
+    _latent: Latent | None = None
 
     @property
     def std(self) -> Array:
@@ -84,6 +88,29 @@ class Posterior:
             InputError: the encoder is deterministic, or seed or start is out of range.
         """
         return self._at(self._noise(seed, start))
+
+    def latent(self, seed: int | None = None, start: int = 0) -> Array:
+        """What latent diffusion works on: (z − shift) · scaling, or (z − mean) · scaling / std of each channel.
+
+        Which of them, and with what numbers, the manifest says. `VAE.decode` takes it back with `scaled=True`.
+
+        Args:
+            seed: of the draw of z, as for `sample`; None takes the mean.
+            start: as for `sample`.
+
+        Returns:
+            (B, *latent) float32.
+
+        Raises:
+            InputError: the manifest names no scaling, or the errors of `sample`.
+        """
+        latent = self._latent
+        if latent is None or not latent.scaled:
+            raise InputError(f"latent: {_NO_SCALING}. Use sample() or mode()")
+        z = self.mode() if seed is None else self.sample(seed, start)
+        shift, std = _channels(latent)
+        scaled: Array = (z - shift) * np.float32(latent.scaling) / std
+        return scaled
 
     def kl(self) -> Float64:
         """KL(q(z|x) || p(z)) in nats: (B,) float64.
@@ -124,6 +151,7 @@ class DevicePosterior:
     mean: Any
     logvar: Any
     _backend: Backend
+    _latent: Latent | None = None
 
     def mode(self) -> Any:
         """The most probable latent, which is the mean: (B, *latent) float32."""
@@ -140,9 +168,17 @@ class DevicePosterior:
         eps = Normals(seed, noise.POSTERIOR, start, tuple(self.mean.shape))
         return self._backend.draw(self.mean, self.logvar, eps)
 
+    def latent(self, seed: int | None = None, start: int = 0) -> Any:
+        """Refused: latents are scaled on the host.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("latent: is computed on the host. Take numpy() first: posterior.numpy().latent()")
+
     def numpy(self) -> Posterior:
         """The same on the host, where the standard deviation and the KL are computed, too."""
-        return Posterior(self.mean.numpy(), None if self.logvar is None else self.logvar.numpy())
+        return Posterior(self.mean.numpy(), None if self.logvar is None else self.logvar.numpy(), self._latent)
 
 
 class Elbo(NamedTuple):
@@ -174,6 +210,7 @@ class VAE:
         micro_batch: int = 64,
         name: str = "",
         facts: Mapping[str, Any] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Join a model's description and a backend that has its graphs.
 
@@ -183,6 +220,7 @@ class VAE:
             micro_batch: as for `load`.
             name: of the bundle.
             facts: for `describe`: the precision, and the build.
+            budget: for the memory of intermediate results; None is no limit.
 
         Raises:
             InputError: micro_batch is below 1.
@@ -192,6 +230,7 @@ class VAE:
         self.name = name
         self._backend = backend
         self._micro_batch = micro_batch
+        self._budget = budget
         self._facts = {"precision": "float32"} if facts is None else dict(facts)
         self._data = ArrayCheck("x", model, on_gpu=backend.on_gpu)
         self._latent = ArrayCheck("z", model, on_gpu=backend.on_gpu)
@@ -201,12 +240,12 @@ class VAE:
         self._decoder_outputs = DECODER_OUTPUTS[model.likelihood.kind]
 
     @overload
-    def encode(self, x: npt.NDArray[Any]) -> Posterior: ...
+    def encode(self, x: npt.NDArray[Any], *, tile: TileLike | None = ..., pad: bool = ...) -> Posterior: ...
 
     @overload
     def encode(self, x: OnGpu) -> DevicePosterior: ...
 
-    def encode(self, x: Any) -> Posterior | DevicePosterior:
+    def encode(self, x: Any, *, tile: TileLike | None = None, pad: bool = False) -> Posterior | DevicePosterior:
         """The approximate posterior q(z|x).
 
         Args:
@@ -214,34 +253,56 @@ class VAE:
                 array of PyTorch, CuPy, JAX or ours that lies there, float32 and contiguous; its values are not
                 checked, and the result stays there. Whoever uses it on streams of their own, not the default one,
                 leaves it unchanged until the result is complete.
+            tile: encode images in overlapping tiles of so many pixels, or as a `Tile` says, where they are larger in
+                either direction. The mean and the logarithm of the variance are blended each by itself, the latter as
+                the graph gives it, after its limits; diffusers blends before them. Arrays of the host only.
+            pad: grow sizes that the model does not take, by repeating the edge at the bottom and at the right. The
+                posterior is then that of the padded image: decode, and crop. Arrays of the host only.
 
         Raises:
-            InputError: x is not such an array.
+            InputError: x is not such an array, or the tile does not suit the model.
         """
-        x, on_device = self._data.anywhere("encode", x)
-        return self._on_device(x) if on_device else self._posterior(x)
+        tile = tile_of(tile)
+        x, on_device = self._examples("encode", x, pad)
+        if not on_device:
+            return self._posterior(x, tile)
+        self._host_only("encode", "x", tile)
+        return self._on_device(x)
 
     @overload
-    def decode(self, z: npt.NDArray[Any]) -> Array: ...
+    def decode(self, z: npt.NDArray[Any], *, tile: TileLike | None = ..., scaled: bool = ...) -> Array: ...
 
     @overload
     def decode(self, z: OnGpu) -> DeviceArray: ...
 
-    def decode(self, z: Any) -> Any:
+    def decode(self, z: Any, *, tile: TileLike | None = None, scaled: bool = False) -> Any:
         """The mean of p(x|z).
 
         Args:
             z: (B, *latent) float32; on a GPU also an array that lies there, as for `encode`.
+            tile: decode to images in overlapping tiles of so many pixels of the image, or as a `Tile` says, where it
+                is larger in either direction. Arrays of the host only.
+            scaled: z is what latent diffusion works on, as `Posterior.latent` gives: undo the scaling first. Arrays
+                of the host only.
 
         Returns:
             (B, *data) float32 in the data's range, not clamped. On the GPU where z is.
 
         Raises:
-            InputError: z is not such an array.
+            InputError: z is not such an array, the tile does not suit the model, or the manifest names no scaling.
         """
-        if type(z) is np.ndarray:  # the shortest way
+        if type(z) is np.ndarray and tile is None and not scaled:  # the shortest way
             return self._run("decoder", {"z": self._latent("decode", z)}, _SAMPLE)[0]
+        tile = tile_of(tile)
         z, on_device = self._latent.anywhere("decode", z)
+        if on_device:
+            self._host_only("decode", "z", tile)
+            if scaled:
+                raise InputError("decode: z lies on a GPU, and scaled is done on the host. Pass a NumPy array")
+        if scaled:
+            z = self._unscaled(z)
+        if tile is not None:
+            return self._run("decoder", {"z": z}, _SAMPLE, tile=tile)[0]
         return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
 
     def likelihood(self, z: Any) -> dict[str, Array]:
@@ -249,7 +310,8 @@ class VAE:
 
         Arguments and errors are those of `decode`.
         """
-        return self._parameters(self._latent("likelihood", z))
+        z = self._latent("likelihood", z)
+        return self._parameters(z, self._rows(z.shape[1:], "decoder"))
 
     def sample(
         self,
@@ -285,9 +347,10 @@ class VAE:
         likelihood = likelihoods.of(self.model)
         if on_device:
             raise InputError("sample: draw is done on the host; ask for one of draw and on_device")
+        most = self._rows(z.shape[1:], "decoder")
         parts = [
-            likelihood.sample(self._parameters(z[first:last]), seed, z.first + first)
-            for first, last in self._slices(len(z))
+            likelihood.sample(self._parameters(z[rows], most), seed, z.first + rows.start)
+            for rows in slices(len(z), most)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -319,7 +382,7 @@ class VAE:
             shape = shape_text(self.model.data.shape)
             raise InputError(f"generate: this model's data {shape} are no pictures (B, 1 or 3, H, W). Use sample")
         z = self._prior("generate", n, seed, start, size, on_device)
-        if "generate" in self._backend.graphs:
+        if self._fused("generate", z.shape[1:]):
             return self._run("generate", {"z": z}, _IMAGE, on_device)[0]
         if on_device:
             raise InputError("generate: only a build makes bytes on the GPU. Run: vae-export build, or use sample")
@@ -338,31 +401,59 @@ class VAE:
         return Normals(seed, noise.PRIOR, start, (n, *(latent or self.model.latent_shape(size))))
 
     @overload
-    def reconstruct(self, x: npt.NDArray[Any], seed: int | None = ..., start: int = ...) -> Array: ...
+    def reconstruct(
+        self,
+        x: npt.NDArray[Any],
+        seed: int | None = ...,
+        start: int = ...,
+        *,
+        tile: TileLike | None = ...,
+        pad: bool = ...,
+    ) -> Array: ...
 
     @overload
     def reconstruct(self, x: OnGpu, seed: int | None = ..., start: int = ...) -> DeviceArray: ...
 
-    def reconstruct(self, x: Any, seed: int | None = None, start: int = 0) -> Any:
+    def reconstruct(
+        self,
+        x: Any,
+        seed: int | None = None,
+        start: int = 0,
+        *,
+        tile: TileLike | None = None,
+        pad: bool = False,
+    ) -> Any:
         """Encode and decode.
 
         Args:
             x: as for `encode`.
             seed: of the draw from the posterior; None goes through its mean.
             start: the index of the first example.
+            tile: encode and decode in tiles, as `encode` and `decode` do.
+            pad: grow sizes as `encode` does, and crop the result back.
 
         Returns:
             The mean of p(x|z), (B, *data) float32. On the GPU where x is.
 
         Raises:
-            InputError: x is not such an array, or seed or start is out of range.
+            InputError: x is not such an array, the tile does not suit the model, or seed or start is out of range.
         """
-        x, on_device = self._data.anywhere("reconstruct", x)
+        tile = tile_of(tile)
+        given, (x, on_device) = x, self._examples("reconstruct", x, pad)
+        if on_device:
+            self._host_only("reconstruct", "x", tile)
+        result = self._reconstructed(x, seed, start, tile, on_device)
+        if not pad:
+            return result
+        return np.ascontiguousarray(result[(slice(None), *map(slice, np.shape(given)[1:]))])
+
+    def _reconstructed(self, x: Any, seed: int | None, start: int, tile: Tile | None, on_device: bool) -> Any:
         gaussian = len(self._encoder_outputs) > 1
-        if "reconstruct" not in self._backend.graphs or (seed is not None and not gaussian):
-            posterior = self._on_device(x) if on_device else self._posterior(x)
+        fused = tile is None and self._fused("reconstruct", tuple(x.shape[1:]))
+        if not fused or (seed is not None and not gaussian):
+            posterior = self._on_device(x) if on_device else self._posterior(x, tile)
             z = posterior.mode() if seed is None else posterior.sample(seed, start)
-            return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
+            return self._run("decoder", {"z": z}, _SAMPLE, on_device, tile)[0]
         inputs = {"x": x}
         if gaussian:
             shape = (x.shape[0], *self._example("encoder", tuple(x.shape[1:])))
@@ -385,12 +476,13 @@ class VAE:
         likelihood = likelihoods.of(self.model)
         x = self._data("elbo", x)
         reconstruction, kl = np.empty(len(x)), np.empty(len(x))
-        for first, last in self._slices(len(x)):
-            part = x[first:last]
-            posterior = self._posterior(part)
-            outputs = self._parameters(posterior.sample(seed, start + first))
-            reconstruction[first:last] = elbo.per_example(likelihood.log_prob_terms(part, outputs))
-            kl[first:last] = posterior.kl()
+        most = self._rows(x.shape[1:], "encoder", "decoder")
+        for rows in slices(len(x), most):
+            part = x[rows]
+            posterior = self._posterior(part, rows=most)
+            outputs = self._parameters(posterior.sample(seed, start + rows.start), most)
+            reconstruction[rows] = elbo.per_example(likelihood.log_prob_terms(part, outputs))
+            kl[rows] = posterior.kl()
         return Elbo(reconstruction - kl, reconstruction, kl)
 
     def log_likelihood(self, x: Any, k: int = 64, seed: int = 0, start: int = 0) -> Float64:
@@ -415,22 +507,23 @@ class VAE:
         likelihood = likelihoods.of(self.model)
         x = self._data("log_likelihood", x)
         bound = np.empty(len(x))
-        for first, last in self._slices(len(x)):
-            part = x[first:last]
-            posterior = self._posterior(part)
+        most = self._rows(x.shape[1:], "encoder", "decoder")
+        for rows in slices(len(x), most):
+            part = x[rows]
+            posterior = self._posterior(part, rows=most)
             # Few examples leave room in the micro-batch: several draws share one run.
-            group = max(1, self._micro_batch // len(part))
+            group = max(1, most // len(part))
             log_weights = np.empty((k, len(part)))
             for draw in range(0, k, group):
                 draws = range(draw, min(draw + group, k))
-                eps = np.concatenate([posterior._noise(seed, start + first, d) for d in draws])
+                eps = np.concatenate([posterior._noise(seed, start + rows.start, d) for d in draws])
                 tiled = posterior._repeat(len(draws))
                 z = tiled._at(eps)
                 xs = np.tile(part, (len(draws), *[1] * (part.ndim - 1)))
-                log_prob = elbo.per_example(likelihood.log_prob_terms(xs, self._parameters(z)))
+                log_prob = elbo.per_example(likelihood.log_prob_terms(xs, self._parameters(z, most)))
                 weights = elbo.monte_carlo_elbo(log_prob, z, eps, tiled._gaussian())
                 log_weights[draw : draw + len(draws)] = weights.reshape(len(draws), -1)
-            bound[first:last] = elbo.importance_weighted_bound(log_weights)
+            bound[rows] = elbo.importance_weighted_bound(log_weights)
         return bound
 
     def interpolate(self, a: Any, b: Any, steps: int = 8) -> Array:
@@ -500,10 +593,12 @@ class VAE:
             "data": shape_text(model.data.shape),
             "data_range": list(model.data.range),
             "latent": shape_text(model.latent.shape),
+            **self._scaling(),
             "prior": model.prior,
             "posterior": model.posterior.kind,
             "likelihood": model.likelihood.kind,
             "micro_batch": self._micro_batch,
+            "max_memory": self._budget.limit if self._budget else None,
             **self._facts,
             **self._backend.describe(),
         }
@@ -518,21 +613,91 @@ class VAE:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _posterior(self, x: Array) -> Posterior:
-        outputs = self._run("encoder", {"x": x}, self._encoder_outputs)
-        return Posterior(outputs[0], outputs[1] if len(outputs) > 1 else None)
+    def _examples(self, verb: str, x: Any, pad: bool) -> tuple[Any, bool]:
+        """What the caller gave, checked, and whether it lies on the GPU."""
+        return (self._data.padded(verb, x), False) if pad else self._data.anywhere(verb, x)
+
+    def _host_only(self, verb: str, name: str, tile: Tile | None) -> None:
+        if tile is not None:
+            raise InputError(f"{verb}: {name} lies on a GPU, and tiles are joined on the host. Pass a NumPy array")
+
+    def _unscaled(self, z: Array) -> Array:
+        """What `Posterior.latent` made of latents, undone."""
+        latent = self.model.latent
+        if not latent.scaled:
+            raise InputError(f"decode: {_NO_SCALING}. Drop scaled")
+        shift, std = _channels(latent)
+        with np.errstate(over="ignore"):  # too large is told by the check
+            return self._latent("decode", z * std / np.float32(latent.scaling) + shift)
+
+    def _scaling(self) -> dict[str, Any]:
+        """For `describe`: how latent diffusion scales latents, where it does."""
+        latent = self.model.latent
+        if not latent.scaled:
+            return {}
+        if latent.mean is None or latent.std is None:
+            return {"latent_scaling": {"scaling": latent.scaling, "shift": latent.shift}}
+        mean, std = list(latent.mean), list(latent.std)
+        return {"latent_scaling": {"scaling": latent.scaling, "mean": mean, "std": std}}
+
+    def _posterior(self, x: Array, tile: Tile | None = None, rows: int = 0) -> Posterior:
+        outputs = self._run("encoder", {"x": x}, self._encoder_outputs, tile=tile, rows=rows)
+        return Posterior(outputs[0], outputs[1] if len(outputs) > 1 else None, self.model.latent)
 
     def _on_device(self, x: Any) -> DevicePosterior:
-        outputs = self._run("encoder", {"x": x}, self._encoder_outputs, on_device=True)
-        return DevicePosterior(outputs[0], outputs[1] if len(outputs) > 1 else None, self._backend)
+        mean, *logvar = self._run("encoder", {"x": x}, self._encoder_outputs, on_device=True)
+        return DevicePosterior(mean, logvar[0] if logvar else None, self._backend, self.model.latent)
 
-    def _parameters(self, z: Array | Normals) -> dict[str, Array]:
-        return dict(zip(self._decoder_outputs, self._run("decoder", {"z": z}, self._decoder_outputs), strict=True))
+    def _parameters(self, z: Array | Normals, rows: int) -> dict[str, Array]:
+        outputs = self._run("decoder", {"z": z}, self._decoder_outputs, rows=rows)
+        return dict(zip(self._decoder_outputs, outputs, strict=True))
+
+    def _fused(self, graph: str, example: tuple[int, ...]) -> bool:
+        """Whether a fused graph is there, and max_memory lets one example of its first input through."""
+        return graph in self._backend.graphs and (
+            self._budget is None or self._budget.rows(graph, self.model.input_sizes(graph, example)) > 0
+        )
+
+    def _rows(self, example: tuple[int, ...], *graphs: str) -> int:
+        """How many examples of the first graph's input may go through graphs at once, where nothing is tiled."""
+        if self._budget is None:
+            return self._micro_batch
+        sizes = self.model.input_sizes(graphs[0], example)
+        return min(self._micro_batch, *(self._budget.at_least_one(graph, sizes) for graph in graphs))
+
+    def _plan(self, graph: str, example: tuple[int, ...], tile: Tile | None) -> tuple[int, tuple[Axis, Axis] | None]:
+        """How many examples go through a graph at once, and the tiles of each, for a given tile or for max_memory."""
+        sizes = self.model.input_sizes(graph, example)
+        budget = self._budget
+        if tile is None and budget is not None:
+            if rows := budget.rows(graph, sizes):
+                return min(rows, self._micro_batch), None
+            tile = budget.tile(graph, sizes)
+        axes = grid(self.model, graph, example, tile) if tile else None
+        if budget is None:
+            return self._micro_batch, axes
+        if axes:
+            sizes = self.model.input_sizes(graph, (example[0], *(axis.parts[0] for axis in axes)))
+        return min(max(1, budget.rows(graph, sizes)), self._micro_batch), axes
 
     def _run(
-        self, graph: str, inputs: dict[str, Value], outputs: tuple[str, ...], on_device: bool = False
+        self,
+        graph: str,
+        inputs: dict[str, Value],
+        outputs: tuple[str, ...],
+        on_device: bool = False,
+        tile: Tile | None = None,
+        rows: int = 0,
     ) -> list[Any]:
-        results = self._backend.run(graph, inputs, outputs, self._micro_batch, on_device=on_device)
+        """Run a graph; with `rows`, so many examples at once and uncut, otherwise as `tile` and max_memory say."""
+        if not rows:
+            rows = self._micro_batch
+            if tile is not None or self._budget is not None:
+                first = next(iter(inputs.values()))
+                rows, axes = self._plan(graph, tuple(first.shape[1:]), tile)
+                if axes:
+                    return self._tiled(graph, first, outputs, rows, axes, on_device)
+        results = self._backend.run(graph, inputs, outputs, rows, on_device=on_device)
         shape = next(iter(inputs.values())).shape
         expected = (shape[0], *(self._gives.get(graph) or self._example(graph, tuple(shape[1:]))))
         for result in results:
@@ -541,6 +706,33 @@ class VAE:
                     f"{self.name}: the {graph} gave shape {result.shape}; the manifest promises {expected}. The bundle "
                     "contradicts itself: export the model again"
                 )
+        return results
+
+    def _tiled(
+        self,
+        graph: str,
+        value: Array | Normals,
+        outputs: tuple[str, ...],
+        rows: int,
+        axes: tuple[Axis, Axis],
+        on_device: bool,
+    ) -> list[Any]:
+        if on_device:
+            raise InputError(
+                f"max_memory holds no example of this size in the {graph}, and tiles are joined on the host. Pass "
+                "NumPy arrays and drop on_device, or load with a larger max_memory"
+            )
+
+        def run(tile: Array) -> list[Any]:
+            return self._run(graph, {name: tile}, outputs, rows=rows)
+
+        (name,) = (tensor.name for tensor in self.model.ends(graph)[0])
+        shape = (len(value), *self._example(graph, value.shape[1:]))
+        results = [np.empty(shape, np.float32) for _ in outputs]
+        for part in slices(len(value), rows):
+            whole = value[part]
+            examples = whole.numpy() if isinstance(whole, Normals) else whole
+            run_tiled(run, examples, *axes, tuple(result[part] for result in results))
         return results
 
     def _example(self, graph: str, example: tuple[int, ...]) -> tuple[int, ...]:
@@ -552,8 +744,14 @@ class VAE:
         """What a graph gives for one example of these sizes."""
         return self.model.tensor_shape(self.model.ends(graph)[1][0], 1, sizes)[1:]
 
-    def _slices(self, n: int) -> Iterator[tuple[int, int]]:
-        return ((first, min(first + self._micro_batch, n)) for first in range(0, n, self._micro_batch))
+
+def _channels(latent: Latent) -> tuple[Array, Array]:
+    """What is subtracted from latents and what they are divided by, beside the scaling: to broadcast over a batch."""
+    shift, std = (
+        np.array(values, np.float32).reshape(-1, *[1] * (len(latent.shape) - 1))
+        for values in (latent.shift if latent.mean is None else latent.mean, latent.std or 1.0)
+    )
+    return shift, std
 
 
 def _count(verb: str, name: str, value: Any, least: int) -> int:

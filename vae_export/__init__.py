@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, VerificationError
     from vae_export.exporter import export
     from vae_export.manifest import Manifest
-    from vae_export.runtimes import VAE, Elbo, Posterior, load
+    from vae_export.runtimes import VAE, Elbo, Posterior, Tile, load
     from vae_export.sources.module import Source
     from vae_export.verifier import verify
 
@@ -36,6 +36,7 @@ _HOMES = {
     "Manifest": "vae_export.manifest",
     "Posterior": "vae_export.runtimes",
     "Source": "vae_export.sources.module",
+    "Tile": "vae_export.runtimes",
     "VAE": "vae_export.runtimes",
     "VaeExportError": "vae_export.errors",
     "VerificationError": "vae_export.errors",
@@ -57,6 +58,7 @@ __all__ = [
     "Manifest",
     "Posterior",
     "Source",
+    "Tile",
     "VaeExportError",
     "VerificationError",
     "__version__",

@@ -1,0 +1,242 @@
+"""Images larger than memory: a graph runs on tiles that overlap, and what it gives is blended where they do.
+
+The semantics are those of diffusers' `AutoencoderKL` with `enable_tiling()`: see `Tile`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vae_export.errors import InputError
+from vae_export.manifest import LatentDim, Model, SizeDim
+
+from .backend import Array
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How an image is cut.
+
+    Tiles lie on a grid whose step is `size` less the overlap; those at the right and at the bottom are smaller. Each
+    is blended linearly with the one above and then with the one to the left, both blended before. That is what
+    diffusers' `AutoencoderKL` does for `tile_sample_min_size=size` and `tile_overlap_factor=overlap`, and the results
+    agree to float32's rounding. All models are tiled so, `AutoencoderTiny` too, whose own tiling blends otherwise.
+    A tile sees nothing beyond its edges: results differ from untiled ones, the less the larger it is.
+
+    Attributes:
+        size: of a tile, in pixels of the data: one number for both directions, or (height, width). A multiple of what
+            the model divides sizes by, on the way to the latent.
+        overlap: the share of a tile that its neighbour repeats, 0 ≤ overlap < 1.
+
+    Raises:
+        InputError: size or overlap is no such number.
+    """
+
+    size: int | tuple[int, int]
+    overlap: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.overlap, (int, float, np.number)) and 0 <= self.overlap < 1):
+            raise InputError(f"tile: overlap is {self.overlap!r}; expected a number from 0 on that is below 1")
+        try:
+            height, width = self.pixels
+        except (TypeError, ValueError):
+            height = width = 0
+        if min(height, width) < 1:
+            raise InputError(
+                f"tile: size is {self.size!r}; expected pixels of the data, 1 or more: an integer or (height, width)"
+            )
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.size if isinstance(self.size, (tuple, list)) else (self.size, self.size)
+        return operator.index(height), operator.index(width)
+
+
+#: What callers may give for a tile.
+TileLike = int | tuple[int, int] | Tile
+
+
+def tile_of(tile: TileLike | None) -> Tile | None:
+    """A tile from its size alone. Raises what `Tile` raises."""
+    return tile if tile is None or isinstance(tile, Tile) else Tile(tile)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The tiles along one direction of an image, for one graph.
+
+    Attributes:
+        length: of what goes in.
+        tile: the largest tile of what goes in.
+        step: from where one tile of it begins to where the next does.
+        blend: how much of two tiles of what comes out is blended.
+        limit: what of a tile of what comes out is kept: the next one begins there.
+    """
+
+    length: int
+    tile: int
+    step: int
+    blend: int
+    limit: int
+
+    @property
+    def starts(self) -> range:
+        """Where tiles begin in what goes in."""
+        return range(0, self.length, self.step)
+
+    @property
+    def parts(self) -> list[int]:
+        """How long the tiles are of what goes in."""
+        return [min(self.tile, self.length - start) for start in self.starts]
+
+
+def can_tile(model: Model) -> bool:
+    """Whether a model takes images of other heights and widths, whose latents follow both."""
+    data, latent = model.data.shape[1:], model.latent.shape[1:]
+    return (
+        len(data) == len(latent) == 2
+        and all(isinstance(dim, SizeDim) for dim in data)
+        and [dim.name for dim in data if isinstance(dim, SizeDim)]
+        == [dim.name for dim in latent if isinstance(dim, LatentDim)]
+    )
+
+
+def units(model: Model) -> list[tuple[SizeDim, int]]:
+    """Height and width of a model that `can_tile`, and what the latent divides each by."""
+    dims = (dim for dim in model.data.shape if isinstance(dim, SizeDim))
+    return list(zip(dims, (dim.divided_by for dim in model.latent.shape if isinstance(dim, LatentDim)), strict=True))
+
+
+def grid(model: Model, graph: str, example: tuple[int, ...], tile: Tile) -> tuple[Axis, Axis] | None:
+    """The tiles of one example.
+
+    Args:
+        model: whose graph it is.
+        graph: `encoder` or `decoder`.
+        example: (C, H, W), the shape of one example of what goes in.
+        tile: how to cut.
+
+    Returns:
+        The tiles down and across; None where the image is larger than a tile in neither direction, so that it is not
+        cut.
+
+    Raises:
+        InputError: the model has fixed sizes or does not take a tile's, or the overlap does not suit them.
+    """
+    if not can_tile(model):
+        raise InputError(
+            "tile: this model takes no other height and width than its own, so that its images cannot be cut into "
+            "tiles. Drop tile, or export the model with named sizes"
+        )
+    dims = units(model)
+    for (dim, _), size in zip(dims, tile.pixels, strict=True):
+        if size % dim.multiple_of:
+            raise InputError(
+                f"tile: size is {tile.size}; expected a {dim.name} that is a multiple of {dim.multiple_of}. "
+                f"Use {-(-size // dim.multiple_of) * dim.multiple_of}"
+            )
+    encodes = graph == "encoder"
+    axes = []
+    for length, size, (_, stride) in zip(example[1:], tile.pixels, dims, strict=True):
+        into, out = (size, size // stride) if encodes else (size // stride, size)
+        axis = _axis(length, into, out, tile.overlap)
+        if not _meets(axis, stride, encodes):
+            raise InputError(
+                f"tile: with tiles of {size} pixels, {size // stride} in the latent, and an overlap of {tile.overlap} "
+                f"the parts of the image do not meet: what overlaps is no whole number of the latent's pixels. "
+                f"Use overlap={_overlap(dims, tile)!r}"
+            )
+        axes.append(axis)
+    down, across = axes
+    if down.length <= down.tile and across.length <= across.tile:
+        return None
+    for axis, (dim, stride) in zip(axes, dims, strict=True):
+        for part in axis.parts:
+            size = part if encodes else part * stride
+            if not dim.allows(size):
+                raise InputError(
+                    f"tile: with tiles of {tile.size} and an overlap of {tile.overlap} one has {dim.name} "
+                    f"{size}, and this model takes {dim}. Choose another size or overlap"
+                )
+    return down, across
+
+
+def _axis(length: int, into: int, out: int, overlap: float) -> Axis:
+    """As diffusers rounds: towards 0, what is stepped and what is blended each by itself."""
+    blend = int(out * overlap)
+    return Axis(length, into, int(into * (1 - overlap)), blend, out - blend)
+
+
+def _meets(axis: Axis, stride: int, encodes: bool) -> bool:
+    """Whether a step in what goes in is what is kept of a tile in what comes out."""
+    wanted = axis.limit * stride if encodes else axis.limit
+    return axis.step > 0 and wanted == (axis.step if encodes else axis.step * stride)
+
+
+def _overlap(dims: list[tuple[SizeDim, int]], tile: Tile) -> float:
+    """The overlap nearest to the one asked for that suits both graphs in both directions; 0 always does."""
+    latents = [size // stride for (_, stride), size in zip(dims, tile.pixels, strict=True)]
+    count = math.gcd(*latents)
+    for overlap in sorted((k / count for k in range(count)), key=lambda overlap: abs(overlap - tile.overlap)):
+        pairs = [(latent, latent * stride, stride) for latent, (_, stride) in zip(latents, dims, strict=True)]
+        if all(
+            _meets(_axis(0, small, large, overlap), stride, False)
+            and _meets(_axis(0, large, small, overlap), stride, True)
+            for small, large, stride in pairs
+        ):
+            return overlap
+    raise AssertionError("without an overlap tiles meet")
+
+
+def run_tiled(
+    run: Callable[[Array], list[Array]], x: Array, down: Axis, across: Axis, results: tuple[Array, ...]
+) -> None:
+    """Run a graph tile by tile and write what it gives, blended, where it belongs.
+
+    Beside one tile, only the strips are kept that the tiles below and to the right are blended with.
+
+    Args:
+        run: the graph: (B, C, h, w) → its outputs, which may be written to.
+        x: (B, C, H, W) float32, what goes in.
+        down: the tiles' rows.
+        across: the tiles' columns.
+        results: (B, C', H', W') each: what is written.
+    """
+    above: list[list[Array]] = []  # of each column's last tile, the bottom of each output
+    for row, top in enumerate(down.starts):
+        below: list[list[Array]] = []
+        left: list[Array] = []  # of the last tile, the right edge of each output
+        for column, start in enumerate(across.starts):
+            cut = x[:, :, top : top + down.tile, start : start + across.tile]
+            outputs = run(np.ascontiguousarray(cut))
+            for index, (output, result) in enumerate(zip(outputs, results, strict=True)):
+                if row:
+                    _blend(above[column][index], output, down.blend, 2)
+                if column:
+                    _blend(left[index], output, across.blend, 3)
+                kept = output[:, :, : down.limit, : across.limit]
+                y, x_ = row * down.limit, column * across.limit
+                result[:, :, y : y + kept.shape[2], x_ : x_ + kept.shape[3]] = kept
+            # Copies: a view would keep the whole tile.
+            below.append([output[:, :, max(0, output.shape[2] - down.blend) :].copy() for output in outputs])
+            left = [output[:, :, :, max(0, output.shape[3] - across.blend) :].copy() for output in outputs]
+        above = below
+
+
+def _blend(before: Array, tile: Array, extent: int, axis: int) -> None:
+    """Fade a tile in, in its first `extent` places along an axis, over the last ones of the tile before it."""
+    extent = min(before.shape[axis], tile.shape[axis], extent)
+    if not extent:
+        return
+    share = np.arange(extent) / extent
+    old, new = (weight.astype(np.float32).reshape(-1, *[1] * (3 - axis)) for weight in (1 - share, share))
+    ends = before[:, :, -extent:] if axis == 2 else before[:, :, :, -extent:]
+    begins = tile[:, :, :extent] if axis == 2 else tile[:, :, :, :extent]
+    begins[...] = ends * old + begins * new
