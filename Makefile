@@ -9,7 +9,7 @@ EXTRAS ?= dev
 # Processes of the tests.
 JOBS ?= 2
 
-.PHONY: demo test test-gpu setup lint types bench figures trainer throughput kills gpu record clean
+.PHONY: demo test test-gpu setup lint types bench figures sources trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -45,6 +45,11 @@ figures: setup
 trainer: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/trainer.py out/bench/trainer.json
+
+# Every figure that is promised of trained models from elsewhere, likewise.
+sources: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/sources.py out/bench/sources.json
 
 # Training speed beside a plain loop and pythae, which is installed beside everything else for that.
 throughput: setup out/pythae

@@ -66,8 +66,10 @@ _FULL_KL = _KL | {
     "layers_per_block": 2,
     "norm_num_groups": 32,
 }
-#: The published configurations in full, for benchmarks: 84 million parameters each.
+#: For benchmarks: the published configurations in full, of 84 million parameters each, and one of their shape and a
+#: quarter of their widths.
 FULL: dict[str, dict[str, Any]] = {
+    "kl-small": _FULL_KL | {"block_out_channels": [32, 64, 128, 128], "scaling_factor": 0.18215},
     "sd15": _FULL_KL | {"scaling_factor": 0.18215, "sample_size": 512},
     "sdxl": _FULL_KL | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
     "flux": _FULL_KL

@@ -1,0 +1,185 @@
+"""Every figure that is promised of trained models from elsewhere, measured and compared with its bound.
+
+python benchmarks/sources.py out/bench/sources.json [zoo sizes tiles memory full]
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+
+import vae_export
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import zoo
+import zoo_diffusers
+
+_SIZES = ((32, 48), (40, 16), (72, 24))
+_EXPORT = """
+import sys, vae_export
+vae_export.export(sys.argv[1], sys.argv[2], progress=lambda step: print(step, file=sys.stderr, flush=True))
+"""
+_VERIFY = "import sys, vae_export; vae_export.verify(sys.argv[1]).require()"
+_DECODE = """
+import sys
+import numpy as np
+import vae_export
+def peak():
+    # Of this process alone: what getrusage tells counts what it was forked from.
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+bundle, side, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+vae = vae_export.load(bundle)
+z = vae_export.noise.normals(0, 0, 0, 1, 4 * side * side // 64).reshape(1, 4, side // 8, side // 8)
+before = peak()
+x = vae.decode(z, tile=tile or None)
+assert x.shape == (1, 3, side, side) and "torch" not in sys.modules
+print(before, peak(), x.nbytes)
+"""
+
+
+def bundles(folder: Path) -> dict[str, Path]:
+    """Every small autoencoder of diffusers, exported at 16 × 24."""
+    made = {}
+    for name in zoo_diffusers.CONFIGS:
+        source = zoo_diffusers.write(folder / name, name)
+        made[name] = folder / f"{name}.bundle"
+        vae_export.export(source, made[name], size={"height": 16, "width": 24})
+    return made
+
+
+def certificates(folder: Path, exported: dict[str, Path]) -> dict[str, Any]:
+    """Of every member of the zoo: the check that is nearest to its budget."""
+    for name, make in zoo.MEMBERS.items():
+        exported = {**exported, name: folder / f"{name}.bundle"}
+        vae_export.export(make(), exported[name])
+    table = {}
+    for name, path in exported.items():
+        certificate = vae_export.verify(path)
+        nearest = max((c for c in certificate.checks if c.allowed), key=lambda c: c.got / (c.allowed or 1))
+        table[name] = {"passed": certificate.passed, "examples": certificate.examples, "nearest": str(nearest)}
+        print(name, table[name], flush=True)
+    return table
+
+
+def sizes(exported: dict[str, Path]) -> dict[str, float]:
+    """AutoencoderKL at sizes other than the traced one: the worst difference to diffusers, of the output's range."""
+    worst = {}
+    for name in (name for name in exported if name.startswith("kl")):
+        module, vae = zoo_diffusers.model(name), vae_export.load(exported[name])
+        worst[name] = 0.0
+        for height, width in _SIZES:
+            for batch in (1, 3):
+                x = zoo.pictures(batch, (3, height, width)) * 2 - 1
+                with torch.no_grad():
+                    posterior = module.encode(torch.from_numpy(x)).latent_dist
+                    decoded = module.decode(posterior.mean).sample.numpy()
+                ours, z = vae.encode(x), posterior.mean.numpy()
+                pairs = ((ours.mean, z), (ours.logvar, posterior.logvar.numpy()), (vae.decode(z), decoded))
+                for got, expected in pairs:
+                    worst[name] = max(worst[name], float(np.abs(got - expected).max() / np.ptp(expected)))
+    return worst
+
+
+def tiles(exported: dict[str, Path]) -> dict[str, float]:
+    """Tiled against diffusers' tiled, at the same settings: the worst difference."""
+    worst = {}
+    for name in (name for name in exported if name.startswith("kl")):
+        module, vae = zoo_diffusers.model(name), vae_export.load(exported[name])
+        stride = 2 ** (len(zoo_diffusers.CONFIGS[name]["block_out_channels"]) - 1)
+        for size, overlap in ((32, 0.25), (32, 0.5), (64, 0.125)):
+            module.tile_sample_min_size, module.tile_latent_min_size = size, size // stride
+            module.tile_overlap_factor = overlap
+            x = zoo.pictures(2, (3, 88, 72)) * 2 - 1
+            with torch.no_grad():
+                moments = module.tiled_encode(torch.from_numpy(x)).latent_dist
+                decoded = module.tiled_decode(moments.mean).sample.numpy()
+            tile = vae_export.Tile(size, overlap)
+            ours = vae.encode(x, tile=tile)
+            pairs = (
+                ("encode", ours.mean, moments.mean.numpy()),
+                ("decode", vae.decode(moments.mean.numpy(), tile=tile), decoded),
+            )
+            for verb, got, expected in pairs:
+                key = f"{name}, {verb}"
+                worst[key] = max(worst.get(key, 0.0), float(np.abs(got - expected).max()))
+    return worst
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Peak memory of a decode in a process of its own: 512² untiled, and 1024² and 2048² in tiles of 512."""
+    bundle = folder / "small.bundle"
+    vae_export.export(zoo_diffusers.write(folder / "small", "kl-small"), bundle)
+    found: dict[str, Any] = {}
+    for side, tile in ((512, 0), (1024, 512), (2048, 512)):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", _DECODE, str(bundle), str(side), str(tile)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        before, peak, output = map(int, done.stdout.split())
+        found[f"{side} in tiles of {tile}" if tile else f"{side} untiled"] = {
+            "loaded_mib": before / 2**20, "peak_mib": peak / 2**20, "output_mib": output / 2**20,
+            "without_output_mib": (peak - output) / 2**20, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+    whole = found["512 untiled"]
+    found["ratio_without_outputs"] = found["2048 in tiles of 512"]["without_output_mib"] / whole["without_output_mib"]
+    return found
+
+
+def full(folder: Path) -> dict[str, Any]:
+    """An autoencoder of Stable Diffusion 1.5's size: seconds, and the largest resident memory of a process."""
+    source, bundle = folder / "sd15", folder / "sd15.bundle"
+    make = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import zoo_diffusers; "
+    make += "zoo_diffusers.write(pathlib.Path(sys.argv[2]), 'sd15')"
+    subprocess.run([sys.executable, "-c", make, str(Path(__file__).parents[1] / "tests"), str(source)], check=True)
+    found: dict[str, Any] = {}
+    for step, code, arguments in (("export", _EXPORT, (source, bundle)), ("verify", _VERIFY, (bundle,))):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 2**30
+        found[step] = {"seconds": time.perf_counter() - began, "peak_gib": peak}
+    found["parameters"] = vae_export.Bundle(bundle).manifest.model.parameters
+    found["certificate"] = vae_export.verify(bundle).to_dict()
+    return found
+
+
+def main(out: Path, wanted: list[str]) -> None:
+    """Measure what is wanted; what was measured before and is not measured again is kept."""
+    result = json.loads(out.read_text()) if out.is_file() else {}
+    result |= machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        exported: dict[str, Path] = bundles(folder) if {"zoo", "sizes", "tiles"} & set(wanted) else {}
+        # The full size first: the memory of all children so far is what the system tells.
+        steps: dict[str, Callable[[], Any]] = {
+            "full": lambda: full(folder),
+            "zoo": lambda: certificates(folder, exported),
+            "sizes": lambda: sizes(exported),
+            "tiles": lambda: tiles(exported),
+            "memory": lambda: memory(folder),
+        }
+        for step, measure in steps.items():
+            if step in wanted:
+                result[step] = measure()
+                shown = {key: value for key, value in result[step].items() if key != "certificate"}
+                print(step, json.dumps(shown, indent=2), flush=True)
+                out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or ["full", "zoo", "sizes", "tiles", "memory"])
