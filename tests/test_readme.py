@@ -53,7 +53,7 @@ def demo() -> str:
 def test_the_blocks_are_those_that_the_tests_below_run() -> None:
     first = [block.splitlines()[0].split()[0:2] for block in blocks("bash")]
     assert first == [["make", "demo"], ["make", "test"], ["python3", "-m"], ["vae-export", "train"]]
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 def test_make_demo(demo: str) -> None:

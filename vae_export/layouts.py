@@ -64,7 +64,7 @@ def optimum(bundle: str | os.PathLike[str], path: str | os.PathLike[str], *, ove
 
     if path.resolve().is_relative_to(opened.path.resolve()):
         raise InputError(f"layout: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
-    _check_target(path, overwrite=overwrite)
+    check_target(path, overwrite=overwrite)
     opened.check()
     sources, weights = opened.graphs()
     arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
@@ -92,7 +92,12 @@ def _check_model(model: Model) -> None:
         )
 
 
-def _check_target(path: Path, *, overwrite: bool) -> None:
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place at which no layout can be made, or one that holds more than a layout.
+
+    Raises:
+        InputError: something is at `path` and overwrite is false, or what is there is not just a layout.
+    """
     files.check_target(path, overwrite=overwrite)
     if not path.is_dir():
         return

@@ -48,7 +48,9 @@ def _at(module: nn.Module, model: Model, sizes: Mapping[str, int]) -> dict[str, 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for wrapper, graph in ((Encoder, "encoder"), (Decoder, "decoder")):
             whole = wrapper(module, model)
-            weights = {name: fake.from_tensor(value) for name, value in whole.state_dict(keep_vars=True).items()}
+            weights: dict[str, Tensor] = {
+                name: fake.from_tensor(value) for name, value in whole.state_dict(keep_vars=True).items()
+            }
             value = torch.empty(model.tensor_shape(model.ends(graph)[0][0], 1, sizes))
             with torch.no_grad(), FlopCounterMode(display=False) as flops, _Live() as live:
                 functional_call(whole, weights, (value,))

@@ -1,0 +1,86 @@
+"""Trained models from elsewhere on the command line: export, inspect, layouts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+import zoo_diffusers
+from PIL import Image
+
+import vae_export
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+def done(result: CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_a_diffusers_folder(run: Run, tmp_path: Path) -> None:
+    """inspect, export on real pictures, inspect the bundle, and the layout of Optimum from the same folder."""
+    zoo_diffusers.write(tmp_path / "vae", "tiny")
+    at = ("--size", "height=8,width=16")
+    source = json.loads(done(run("inspect", "vae", *at, "--json")))
+    assert source["kind"] == "source"
+    assert source["costs"]["sizes"] == {"height": 8, "width": 16}
+    shown = done(run("inspect", "vae"))
+    for told in ("AutoencoderTiny", "a multiple of 4", "billion multiply-adds", "deterministic", "MiB in float32"):
+        assert told in shown
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        pixels = (np.indices((20, 30)).sum(0) * (i + 3) % 256).astype(np.uint8)
+        Image.fromarray(np.stack([pixels] * 3, -1)).save(tmp_path / "photos" / f"{i}.png")
+    done(run("export", "vae", "b", *at, "--held-out", "photos"))
+    assert vae_export.Bundle(tmp_path / "b").manifest.golden.held_out == 8
+    bundle = json.loads(done(run("inspect", "b", *at, "--json")))
+    assert bundle["costs"] == source["costs"]
+    assert "nearest to its budget" in done(run("inspect", "b"))
+    assert "wrong" not in shown
+    done(run("export", "vae", "o", *at, "--layout", "optimum"))
+    assert (
+        sorted(p.name for p in (tmp_path / "o").rglob("*") if p.is_file()) == ["config.json"] * 2 + ["model.onnx"] * 2
+    )
+    refused = run("export", "vae", "o", *at, "--layout", "optimum")
+    assert refused.returncode == 2
+    assert "exists" in refused.stderr
+
+
+def test_a_factory(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import torch\n"
+        "class V(torch.nn.Module):\n"
+        "    def __init__(self): super().__init__(); self.a = torch.nn.Linear(4, 4); self.b = torch.nn.Linear(2, 4)\n"
+        "    def encode(self, x): return self.a(x).chunk(2, 1)\n"
+        "    def decode(self, z): return self.b(z)\n"
+        "def make(): torch.manual_seed(0); return V()\n"
+    )
+    said = ("--shape", "4", "--likelihood", "gaussian_fixed", "--variance", "0.1", "--range", "0,1")
+    done(run("export", "theirs:make", "b", *said))
+    manifest = vae_export.Bundle(tmp_path / "b").manifest
+    assert manifest.model.likelihood.variance == 0.1
+    assert json.loads(done(run("inspect", "theirs:make", *said, "--json")))["model"]["data"]["shape"] == [4]
+    refused = run("export", "theirs:make", "c", *said[:-1], "zero")
+    assert (refused.returncode, "range is 'zero'; expected two numbers" in refused.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_examples(tmp_path: Path) -> None:
+    """They run as they stand; the picture is one."""
+    from conftest import ROOT, command
+
+    def example(name: str, *arguments: Any) -> str:
+        return command(sys.executable, ROOT / "examples" / name, *arguments, cwd=tmp_path)
+
+    (tmp_path / "out").mkdir()
+    assert "passed: True" in example("sdxl_export.py")
+    assert "latents (1, 4, 32, 32)" in example("sdxl_app.py")
+    assert Image.open(tmp_path / "out" / "again.png").size == (256, 256)
+    assert example("own_module.py").strip()
