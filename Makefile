@@ -74,6 +74,7 @@ record: setup out/pythae
 	$(BIN)/python benchmarks/trainer.py benchmarks/results/trainer-cpu.json
 	$(BIN)/python benchmarks/training.py benchmarks/results/training-cpu.json --pythae out/pythae
 	$(BIN)/python benchmarks/recipes.py benchmarks/results/recipes-cpu.json
+	$(BIN)/python benchmarks/sources.py benchmarks/results/sources-cpu.json
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -141,7 +141,7 @@ def test_its_figures_are_those_of_the_records() -> None:
         assert f"| {' | '.join(row)} |\n" in README
     (seconds,) = (f["measured"] for f in figures if f["figure"].startswith("new process"))
     assert f"exits in {seconds:.2f} s" in README
-    for line in (*tables.trainer(), *tables.throughput()):
+    for line in (*tables.trainer(), *tables.throughput(), *tables.sources()):
         assert f"{line}\n" in README
     rows = json.loads((results / "latency-cpu.json").read_text())["rows"]
     cases = dict.fromkeys((row["model"], row["verb"], row["batch"]) for row in rows)
