@@ -37,6 +37,10 @@ class Tolerance(Record, frozen=True, kw_only=True):
         pixels_off: the share of pixels that are off by more than 1/255 of the range.
         split: the worst difference between two ways to split a batch, as a share of the largest output, where
             PyTorch's own error in float32 does not allow more.
+        extreme: how many times as much the outputs of the encoder, and pixels from end to end, may be off for examples
+            at the ends of the data's range; its square for the KL. Pictures of one colour have no deviation by which a
+            group or instance norm could divide but that of rounding, which it makes a thousand times larger: float32 in
+            another order is then off by several times what PyTorch's own is.
     """
 
     relative: float
@@ -47,6 +51,7 @@ class Tolerance(Record, frozen=True, kw_only=True):
     pixel: float
     pixels_off: float
     split: float
+    extreme: float = 10.0
 
 
 _HALF = Tolerance(

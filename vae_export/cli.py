@@ -123,7 +123,8 @@ SourceName = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A checkpoint's folder, a diffusers autoencoder (folder or .safetensors), or package.module:factory.",
+        help="A checkpoint's folder, a diffusers autoencoder (folder or .safetensors), or package.module:factory, "
+        "which is then run.",
     ),
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="Of weights in one file: the diffusers config.json.")]
@@ -136,9 +137,6 @@ RangeOption = Annotated[str | None, typer.Option("--range", help="Of a factory's
 VarianceOption = Annotated[float | None, typer.Option(help="Of a factory's bare module: that of gaussian_fixed.")]
 MultipleOption = Annotated[
     int | None, typer.Option(help="Of a factory's bare module: height and width may be any multiples of this.")
-]
-OutputsOption = Annotated[
-    str | None, typer.Option(help="Of a factory's bare module: what decode gives, where one cannot tell.")
 ]
 
 
@@ -156,7 +154,6 @@ def export(
     data_range: RangeOption = None,
     variance: VarianceOption = None,
     multiple_of: MultipleOption = None,
-    outputs: OutputsOption = None,
     layout: Annotated[Layout, typer.Option(help="Write a bundle, or what Optimum's pipelines read.")] = Layout.bundle,
     force: Force = False,
 ) -> None:
@@ -166,7 +163,7 @@ def export(
     from vae_export import layouts, report
     from vae_export.exporter import export as run
 
-    described = _described(config, size, held_out, shape, likelihood, data_range, variance, multiple_of, outputs)
+    described = _described(config, size, held_out, shape, likelihood, data_range, variance, multiple_of)
     console = _console()
     with console.status("export") as status, contextlib.ExitStack() as stack:
 
@@ -195,7 +192,6 @@ def _described(
     data_range: str | None,
     variance: float | None,
     multiple_of: int | None,
-    outputs: str | None,
 ) -> Described:
     """What the options say of a source; what is not said is left out."""
     sizes = _sizes("export", size) if size else None
@@ -208,7 +204,6 @@ def _described(
         "data_range": _range(data_range) if data_range else None,
         "variance": variance,
         "multiple_of": multiple_of,
-        "outputs": outputs,
     }
     return cast("Described", {name: value for name, value in said.items() if value is not None})
 
@@ -347,7 +342,6 @@ def inspect(
     data_range: RangeOption = None,
     variance: VarianceOption = None,
     multiple_of: MultipleOption = None,
-    outputs: OutputsOption = None,
     json: Json = False,
 ) -> None:
     """Show what a bundle, a source or a build is. Every file of a bundle or build is verified."""
@@ -375,7 +369,7 @@ def inspect(
                 _console().print(report.facts(f"{path}: {part}", plain[part] or {}))
         return
     if not (path / MANIFEST).exists() and (path.exists() or ":" in source):
-        described = _described(config, None, None, shape, likelihood, data_range, variance, multiple_of, outputs)
+        described = _described(config, None, None, shape, likelihood, data_range, variance, multiple_of)
         _inspect_source(source, described, sizes, json=json)
         return
     opened = Bundle(path)

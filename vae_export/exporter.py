@@ -44,7 +44,7 @@ from vae_export.pixels import is_picture
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import Described, cost
 from vae_export.sources import reference as references
-from vae_export.sources.adapter import ADAPTER
+from vae_export.sources.adapter import advice
 from vae_export.sources.module import Source
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 
@@ -227,7 +227,8 @@ def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -
         raise InputError(
             f"export: PyTorch could not trace the {kind} as one graph that is the same for every input. "
             "Control flow that depends on values is the usual reason. PyTorch says: "
-            f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}\n{ADAPTER}"
+            f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}\n"
+            f"Replace branches on values by torch.where, or leave them out. {advice(model.likelihood.kind)}"
         ) from error
     assert program is not None
     graph = program.model

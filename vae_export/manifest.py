@@ -400,7 +400,7 @@ class Origin(Part, frozen=True, kw_only=True):
     Attributes:
         kind: `checkpoint` (of our trainer), `diffusers` (a folder) or `module` (a PyTorch module).
         name: the checkpoint folder's or the module class's name.
-        weights_sha256: hash of the weights file, where there is one.
+        weights_sha256: hash of the weights' files, or of a module's tensors by name.
         data: what the model was trained on, where that is known.
     """
 

@@ -22,8 +22,8 @@ class Described(TypedDict, total=False):
     """What may be said of a source beside its name. Each kind of source takes its own, and refuses the others.
 
     A diffusers autoencoder takes `config`, `size` and `held_out`; a PyTorch module all that `vae_export.Source` has
-    beside the module; a factory that returns a bare module `shape`, `likelihood`, `data_range`, `variance`,
-    `multiple_of` and `outputs`. A checkpoint says everything itself.
+    beside the module; a factory that returns a bare module `shape`, `likelihood`, `data_range`, `variance` and
+    `multiple_of`. A checkpoint says everything itself.
     """
 
     config: str | os.PathLike[str] | None
@@ -74,7 +74,7 @@ def resolve(source: Any, **described: Any) -> Trained:
     path = Path(source)
     if ":" in str(source) and not path.exists():
         _only("a factory", said, _OF_FACTORIES)
-        return module.from_factory(str(source), **said)
+        return module.resolve(module.from_factory(str(source), **said))
     if not path.exists():
         raise InputError(
             f"export: {path} does not exist; expected a checkpoint's or a diffusers autoencoder's folder, a "
@@ -90,7 +90,7 @@ def resolve(source: Any, **described: Any) -> Trained:
 
 
 _OF_MODULES = ("held_out", "variance", "multiple_of", "outputs", "nominal", "name", "scaling", "shift")
-_OF_FACTORIES = ("shape", "likelihood", "data_range", "variance", "multiple_of", "outputs")
+_OF_FACTORIES = ("shape", "likelihood", "data_range", "variance", "multiple_of")
 
 
 def _only(kind: str, said: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zoo
 import zoo_diffusers
 from PIL import Image
 
 import vae_export
+from vae_export import sources
+from vae_export.errors import InputError
 
 Run = Callable[..., CompletedProcess[str]]
 
@@ -69,6 +72,21 @@ def test_a_factory(run: Run, tmp_path: Path) -> None:
     assert json.loads(done(run("inspect", "theirs:make", *said, "--json")))["model"]["data"]["shape"] == [4]
     refused = run("export", "theirs:make", "c", *said[:-1], "zero")
     assert (refused.returncode, "range is 'zero'; expected two numbers" in refused.stderr) == (2, True)
+
+
+def test_what_is_said_of_a_source() -> None:
+    """Each kind takes its own, and what is missing is named."""
+    module, x = zoo.Plain(), np.zeros((1, 12), np.float32)
+    with pytest.raises(InputError, match=r"a module does not say likelihood, data_range\. Pass them: export\("):
+        sources.resolve(module, example=x)
+    with pytest.raises(InputError, match=r"got a int; expected a checkpoint's or a diffusers"):
+        sources.resolve(3)
+    with pytest.raises(InputError, match=r"a vae_export\.Source says everything itself; got likelihood\. Drop it"):
+        sources.resolve(vae_export.Source(module, x, "none", (-2, 2)), likelihood="none")
+    with pytest.raises(InputError, match=r"a Trained says everything itself; got config, variance\. Drop them"):
+        sources.resolve(zoo.plain(), config="c", variance=1.0)
+    said = sources.resolve(module, example=x, likelihood="none", data_range=(-2, 2), name="mine")
+    assert said.origin.name == "mine"
 
 
 @pytest.mark.slow
