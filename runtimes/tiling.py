@@ -143,6 +143,9 @@ def grid(model: Model, graph: str, example: tuple[int, ...], tile: Tile) -> tupl
                 f"Use {-(-size // dim.multiple_of) * dim.multiple_of}"
             )
     encodes = graph == "encoder"
+    limits = tile.pixels if encodes else [size // stride for size, (_, stride) in zip(tile.pixels, dims, strict=True)]
+    if all(length <= limit for length, limit in zip(example[1:], limits, strict=True)):
+        return None
     axes = []
     for length, size, (_, stride) in zip(example[1:], tile.pixels, dims, strict=True):
         into, out = (size, size // stride) if encodes else (size // stride, size)
@@ -154,9 +157,6 @@ def grid(model: Model, graph: str, example: tuple[int, ...], tile: Tile) -> tupl
                 f"Use overlap={_overlap(dims, tile)!r}"
             )
         axes.append(axis)
-    down, across = axes
-    if down.length <= down.tile and across.length <= across.tile:
-        return None
     for axis, (dim, stride) in zip(axes, dims, strict=True):
         for part in axis.parts:
             size = part if encodes else part * stride
@@ -165,6 +165,7 @@ def grid(model: Model, graph: str, example: tuple[int, ...], tile: Tile) -> tupl
                     f"tile: with tiles of {tile.size} and an overlap of {tile.overlap} one has {dim.name} "
                     f"{size}, and this model takes {dim}. Choose another size or overlap"
                 )
+    down, across = axes
     return down, across
 
 

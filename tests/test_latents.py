@@ -1,0 +1,139 @@
+"""Latents as pipelines of latent diffusion want them, against the arithmetic of those in diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import zoo
+from vae_export.runtimes import VAE, DevicePosterior, Posterior
+
+from vae_export.errors import InputError
+from vae_export.manifest import Latent
+
+pytest.importorskip("diffusers")
+
+SHIFTED = {"scaling": 0.3611, "shift": 0.1159}
+CHANNELS = {"scaling": 0.5, "mean": (0.5, -1.0, 0.25, 2.0), "std": (1.5, 0.5, 2.0, 3.0)}
+SCALINGS = {"scaling": {"scaling": 0.18215}, "shift": SHIFTED, "channels": CHANNELS}
+
+
+def scaled(source: Any, scaling: dict[str, Any], backend: Any = None) -> VAE:
+    """A model whose manifest names a scaling."""
+    model = source.model
+    model = msgspec.structs.replace(model, latent=Latent(shape=model.latent.shape, **scaling))
+    return VAE(model, backend or zoo.TorchBackend(source))
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> Any:
+    return zoo.diffusion()
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    return zoo.pictures(3, (3, 8, 12)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_as_pipelines_do(autoencoder: Any, x: np.ndarray, name: str) -> None:
+    """What pipelines of diffusers compute between the autoencoder and the model that denoises."""
+    vae, model = scaled(autoencoder, SCALINGS[name]), autoencoder.module.inner
+    posterior = vae.encode(x)
+    with torch.no_grad():
+        z = model.encode(torch.from_numpy(x)).latent_dist.mode()
+        if name == "channels":
+            mean, std = (torch.tensor(CHANNELS[key]).view(1, 4, 1, 1) for key in ("mean", "std"))
+            expected = (z - mean) * 0.5 / std
+            decoded = model.decode(expected * std / 0.5 + mean).sample
+        else:
+            scaling, shift = SCALINGS[name]["scaling"], SCALINGS[name].get("shift", 0.0)
+            expected = (z - shift) * scaling
+            decoded = model.decode(expected / scaling + shift).sample
+    found = posterior.latent()
+    assert (found.dtype, found.shape) == (np.float32, (3, 4, 4, 6))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(vae.decode(found, scaled=True), decoded.numpy(), atol=1e-5)
+    assert np.abs(vae.decode(found) - decoded.numpy()).max() > 1e-3
+    tiled = vae.decode(found, scaled=True, tile=8)
+    np.testing.assert_allclose(tiled, vae.decode(posterior.mode(), tile=8), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_draws(autoencoder: Any, x: np.ndarray, name: str) -> None:
+    vae = scaled(autoencoder, SCALINGS[name])
+    posterior = vae.encode(x)
+    np.testing.assert_allclose(
+        vae.decode(posterior.latent(7, 100), scaled=True), vae.decode(posterior.sample(7, 100)), atol=1e-5
+    )
+    np.testing.assert_array_equal(posterior.latent(7, 100)[1:], vae.encode(x[1:]).latent(7, 101))
+    assert np.abs(posterior.latent(0) - posterior.latent()).max() > 1e-2  # a seed of 0 is a seed
+
+
+def test_flat_latents_of_a_deterministic_encoder() -> None:
+    vae = scaled(zoo.plain(), {"scaling": 2.0, "mean": (1.0, 2.0, 3.0), "std": (0.5, 1.0, 4.0)})
+    posterior = vae.encode(zoo.pictures(2, (12,)))
+    np.testing.assert_allclose(posterior.latent(), (posterior.mean - [1, 2, 3]) * 2 / [0.5, 1, 4], rtol=1e-6)
+    np.testing.assert_allclose(vae.decode(posterior.latent(), scaled=True), vae.decode(posterior.mean), rtol=1e-5)
+    with pytest.raises(InputError, match="this model's encoder is deterministic"):
+        posterior.latent(0)
+
+
+def test_a_model_without_a_scaling(autoencoder: Any, x: np.ndarray) -> None:
+    vae = scaled(autoencoder, {})
+    posterior = vae.encode(x)
+    for each in (posterior, Posterior(posterior.mean, posterior.logvar)):
+        with pytest.raises(
+            InputError, match=r"latent: this model's manifest names no scaling .* Use sample\(\) or mode"
+        ):
+            each.latent()
+    with pytest.raises(InputError, match=r"decode: this model's manifest names no scaling of latents. Drop scaled"):
+        vae.decode(posterior.mean, scaled=True)
+    assert "latent_scaling" not in vae.describe()
+
+
+def test_latents_that_scaling_takes_too_far(autoencoder: Any) -> None:
+    z = np.full((1, 4, 4, 6), 3e38, np.float32)
+    with pytest.raises(InputError, match=r"decode: z\[0, 0, 0, 0\] is inf"):
+        scaled(autoencoder, SHIFTED).decode(z, scaled=True)
+    with pytest.raises(InputError, match=r"decode: z has dtype float64"):
+        scaled(autoencoder, SHIFTED).decode(z.astype(np.float64), scaled=True)
+
+
+def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Any, x: np.ndarray) -> None:
+    class Backend(zoo.TorchBackend):
+        on_gpu = True
+
+    class There:
+        """An array on a GPU, as far as this is looked at."""
+
+        shape, dtype = (3, 4, 4, 6), "float32"
+
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+        def numpy(self) -> np.ndarray:
+            return self.array
+
+    vae = scaled(autoencoder, SHIFTED, Backend(autoencoder))
+    host = vae.encode(x)
+    there = DevicePosterior(There(host.mean), There(host.logvar), vae._backend, vae.model.latent)
+    with pytest.raises(InputError, match=r"latent: is computed on the host. Take numpy\(\) first: posterior.numpy\(\)"):
+        there.latent()
+    np.testing.assert_array_equal(there.numpy().latent(3), host.latent(3))
+    with pytest.raises(
+        InputError, match=r"decode: z lies on a GPU, and scaled is done on the host. Pass a NumPy array"
+    ):
+        vae.decode(There(host.mean), scaled=True)
+
+
+def test_described(autoencoder: Any) -> None:
+    assert scaled(autoencoder, SHIFTED).describe()["latent_scaling"] == SHIFTED
+    found = scaled(autoencoder, CHANNELS).describe()["latent_scaling"]
+    assert found == {"scaling": 0.5, "mean": [0.5, -1.0, 0.25, 2.0], "std": [1.5, 0.5, 2.0, 3.0]}

@@ -1,0 +1,491 @@
+"""Tiles, padding and the budget for memory: what diffusers does, on less memory than the image needs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import zoo
+from test_bundle import reseal
+from vae_export.runtimes import VAE, Tile, open_bundle, tiling
+from vae_export.runtimes.memory import SAFETY, Budget, parse_bytes
+
+import vae_export
+from vae_export import noise
+from vae_export.bundle import Bundle
+from vae_export.errors import InputError
+from vae_export.manifest import Cost, Data, Model, SizeDim
+
+KL = pytest.importorskip("diffusers").AutoencoderKL
+
+CLOSE = 1e-5
+#: Sizes and overlaps whose step in the latent is the step in the image, at strides 2 and 4.
+CUTS = [(16, 0.25), (16, 0.5), (16, 0.0), (16, 0.75), (32, 0.25), (32, 0.125)]
+
+
+def images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+
+
+def latents(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+
+
+def cut(model: Any, size: int, stride: int, overlap: float) -> None:
+    model.tile_sample_min_size, model.tile_latent_min_size = size, size // stride
+    model.tile_overlap_factor = overlap
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> tuple[VAE, Any]:
+    """The model of diffusers, small, as our VAE and as itself."""
+    source = zoo.diffusion()
+    return VAE(source.model, zoo.TorchBackend(source)), source.module.inner
+
+
+@pytest.fixture
+def spatial(member: Callable[[str], Any]) -> Any:
+    return member("spatial-named")
+
+
+class Recorder:
+    """A backend that notes what it runs: graph, shape, and examples at once."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.graphs, self.on_gpu = inner, inner.graphs, inner.on_gpu
+        self.runs: list[tuple[str, tuple[int, ...], int]] = []
+
+    def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, *, on_device: bool = False) -> list[Any]:
+        self.runs.append((graph, tuple(next(iter(inputs.values())).shape), micro_batch))
+        return self.inner.run(graph, inputs, outputs, micro_batch, on_device=on_device)
+
+    def describe(self) -> Any:
+        return self.inner.describe()
+
+
+def cost(pixel: float = 0.0, constant: float = 0.0) -> Cost:
+    return Cost(multiply_adds=(0.0, 0.0, 0.0), activations=(float(constant), float(pixel), 0.0))
+
+
+def budgeted(case: Any, limit: int | None, encoder: Cost, decoder: Cost, **options: Any) -> tuple[VAE, Recorder]:
+    """A bundle on the CPU within a budget, and what it runs."""
+    opened = open_bundle(Bundle(case.bundle), device="cpu")
+    recorder = Recorder(opened.backend)
+    model = options.pop("model", case.source.model)
+    budget = Budget(limit, model, {"encoder": encoder, "decoder": decoder}) if limit else None
+    return VAE(model, recorder, budget=budget, **options), recorder
+
+
+@pytest.mark.parametrize(("size", "overlap"), CUTS)
+def test_as_diffusers_does(autoencoder: tuple[VAE, Any], size: int, overlap: float) -> None:
+    vae, model = autoencoder
+    cut(model, size, 2, overlap)
+    z, x = latents(2, 4, 19, 27), images(2, 3, 38, 54)
+    with torch.no_grad():
+        decoded = model.tiled_decode(torch.from_numpy(z)).sample.numpy()
+        encoded = model._tiled_encode(torch.from_numpy(x)).numpy()
+        again = model.tiled_decode(torch.from_numpy(encoded[:, :4].copy())).sample.numpy()
+    tile = Tile(size, overlap)
+    posterior = vae.encode(x, tile=tile)
+    np.testing.assert_allclose(vae.decode(z, tile=tile), decoded, atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(posterior.mean, encoded[:, :4], atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(posterior.logvar, encoded[:, 4:], atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(vae.reconstruct(x, tile=tile), again, atol=CLOSE, rtol=0)
+    assert np.abs(vae.decode(z) - decoded).max() > 100 * CLOSE  # tiles are another result, and these are many
+
+
+@pytest.mark.parametrize(("size", "overlap"), CUTS)
+@pytest.mark.parametrize("micro_batch", [1, 64])
+def test_of_any_model_on_its_backend(spatial: Any, size: int, overlap: float, micro_batch: int) -> None:
+    """The loops of diffusers around another model, whose logvar is clamped before it is blended."""
+    module = spatial.source.module
+    own = SimpleNamespace(
+        config=SimpleNamespace(use_quant_conv=False, use_post_quant_conv=False),
+        encoder=lambda x: torch.cat(module.encode(x), 1),
+        decoder=lambda z: module.decode(z)[0],
+        blend_v=lambda *a: KL.blend_v(None, *a),
+        blend_h=lambda *a: KL.blend_h(None, *a),
+    )
+    cut(own, size, 4, overlap)
+    x, z, tile = 32 * images(2, 3, 52, 84), latents(2, 4, 13, 21), Tile(size, overlap)
+    with torch.no_grad():
+        encoded = KL._tiled_encode(own, torch.from_numpy(x)).numpy()
+        decoded = KL.tiled_decode(own, torch.from_numpy(z)).sample.numpy()
+    assert np.abs(encoded[:, 4:]).max() == 8.0
+    with vae_export.load(spatial.bundle, device="cpu", micro_batch=micro_batch) as vae:
+        posterior = vae.encode(x, tile=tile)
+        for found, expected in (
+            *(
+                (posterior.mean, encoded[:, :4]),
+                (posterior.logvar, encoded[:, 4:]),
+                (vae.decode(z, tile=tile), decoded),
+            ),
+        ):
+            np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-6)
+        again = vae.decode(posterior.sample(3, 7), tile=tile)
+        np.testing.assert_array_equal(vae.reconstruct(x, seed=3, start=7, tile=tile), again)
+
+
+def test_a_tile_as_large_as_the_image_is_none(spatial: Any) -> None:
+    vae, recorder = budgeted(spatial, None, cost(), cost())
+    x, z = images(2, 3, 20, 28), latents(2, 4, 5, 7)
+    for tile in (28, 64, (20, 28), Tile((40, 28), 0.5)):
+        np.testing.assert_array_equal(vae.encode(x, tile=tile).mean, vae.encode(x).mean)
+        np.testing.assert_array_equal(vae.decode(z, tile=tile), vae.decode(z))
+        np.testing.assert_array_equal(vae.reconstruct(x, tile=tile), vae.reconstruct(x))
+    assert {shape[2:] for _, shape, _ in recorder.runs} == {(20, 28), (5, 7)}
+    recorder.runs.clear()
+    vae.decode(z, tile=Tile((20, 24), 0))
+    assert [shape for _, shape, _ in recorder.runs] == [(2, 4, 5, 6), (2, 4, 5, 1)]
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("tile", [(4, 8), (8, 4), (12, 4), (40, 4)])
+def test_tiles_of_what_is_local_are_the_whole(spatial: Any, tile: tuple[int, int], overlap: float) -> None:
+    """A graph whose every output depends on one input gives the same in tiles, of any height and width."""
+    scale, shape = 4 if overlap else 1, (2, 4, 13, 21)
+    cuts = Tile((tile[0] * scale, tile[1] * scale), overlap)
+    axes = tiling.grid(spatial.source.model, "decoder", shape[1:], cuts)
+    z = latents(*shape)
+    seen, result = [], np.full((2, 4, 52, 84), np.nan, np.float32)
+
+    def local(part: np.ndarray) -> list[np.ndarray]:
+        seen.append(part.shape[2:])
+        return [part.repeat(4, 2).repeat(4, 3)]
+
+    if axes is None:
+        pytest.fail("the image is larger")
+    tiling.run_tiled(local, z, *axes, (result,))
+    np.testing.assert_allclose(result, z.repeat(4, 2).repeat(4, 3), rtol=1e-6, atol=1e-6)
+    assert max(seen) == (min(13, tile[0] * scale // 4), min(21, tile[1] * scale // 4))
+
+
+@pytest.mark.parametrize(
+    ("tile", "message"),
+    [
+        ("32", "tile: size is '32'; expected pixels of the data, 1 or more: an integer or (height, width)"),
+        ((32, 32, 32), "tile: size is (32, 32, 32); expected pixels"),
+        (0, "tile: size is 0; expected pixels"),
+        ((16, -4), "tile: size is (16, -4); expected pixels"),
+        (16.0, "tile: size is 16.0; expected pixels"),
+        (18, "tile: size is 18; expected a height that is a multiple of 4. Use 20"),
+        ((16, 18), "tile: size is (16, 18); expected a width that is a multiple of 4. Use 20"),
+        (
+            20,
+            "tile: with tiles of 20 pixels, 5 in the latent, and an overlap of 0.25 the parts of the image do not "
+            "meet: what overlaps is no whole number of the latent's pixels. Use overlap=0.2",
+        ),
+    ],
+)
+def test_a_wrong_tile_is_refused(spatial: Any, tile: Any, message: str) -> None:
+    x, z = images(1, 3, 40, 40), latents(1, 4, 10, 10)
+    with vae_export.load(spatial.bundle, device="cpu") as vae:
+        for call, value in ((vae.encode, x), (vae.decode, z), (vae.reconstruct, x)):
+            with pytest.raises(InputError) as caught:
+                call(value, tile=tile)
+            assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("overlap", [1.0, -0.1, float("nan"), "0.25"])
+def test_a_wrong_overlap_is_refused(overlap: Any) -> None:
+    with pytest.raises(InputError, match=r"tile: overlap is .*; expected a number from 0 on that is below 1"):
+        Tile(16, overlap)
+
+
+@pytest.mark.parametrize("size", [4, 8, 12, 20, 28, 44, 64, (12, 20), (8, 12), (36, 24)])
+def test_the_overlap_that_is_named_works(spatial: Any, size: Any) -> None:
+    model, refused = spatial.source.model, 0
+    for overlap in np.linspace(0, 0.99, 34):
+        for graph, example in (("encoder", (3, 400, 400)), ("decoder", (4, 100, 100))):
+            try:
+                assert tiling.grid(model, graph, example, Tile(size, float(overlap)))
+            except InputError as error:
+                refused += 1
+                named = float(str(error).rpartition("overlap=")[2])
+                for each, shape in (("encoder", (3, 400, 400)), ("decoder", (4, 100, 100))):
+                    assert tiling.grid(model, each, shape, Tile(size, named))
+    assert refused
+
+
+@pytest.mark.parametrize("name", ["spatial", "plain"])
+def test_models_of_fixed_sizes_have_no_tiles(name: str) -> None:
+    source = zoo.MEMBERS[name]()
+    vae = VAE(source.model, zoo.TorchBackend(source))
+    x = images(1, *source.example_shape)
+    message = r"tile: this model takes no other height and width than its own.* export the model with named sizes"
+    for call, value in ((vae.encode, x), (vae.decode, vae.encode(x).mean), (vae.reconstruct, x)):
+        with pytest.raises(InputError, match=message):
+            call(value, tile=8)
+
+
+def with_dims(model: Model, **limits: int) -> Model:
+    """The named model with other limits of its sizes."""
+    dims = [SizeDim(name=name, **({"multiple_of": 4} | limits)) for name in ("height", "width")]
+    return msgspec.structs.replace(model, data=Data(shape=(3, *dims), range=(-1.0, 1.0)))
+
+
+def test_tiles_that_the_model_does_not_take_are_refused(spatial: Any) -> None:
+    model = with_dims(spatial.source.model, min=8)
+    with pytest.raises(InputError, match=r"tiles of 16 and an overlap of 0.25 one has height 4, .* at least 8\)"):
+        tiling.grid(model, "encoder", (3, 28, 48), Tile(16))
+    assert tiling.grid(model, "encoder", (3, 32, 32), Tile(16))
+    with pytest.raises(InputError, match=r"one has width 4, .* Choose another size or overlap"):
+        tiling.grid(model, "decoder", (4, 8, 7), Tile(16))
+
+
+def test_arrays_on_a_gpu_have_no_tiles_and_no_padding(spatial: Any) -> None:
+    class Inner:
+        graphs, on_gpu = frozenset({"encoder", "decoder"}), True
+
+    vae = VAE(spatial.source.model, Inner())
+    place = {"__dlpack_device__": lambda self: (2, 0), "dtype": "float32"}
+    x, z = (type("There", (), place | {"shape": shape})() for shape in ((1, 3, 40, 40), (1, 4, 10, 10)))
+    for verb, call, name, value in (
+        *(("encode", vae.encode, "x", x), ("decode", vae.decode, "z", z), ("reconstruct", vae.reconstruct, "x", x)),
+    ):
+        message = f"{verb}: {name} lies on a GPU, and tiles are joined on the host. Pass a NumPy array"
+        with pytest.raises(InputError, match=message):
+            call(value, tile=16)
+        if name == "x":
+            with pytest.raises(InputError, match=f"{verb}: x lies on a GPU, and pad is done on the host. Pass a NumPy"):
+                call(value, pad=True)
+
+
+def test_padding(spatial: Any) -> None:
+    with vae_export.load(spatial.bundle, device="cpu") as vae:
+        x = images(2, 3, 18, 25)
+        padded = np.concatenate([x, x[:, :, -1:], x[:, :, -1:]], 2)
+        padded = np.concatenate([padded, padded[..., -1:].repeat(3, 3)], 3)
+        assert padded.shape == (2, 3, 20, 28)
+        np.testing.assert_array_equal(vae.encode(x, pad=True).mean, vae.encode(padded).mean)
+        found = vae.reconstruct(x, 3, pad=True)
+        np.testing.assert_array_equal(found, vae.reconstruct(padded, 3)[:, :, :18, :25])
+        assert found.flags.c_contiguous
+        tiles = vae.reconstruct(x, tile=16, pad=True)
+        np.testing.assert_array_equal(tiles, vae.reconstruct(padded, tile=16)[:, :, :18, :25])
+        np.testing.assert_array_equal(vae.encode(padded, pad=True).mean, vae.encode(padded).mean)
+        levels = (127 * (x + 1)).astype(np.uint8)
+        np.testing.assert_array_equal(
+            vae.reconstruct(torch.from_numpy(levels), pad=True), vae.reconstruct(levels, pad=True)
+        )
+        for call in (vae.encode, vae.reconstruct):
+            with pytest.raises(InputError, match=r"Resize or crop the examples, or use pad=True \(height \(a mult"):
+                call(x)
+        with pytest.raises(InputError, match=r"elbo: .* Resize or crop the examples \(height"):
+            vae.elbo(x)
+        for wrong in (x[:0], x[:, :2], x[0], x[:, :, :0]):
+            with pytest.raises(InputError, match="has shape"):
+                vae.encode(wrong, pad=True)
+
+
+def test_padding_grows_to_the_smallest_size_and_not_beyond_the_largest(spatial: Any) -> None:
+    vae, recorder = budgeted(spatial, None, cost(), cost(), model=with_dims(spatial.source.model, min=10, max=20))
+    vae.encode(images(1, 3, 3, 17), pad=True)
+    assert recorder.runs[0][1] == (1, 3, 12, 20)
+    for pad in (True, False):
+        with pytest.raises(InputError, match=r"Resize or crop the examples \(height \(a multiple of 4, at least 10"):
+            vae.encode(images(1, 3, 12, 21), pad=pad)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("512MiB", 512 << 20), ("2GiB", 2 << 30), ("1.5GB", 1_500_000_000), (" 3 kb ", 3000), ("7", 7), (9, 9)),
+        *(("1tib", 1 << 40), ("12 B", 12)),
+    ],
+)
+def test_bytes(text: Any, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "2 gigs", "-1GiB", "GiB", "1e9", 0, -5, 1.5, True, None, "0.1B"])
+def test_what_is_no_number_of_bytes(text: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"load: max_memory is .*; expected bytes, 1 or more, as an integer or as text"
+    ):
+        parse_bytes(text)
+
+
+def test_a_budget_makes_slices(spatial: Any) -> None:
+    """150 bytes a pixel for the encoder, 300 for the decoder, with the safety factor."""
+    assert SAFETY == 1.5
+    limit = 320 * 300 * 3  # three examples of the decoder
+    vae, recorder = budgeted(spatial, limit, cost(100), cost(200), micro_batch=5)
+    plain, _ = budgeted(spatial, None, cost(), cost())
+    x, size = images(7, 3, 16, 20), {"height": 16, "width": 20}
+
+    def same(call: Callable[[VAE], Any], *expected: tuple[str, int]) -> None:
+        recorder.runs.clear()
+        np.testing.assert_allclose(call(vae), call(plain), rtol=1e-5, atol=1e-5)
+        assert {(graph, rows) for graph, _, rows in recorder.runs} == set(expected)
+
+    same(lambda vae: vae.encode(x).mean, ("encoder", 5))
+    same(lambda vae: vae.decode(latents(7, 4, 4, 5)), ("decoder", 3))
+    same(lambda vae: vae.likelihood(latents(7, 4, 4, 5))["sample_logvar"], ("decoder", 3))
+    same(lambda vae: vae.reconstruct(x, 4), ("encoder", 5), ("decoder", 3))
+    same(lambda vae: vae.sample(7, 2, size=size), ("decoder", 3))
+    same(lambda vae: vae.sample(7, 2, size=size, draw=True), ("decoder", 3))
+    same(lambda vae: vae.generate(7, 2, size=size) // 2, ("decoder", 3))
+    same(lambda vae: vae.interpolate(x, x[::-1], 3), ("encoder", 5), ("decoder", 3))
+    same(lambda vae: vae.elbo(x).elbo, ("encoder", 3), ("decoder", 3))
+    assert max(shape[0] for _, shape, _ in recorder.runs) == 3
+    same(lambda vae: vae.log_likelihood(x, 4), ("encoder", 3), ("decoder", 3))
+    assert max(shape[0] for _, shape, _ in recorder.runs) == 3
+    assert (vae.describe()["max_memory"], plain.describe()["max_memory"]) == (limit, None)
+
+
+def test_a_budget_makes_tiles(spatial: Any) -> None:
+    """Where not one example fits, the largest tile does, and each graph has its own."""
+    limit = 48 * 48 * 150
+    vae, recorder = budgeted(spatial, limit, cost(100), cost(200))
+    plain, _ = budgeted(spatial, None, cost(), cost())
+    x, size = images(2, 3, 80, 120), {"height": 80, "width": 120}
+    z = noise.normals(5, noise.PRIOR, 3, 2, 4 * 20 * 30).reshape(2, 4, 20, 30)
+    encoded = plain.encode(x, tile=48).mean
+    decoded = plain.decode(z, tile=32)
+    np.testing.assert_array_equal(vae.encode(x).mean, encoded)
+    assert {(shape, rows) for _, shape, rows in recorder.runs if shape[2:] == (48, 48)} == {((1, 3, 48, 48), 1)}
+    recorder.runs.clear()
+    np.testing.assert_array_equal(vae.decode(z), decoded)
+    assert max(shape[2:] for _, shape, _ in recorder.runs) == (8, 8)
+    np.testing.assert_array_equal(vae.sample(2, 5, 3, size=size), decoded)
+    np.testing.assert_array_equal(vae.reconstruct(x), plain.decode(encoded, tile=32))
+    np.testing.assert_allclose(vae.interpolate(x[:1], x[1:], 2)[0], plain.decode(encoded, tile=32), atol=1e-5)
+    assert vae.generate(1, size=size).shape == (1, 80, 120, 3)
+    # A narrow image has narrow tiles, which may be longer.
+    recorder.runs.clear()
+    vae.decode(latents(1, 4, 3, 60))
+    assert max(shape[3] for _, shape, _ in recorder.runs) == 24
+    # What the caller asks for comes first, one example at a time where the budget holds none.
+    recorder.runs.clear()
+    vae.decode(z, tile=64)
+    assert max((shape[2:], rows) for _, shape, rows in recorder.runs) == ((16, 16), 1)
+
+
+def test_tiles_of_a_budget_are_ones_that_the_model_takes(spatial: Any) -> None:
+    model = with_dims(spatial.source.model, min=16)
+    vae, recorder = budgeted(spatial, 64 * 64 * 150, cost(100), cost(100), model=model)
+    vae.encode(images(1, 3, 100, 100))
+    # Tiles of 64 would fit, and leave one of 4 at the edge.
+    assert {shape[2] for _, shape, _ in recorder.runs} == {48, 28}
+
+
+def test_a_budget_that_cannot_be_kept(spatial: Any) -> None:
+    x = images(1, 3, 80, 120)
+    vae, _ = budgeted(spatial, 32 * 32 * 150 - 1, cost(100), cost(1))
+    message = (
+        "max_memory is 153,599 bytes, and the encoder needs 153,600 for the smallest tile, of height 32 and width 32"
+    )
+    with pytest.raises(InputError, match=message):
+        vae.encode(x)
+    vae, _ = budgeted(spatial, 32 * 32 * 150, cost(100), cost(1))
+    vae.encode(x)
+    message = (
+        "max_memory is 153,600 bytes, and the encoder needs 1,440,000 for one example of height 80 and width 120, "
+        "which cannot be cut into tiles here. Load with as much or more"
+    )
+    for call in (vae.elbo, vae.log_likelihood):
+        with pytest.raises(InputError, match=message):
+            call(x)
+    vae, _ = budgeted(spatial, 32 * 32 * 150, cost(1), cost(100))
+    for call in (
+        lambda: vae.likelihood(latents(1, 4, 20, 30)),
+        lambda: vae.sample(1, size={"height": 80, "width": 120}, draw=True),
+    ):
+        with pytest.raises(InputError, match=r"the decoder needs 1,440,000 for one example"):
+            call()
+    vae._backend.on_gpu = True
+    with pytest.raises(InputError, match=r"max_memory holds no example of this size in the decoder, .* larger max_mem"):
+        vae.sample(1, size={"height": 80, "width": 120}, on_device=True)
+    fixed, costs = zoo.spatial(named=False).model, {"encoder": cost(constant=10), "decoder": cost(constant=1000)}
+    with pytest.raises(InputError, match=r"the decoder needs 1,500 for one example, which cannot be cut"):
+        Budget(1499, fixed, costs)
+    assert Budget(1500, fixed, costs).rows("decoder", {}) == 1
+
+
+class Fused(Recorder):
+    """A build's graphs: the fused ones are noted and never run."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.graphs = inner.graphs | {"reconstruct", "generate"}
+
+    def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, *, on_device: bool = False) -> list[Any]:
+        if graph in ("encoder", "decoder"):
+            return super().run(graph, inputs, outputs, micro_batch, on_device=on_device)
+        n, _, height, width = next(iter(inputs.values())).shape
+        self.runs.append((graph, (n, 3, height, width), micro_batch))
+        if graph == "generate":
+            return [np.zeros((n, 4 * height, 4 * width, 3), np.uint8)]
+        return [np.zeros((n, 3, height, width), np.float32)]
+
+
+def test_fused_graphs_give_way_to_tiles(spatial: Any) -> None:
+    backend = Fused(open_bundle(Bundle(spatial.bundle), device="cpu").backend)
+    model = spatial.source.model
+    vae = VAE(model, backend, budget=Budget(48 * 48 * 150, model, {"encoder": cost(100), "decoder": cost(50)}))
+
+    def graphs(call: Callable[[], Any]) -> set[str]:
+        backend.runs.clear()
+        call()
+        return {graph for graph, _, _ in backend.runs}
+
+    assert graphs(lambda: vae.reconstruct(images(2, 3, 24, 48))) == {"reconstruct"}
+    assert backend.runs[0][2] == 2  # by the encoder, which needs more
+    assert graphs(lambda: vae.reconstruct(images(1, 3, 80, 80))) == {"encoder", "decoder"}
+    assert graphs(lambda: vae.reconstruct(images(1, 3, 24, 48), tile=32)) == {"encoder", "decoder"}
+    assert graphs(lambda: vae.generate(1, size={"height": 24, "width": 48})) == {"generate"}
+    assert backend.runs[0][2] == 4
+    assert graphs(lambda: vae.generate(1, size={"height": 80, "width": 80})) == {"decoder"}
+
+
+def test_load_takes_a_budget(spatial: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"load: max_memory needs .* of the decoder and the encoder. Export the model a"
+    ):
+        vae_export.load(spatial.bundle, device="cpu", max_memory="2GiB")
+    with pytest.raises(InputError, match="load: max_memory is '2 gigs'"):
+        vae_export.load(spatial.bundle, device="cpu", max_memory="2 gigs")
+    path = tmp_path / "costs.bundle"
+    shutil.copytree(spatial.bundle, path)
+    graphs = Bundle(path).manifest.graphs
+    reseal(path, graphs={name: msgspec.structs.replace(graph, cost=cost(100)) for name, graph in graphs.items()})
+    x = images(1, 3, 40, 72)
+    with vae_export.load(path, device="cpu", max_memory=f"{32 * 32 * 150 / 1000}kB") as vae:
+        assert vae.describe()["max_memory"] == 32 * 32 * 150
+        np.testing.assert_array_equal(vae.reconstruct(x), vae.reconstruct(x, tile=32))
+    with vae_export.load(path, device="cpu") as vae:
+        assert vae.describe()["max_memory"] is None
+
+
+MEASURE = """
+import re, sys
+import numpy as np, vae_export
+vae = vae_export.load(sys.argv[1], device="cpu", threads=1)
+z = np.zeros((1, 4, 384, 512), np.float32)
+vae.decode(z[:, :, :64, :64])
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+before = peak()
+x = vae.decode(z, tile=int(sys.argv[2]) or None)
+print(peak() - before - x.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what a process needed")
+def test_memory_grows_with_the_tile(spatial: Any, tmp_path: Path) -> None:
+    def needed(tile: int) -> int:
+        command = [sys.executable, "-c", MEASURE, str(spatial.bundle), str(tile)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+
+    whole, tiled = needed(0), needed(256)
+    assert whole > 80 << 20  # eight channels of 1536 × 2048 float32 pixels, at least
+    assert tiled < 24 << 20
