@@ -27,6 +27,7 @@ from vae_export.trainers.fit import fit
 import vae_export
 from vae_export import builds, engines
 from vae_export.errors import BackendError
+from vae_export.sources import reference
 from vae_export.sources.protocol import Trained
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,26 @@ def member(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Member]:
             path = tmp_path_factory.mktemp(name) / f"{name}.bundle"
             source = zoo.MEMBERS[name]()
             made[name] = Member(source, path, vae_export.export(source, path))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, vae_export.Certificate]]:
+    """A small autoencoder of diffusers as a folder, exported on few rows: the bundle and its certificate."""
+    import zoo_diffusers
+
+    made: dict[str, tuple[Path, vae_export.Certificate]] = {}
+
+    def get(name: str) -> tuple[Path, vae_export.Certificate]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            source = zoo_diffusers.write(folder / "source", name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reference, "_ROWS", 12)
+                certificate = vae_export.export(source, folder / f"{name}.bundle", size={"height": 16, "width": 24})
+            made[name] = folder / f"{name}.bundle", certificate
         return made[name]
 
     return get

@@ -20,27 +20,7 @@ from vae_export import sources
 from vae_export.errors import InputError
 from vae_export.sources import cost, diffusers_folder, reference
 
-SIZE = {"height": 16, "width": 24}
-GAUSSIAN = [name for name in zoo_diffusers.CONFIGS if name.startswith("kl")]
 WEIGHTS = f"{diffusers_folder.WEIGHTS}.safetensors"
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, vae_export.Certificate]]:
-    """A family's small member as a folder, exported on few rows: the bundle and its certificate."""
-    made: dict[str, tuple[Path, vae_export.Certificate]] = {}
-
-    def get(name: str) -> tuple[Path, vae_export.Certificate]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            source = zoo_diffusers.write(folder / "source", name)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(reference, "_ROWS", 12)
-                certificate = vae_export.export(source, folder / f"{name}.bundle", size=SIZE)
-            made[name] = folder / f"{name}.bundle", certificate
-        return made[name]
-
-    return get
 
 
 @pytest.mark.parametrize("name", zoo_diffusers.CONFIGS)

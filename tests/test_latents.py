@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,28 +10,30 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from vae_export.runtimes import VAE, DevicePosterior, Posterior
+import zoo_diffusers
+from vae_export.runtimes import VAE, DevicePosterior, Posterior, open_bundle
 
+from vae_export.bundle import Bundle
 from vae_export.errors import InputError
 from vae_export.manifest import Latent
-
-pytest.importorskip("diffusers")
 
 SHIFTED = {"scaling": 0.3611, "shift": 0.1159}
 CHANNELS = {"scaling": 0.5, "mean": (0.5, -1.0, 0.25, 2.0), "std": (1.5, 0.5, 2.0, 3.0)}
 SCALINGS = {"scaling": {"scaling": 0.18215}, "shift": SHIFTED, "channels": CHANNELS}
 
 
-def scaled(source: Any, scaling: dict[str, Any], backend: Any = None) -> VAE:
-    """A model whose manifest names a scaling."""
-    model = source.model
+def scaled(bundle: Path, scaling: dict[str, Any], around: Any = lambda backend: backend) -> VAE:
+    """A model whose manifest names another scaling, or none."""
+    opened = Bundle(bundle)
+    model = opened.manifest.model
     model = msgspec.structs.replace(model, latent=Latent(shape=model.latent.shape, **scaling))
-    return VAE(model, backend or zoo.TorchBackend(source))
+    return VAE(model, around(open_bundle(opened).backend))
 
 
 @pytest.fixture(scope="module")
-def autoencoder() -> Any:
-    return zoo.diffusion()
+def autoencoder(exported: Any) -> Path:
+    bundle: Path = exported("kl-sd15")[0]
+    return bundle
 
 
 @pytest.fixture
@@ -39,9 +42,9 @@ def x() -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_as_pipelines_do(autoencoder: Any, x: np.ndarray, name: str) -> None:
+def test_as_pipelines_do(autoencoder: Path, x: np.ndarray, name: str) -> None:
     """What pipelines of diffusers compute between the autoencoder and the model that denoises."""
-    vae, model = scaled(autoencoder, SCALINGS[name]), autoencoder.module.inner
+    vae, model = scaled(autoencoder, SCALINGS[name]), zoo_diffusers.model("kl-sd15")
     posterior = vae.encode(x)
     with torch.no_grad():
         z = model.encode(torch.from_numpy(x)).latent_dist.mode()
@@ -63,7 +66,7 @@ def test_as_pipelines_do(autoencoder: Any, x: np.ndarray, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_draws(autoencoder: Any, x: np.ndarray, name: str) -> None:
+def test_draws(autoencoder: Path, x: np.ndarray, name: str) -> None:
     vae = scaled(autoencoder, SCALINGS[name])
     posterior = vae.encode(x)
     np.testing.assert_allclose(
@@ -73,8 +76,8 @@ def test_draws(autoencoder: Any, x: np.ndarray, name: str) -> None:
     assert np.abs(posterior.latent(0) - posterior.latent()).max() > 1e-2  # a seed of 0 is a seed
 
 
-def test_flat_latents_of_a_deterministic_encoder() -> None:
-    vae = scaled(zoo.plain(), {"scaling": 2.0, "mean": (1.0, 2.0, 3.0), "std": (0.5, 1.0, 4.0)})
+def test_flat_latents_of_a_deterministic_encoder(member: Any) -> None:
+    vae = scaled(member("plain").bundle, {"scaling": 2.0, "mean": (1.0, 2.0, 3.0), "std": (0.5, 1.0, 4.0)})
     posterior = vae.encode(zoo.pictures(2, (12,)))
     np.testing.assert_allclose(posterior.latent(), (posterior.mean - [1, 2, 3]) * 2 / [0.5, 1, 4], rtol=1e-6)
     np.testing.assert_allclose(vae.decode(posterior.latent(), scaled=True), vae.decode(posterior.mean), rtol=1e-5)
@@ -82,7 +85,7 @@ def test_flat_latents_of_a_deterministic_encoder() -> None:
         posterior.latent(0)
 
 
-def test_a_model_without_a_scaling(autoencoder: Any, x: np.ndarray) -> None:
+def test_a_model_without_a_scaling(autoencoder: Path, x: np.ndarray) -> None:
     vae = scaled(autoencoder, {})
     posterior = vae.encode(x)
     for each in (posterior, Posterior(posterior.mean, posterior.logvar)):
@@ -95,7 +98,7 @@ def test_a_model_without_a_scaling(autoencoder: Any, x: np.ndarray) -> None:
     assert "latent_scaling" not in vae.describe()
 
 
-def test_latents_that_scaling_takes_too_far(autoencoder: Any) -> None:
+def test_latents_that_scaling_takes_too_far(autoencoder: Path) -> None:
     z = np.full((1, 4, 4, 6), 3e38, np.float32)
     with pytest.raises(InputError, match=r"decode: z\[0, 0, 0, 0\] is inf"):
         scaled(autoencoder, SHIFTED).decode(z, scaled=True)
@@ -103,9 +106,17 @@ def test_latents_that_scaling_takes_too_far(autoencoder: Any) -> None:
         scaled(autoencoder, SHIFTED).decode(z.astype(np.float64), scaled=True)
 
 
-def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Any, x: np.ndarray) -> None:
-    class Backend(zoo.TorchBackend):
+def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Path, x: np.ndarray) -> None:
+    class OnGpu:
+        """A backend that says that it is one of a GPU."""
+
         on_gpu = True
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
 
     class There:
         """An array on a GPU, as far as this is looked at."""
@@ -121,7 +132,7 @@ def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Any, x: np.ndarray) -> No
         def numpy(self) -> np.ndarray:
             return self.array
 
-    vae = scaled(autoencoder, SHIFTED, Backend(autoencoder))
+    vae = scaled(autoencoder, SHIFTED, OnGpu)
     host = vae.encode(x)
     there = DevicePosterior(There(host.mean), There(host.logvar), vae._backend, vae.model.latent)
     with pytest.raises(InputError, match=r"latent: is computed on the host. Take numpy\(\) first: posterior.numpy\(\)"):
@@ -133,7 +144,7 @@ def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Any, x: np.ndarray) -> No
         vae.decode(There(host.mean), scaled=True)
 
 
-def test_described(autoencoder: Any) -> None:
+def test_described(autoencoder: Path) -> None:
     assert scaled(autoencoder, SHIFTED).describe()["latent_scaling"] == SHIFTED
     found = scaled(autoencoder, CHANNELS).describe()["latent_scaling"]
     assert found == {"scaling": 0.5, "mean": [0.5, -1.0, 0.25, 2.0], "std": [1.5, 0.5, 2.0, 3.0]}

@@ -11,7 +11,7 @@ from vae_export.trainers.config import ModelConfig
 from vae_export.trainers.models import build
 
 from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
-from vae_export.sources.protocol import Decoder, Encoder, Trained
+from vae_export.sources.protocol import Trained
 
 CONFIG = b'{"zoo": true}\n'
 ORIGIN = Origin(kind="module", name="zoo")
@@ -136,69 +136,6 @@ def plain() -> Trained:
         example_shape=(12,),
         held_out=pictures(300, (12,)) * 2 - 1,
     )
-
-
-class Diffusion(nn.Module):
-    """diffusers' `AutoencoderKL`, small: what tiles and scaled latents are compared with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from diffusers import AutoencoderKL
-
-        self.inner = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            layers_per_block=1,
-            latent_channels=4,
-        )
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.inner.encode(x).latent_dist
-        return posterior.mean, posterior.logvar
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.inner.decode(z).sample
-
-
-def diffusion() -> Trained:
-    """`Diffusion`, which halves height and width."""
-    module = fill(Diffusion())
-    names = ("height", "width")
-    return Trained(
-        module=module,
-        model=Model(
-            architecture="AutoencoderKL",
-            parameters=sum(p.numel() for p in module.parameters()),
-            data=Data(shape=(3, *(SizeDim(name=name, multiple_of=2) for name in names)), range=(-1.0, 1.0)),
-            latent=Latent(shape=(4, *(LatentDim(name=name, divided_by=2) for name in names))),
-            prior="standard_normal",
-            posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=(-30.0, 20.0)),
-            likelihood=Likelihood(kind="none"),
-        ),
-        origin=ORIGIN,
-        config=CONFIG,
-        example_shape=(3, 8, 12),
-    )
-
-
-class TorchBackend:
-    """A model on PyTorch itself: for what is not about graphs, without the time that an export takes."""
-
-    graphs = frozenset({"encoder", "decoder"})
-    on_gpu = False
-
-    def __init__(self, source: Trained) -> None:
-        self.parts = {"encoder": Encoder(source.module, source.model), "decoder": Decoder(source.module, source.model)}
-
-    def run(self, graph: str, inputs: dict, outputs: tuple, micro_batch: int, *, on_device: bool = False) -> list:
-        (value,) = inputs.values()
-        with torch.no_grad():
-            return [tensor.numpy() for tensor in self.parts[graph](torch.from_numpy(value))]
-
-    def describe(self) -> dict:
-        return {"backend": "torch"}
 
 
 #: Every kind of model whose export the shared tests cover.
