@@ -249,6 +249,8 @@ def _open(
     settings = session_options(ort, arrays)
     if threads is not None:
         settings.intra_op_num_threads = threads
+    # A plan for each shape that was seen, each with memory of its own, is for shapes that stay.
+    settings.enable_mem_pattern = not model.data.named()
     provider = _PROVIDERS[device]
     try:
         session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)
