@@ -65,7 +65,8 @@ def sources() -> list[str]:
         f"| members of the zoo whose certificate in float32 passes | {passed} of {len(zoo)} | all |",
         f"| AutoencoderKL, 4 kinds, 3 other sizes, batches 1 and 3, against diffusers, of the output's range | "
         f"{max(found['sizes'].values()):.1e} | 5e-05 |",
-        f"| tiled against diffusers' tiled, same tile and overlap, of the output's range | {max(found['tiles'].values()):.1e} | 1e-05 |",
+        f"| tiled against diffusers' tiled, same tile and overlap, of the output's range | "
+        f"{max(found['tiles'].values()):.1e} | 1e-05 |",
         f"| peak memory, 2048² in tiles of 512 ÷ 512² untiled, outputs apart "
         f"({memory['2048 in tiles of 512']['without_output_mib']:.0f} and "
         f"{memory['512 untiled']['without_output_mib']:.0f} MiB) | {memory['ratio_without_outputs']:.2f} | 1.5 |",

@@ -136,7 +136,7 @@ def test_a_path_that_gives_no_name(tmp_path: Path) -> None:
 
 
 def test_a_bare_module_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"got a Plain; expected a checkpoint's folder or a .*Trained, in which"):
+    with pytest.raises(InputError, match=r"a module does not say example, likelihood, data_range\. Pass them"):
         vae_export.export(zoo.Plain(), tmp_path / "b")
 
 
