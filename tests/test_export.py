@@ -141,8 +141,11 @@ def test_a_bare_module_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a checkpoint: expected a folder with config\.json and model"):
+    with pytest.raises(InputError, match="nothing does not exist; expected a checkpoint's or a diffusers"):
         vae_export.export(tmp_path / "nothing", tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"is not a checkpoint: expected a folder with config\.json and model"):
+        vae_export.export(tmp_path / "empty", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
