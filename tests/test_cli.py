@@ -287,7 +287,7 @@ def test_hidden_graphs_are_refused_by_bench_too(run: Run, digits: dict[str, Path
         (["train", "o", "--objective", "map"], "'map' is not one of"),
         (["train", "o", "--download"], "data set 'digits' cannot be downloaded; expected mnist, fashion, cifar10"),
         (["train", "o", "--widths", "4,4,4,4"], "8 × 8 does not divide by 16"),
-        (["export", "gone", "b"], "gone is not a checkpoint"),
+        (["export", "gone", "b"], "gone does not exist"),
         (["bench", "gone"], "gone does not exist"),
         (["frobnicate"], "No such command 'frobnicate'"),
         (["sample"], "Missing argument 'BUNDLE'"),
