@@ -261,7 +261,8 @@ class _Meter:
         """The row that is nearest to its budget, which for the extremes is `extreme` times the others'."""
         factor = np.ones(len(next(iter(rows.values()))))
         factor[:EXTREMES] = extreme
-        shares = {b: np.where(np.isnan(r), np.inf, r / factor) for b, r in rows.items()}
+        with np.errstate(divide="ignore", invalid="ignore"):  # nothing may be off where the factor is 0
+            shares = {b: np.where(np.isnan(r / factor), np.inf, r / factor) for b, r in rows.items()}
         places = {b: int(np.argmax(share)) for b, share in shares.items()}
         batch = max(rows, key=lambda b: shares[b][places[b]])
         got = float(rows[batch][places[batch]])
