@@ -5,6 +5,7 @@ python benchmarks/sources.py out/bench/sources.json [zoo sizes tiles memory full
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import subprocess
@@ -93,28 +94,38 @@ def sizes(exported: dict[str, Path]) -> dict[str, float]:
     return worst
 
 
-def tiles(exported: dict[str, Path]) -> dict[str, float]:
-    """Tiled against diffusers' tiled, at the same settings: the worst difference, of the output's range."""
-    worst = {}
+def tiles(exported: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Tiled against diffusers' tiled, at the same settings: the worst difference, of the output's range.
+
+    Beside it, how far each of the two is from diffusers in float64.
+    """
+    worst: dict[str, dict[str, float]] = {}
     for name in (name for name in exported if name.startswith("kl")):
         module, vae = zoo_diffusers.model(name), vae_export.load(exported[name])
+        exact = copy.deepcopy(module).double()
         stride = 2 ** (len(zoo_diffusers.CONFIGS[name]["block_out_channels"]) - 1)
         for size, overlap in ((32, 0.25), (32, 0.5), (64, 0.125)):
-            module.tile_sample_min_size, module.tile_latent_min_size = size, size // stride
-            module.tile_overlap_factor = overlap
-            x = zoo.pictures(2, (3, 88, 72)) * 2 - 1
-            with torch.no_grad():
-                moments = module.tiled_encode(torch.from_numpy(x)).latent_dist
-                decoded = module.tiled_decode(moments.mean).sample.numpy()
+            for each in (module, exact):
+                each.tile_sample_min_size, each.tile_latent_min_size = size, size // stride
+                each.tile_overlap_factor = overlap
+            x = torch.from_numpy(zoo.pictures(2, (3, 88, 72)) * 2 - 1)
             tile = vae_export.Tile(size, overlap)
-            ours = vae.encode(x, tile=tile)
-            pairs = (
-                ("encode", ours.mean, moments.mean.numpy()),
-                ("decode", vae.decode(moments.mean.numpy(), tile=tile), decoded),
-            )
-            for verb, got, expected in pairs:
-                key = f"{name}, {verb}"
-                worst[key] = max(worst.get(key, 0.0), float(np.abs(got - expected).max() / np.ptp(expected)))
+            with torch.no_grad():
+                mean, right = (each._tiled_encode(x.to(each.dtype)).chunk(2, 1)[0] for each in (module, exact))
+                z = mean.contiguous()
+                decoded, decoded_right = (each.tiled_decode(z.to(each.dtype)).sample for each in (module, exact))
+            for verb, ours, theirs, reference in (
+                ("encode", vae.encode(x.numpy(), tile=tile).mean, mean, right),
+                ("decode", vae.decode(z.numpy(), tile=tile), decoded, decoded_right),
+            ):
+                found = worst.setdefault(f"{name}, {verb}", {})
+                pairs = {
+                    "difference": (ours, theirs.numpy()),
+                    "ours to float64": (ours, reference.numpy()),
+                    "diffusers to float64": (theirs.numpy(), reference.numpy()),
+                }
+                for what, (got, expected) in pairs.items():
+                    found[what] = max(found.get(what, 0.0), float(np.abs(got - expected).max() / np.ptp(expected)))
     return worst
 
 

@@ -16,8 +16,9 @@ from vae_export.onnx_reader import Weights
 from . import machine
 from .backend import Backend, Settings
 from .memory import Budget, parse_bytes
+from .posterior import DevicePosterior, Elbo, Posterior
 from .tiling import Tile
-from .vae import VAE, DevicePosterior, Elbo, Posterior
+from .vae import VAE
 
 __all__ = [
     "VAE",

@@ -22,7 +22,7 @@ from vae_export import exporter, golden
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError, VerificationError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
-from vae_export.sources import reference
+from vae_export.sources import cost, reference
 from vae_export.sources.protocol import Trained
 
 
@@ -110,7 +110,7 @@ def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoi
 
 def test_golden_shrinks_to_its_limit() -> None:
     source = zoo.MEMBERS["spatial"]()
-    full = reference.compute(source)
+    full = reference.compute(source, cost.count(source))
     assert full.shrunk() is full
     for limit in (1 << 20, 300_000, 1):
         small = full.shrunk(limit)

@@ -211,9 +211,9 @@ def _described(
 def _held_out(given: str, sizes: dict[str, int] | None) -> Any:
     """Pictures for a certificate, in [−1, 1], resized to what is verified at."""
     from vae_export import images
-    from vae_export.manifest import Data
+    from vae_export.manifest import EXAMPLE_SIZE, Data
 
-    size = {"height": 64, "width": 64} | (sizes or {})
+    size = dict.fromkeys(("height", "width"), EXAMPLE_SIZE) | (sizes or {})
     data = Data(shape=(3, size["height"], size["width"]), range=(-1.0, 1.0))
     x = images.read(given, data, resize=True)
     if x.dtype.name == "uint8":
@@ -349,6 +349,7 @@ def inspect(
 
     from vae_export import builds, certificate, report
     from vae_export.bundle import MANIFEST, Bundle
+    from vae_export.manifest import EXAMPLE_SIZE
     from vae_export.trainers import config as configs
 
     path, sizes = Path(source), _sizes("inspect", size) if size else None
@@ -378,7 +379,9 @@ def inspect(
     graphs = opened.manifest.graphs
     counted = {name: graph.cost for name, graph in graphs.items() if graph.cost}
     model = opened.manifest.model
-    at = sizes or {name: dim.multiple_of * -(-64 // dim.multiple_of) for name, dim in model.data.named().items()}
+    at = sizes or {
+        name: dim.multiple_of * -(-EXAMPLE_SIZE // dim.multiple_of) for name, dim in model.data.named().items()
+    }
     model.latent_shape(at)  # refuses a size that the model does not take
     costs = report.costs(model, counted, at)
     unlisted = opened.unlisted()

@@ -188,7 +188,7 @@ def _estimate(source: Trained, costs: Mapping[str, Cost]) -> str:
     total = rows * each * _PASSES
     if total < _WORTH_SAYING:
         return ""
-    square = torch.rand(1024, 1024)
+    square = torch.full((1024, 1024), 0.5)  # the random state is the caller's
     torch.mm(square, square)
     began = time.perf_counter()
     for _ in range(5):

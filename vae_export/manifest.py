@@ -30,6 +30,9 @@ ENCODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "deterministic": ("mean",),
 }
 
+#: A height and width to look at a model with, where nobody names one: latents of 8 × 8 for Stable Diffusion.
+EXAMPLE_SIZE = 64
+
 #: The graphs of a bundle: encoder x → q(z|x), decoder z → p(x|z).
 GRAPHS = ("encoder", "decoder")
 

@@ -175,8 +175,7 @@ class _Meter:
         low, high = model.data.range
         errors = {b: np.abs(v - self.tensors[against]) / (high - low) for b, v in got.items()}
         worst = {b: _row_max(e) for b, e in errors.items()}
-        extreme = self.tolerance.extreme if graph == "end to end" else 1.0
-        self._worst_row(graph, "pixel, worst", "of the range", worst, self.tolerance.pixel, None, extreme)
+        self._worst_row(graph, "pixel, worst", "of the range", worst, self.tolerance.pixel)
         off = {b: float((e > 1 / 255).mean()) for b, e in errors.items()}
         # Capped at 300 dB, far beyond float64, for results that are equal.
         noise_ratio = {b: -20 * math.log10(np.maximum(_rms(e), 1e-15)) for b, e in errors.items()}

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vae_export.errors import InputError, require
-from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
+from vae_export.manifest import EXAMPLE_SIZE, Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
+from vae_export.sources.module import checked_rows
 from vae_export.sources.protocol import Trained
 
 CONFIG = "config.json"
@@ -30,6 +31,8 @@ _CONVERT = (
     "s.save_file(torch.load('{name}', weights_only=True, map_location='cpu'), '{stem}.safetensors')\""
 )
 
+#: What all of them are trained on.
+_RANGE = (-1.0, 1.0)
 #: diffusers clamps the log-variance to these limits (its DiagonalGaussianDistribution).
 _CLAMP = (-30.0, 20.0)
 #: What is told of classes that are no autoencoders of pictures with a Gaussian or no posterior.
@@ -42,9 +45,6 @@ _VIDEO = re.compile(
 )
 #: Names of the middle attention's weights in older files, and what they are called now.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-#: The height and width to trace and verify at, where nobody says: latents of 8 × 8 for Stable Diffusion.
-_EXAMPLE = 64
 
 
 def is_diffusers(path: Path) -> bool:
@@ -85,13 +85,13 @@ def load(
     family = _FAMILIES[kind]
     adapted = family(module)
     stride, channels = adapted.stride, int(settings["in_channels"])
-    example = {name: max(_EXAMPLE, 2 * stride) for name in ("height", "width")} | dict(size or {})
+    example = {name: max(EXAMPLE_SIZE, 2 * stride) for name in ("height", "width")} | dict(size or {})
     model = Model(
         architecture=kind,
         parameters=sum(p.numel() for p in module.parameters()),
         data=Data(
             shape=(channels, *(SizeDim(name=name, multiple_of=stride, min=stride) for name in ("height", "width"))),
-            range=(-1.0, 1.0),
+            range=_RANGE,
         ),
         latent=_latent(settings, stride, folder),
         prior="standard_normal",
@@ -106,7 +106,7 @@ def load(
         origin=Origin(kind="diffusers", name=path.resolve().name, weights_sha256=_digest(files)),
         config=json.dumps({k: v for k, v in settings.items() if k != "_use_default_values"}, indent=2).encode() + b"\n",
         example_shape=(channels, example["height"], example["width"]),
-        held_out=held_out,
+        held_out=None if held_out is None else checked_rows("held_out", held_out, _RANGE),
     )
 
 

@@ -91,8 +91,8 @@ def resolve(source: Source) -> Trained:
             examples of a batch, or returns what is not recognized.
     """
     low, high = _check_words(source)
-    example = _rows("example", source.example, (low, high))
-    held_out = None if source.held_out is None else _rows("held_out", source.held_out, (low, high))
+    example = checked_rows("example", source.example, (low, high))
+    held_out = None if source.held_out is None else checked_rows("held_out", source.held_out, (low, high))
     shape = example.shape[1:]
     if held_out is not None and held_out.shape[1:] != shape:
         raise InputError(f"export: held_out has shape {held_out.shape}; expected (M, {_dims(shape)}), as example has")
@@ -197,7 +197,7 @@ def _make(spec: str) -> Any:
     try:
         try:
             module = importlib.import_module(name)
-        except Exception as error:
+        except Exception as error:  # their code, which may raise anything; so below
             where = f" There is no such module in {here} or among what is installed" * _is_missing(error, name)
             raise InputError(f"export: {name} could not be imported: {_said(error)}.{where}") from error
         if not hasattr(module, attribute):
@@ -209,7 +209,7 @@ def _make(spec: str) -> Any:
             raise InputError(f"export: {spec} is {shown(function)}; expected a function that makes the model")
         try:
             return function()
-        except Exception as error:
+        except Exception as error:  # their code, as above
             raise InputError(f"export: {spec} failed: {_said(error)}. It is called without arguments") from error
     finally:
         # The function's module may have changed the path itself: only one entry is ours.
@@ -254,8 +254,13 @@ def _check_range(data_range: Any) -> tuple[float, float]:
     return low, high
 
 
-def _rows(name: str, value: Any, data_range: tuple[float, float]) -> npt.NDArray[np.float32]:
-    """Checked data (B, *data) as an array."""
+def checked_rows(name: str, value: Any, data_range: tuple[float, float]) -> npt.NDArray[np.float32]:
+    """Data that a caller gave, as an array (B, *data) float32.
+
+    Raises:
+        InputError: it is no floating-point array of one row or more, or has values that are not finite or lie outside
+            of data_range.
+    """
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() else value.numpy()
@@ -288,7 +293,7 @@ def _copied(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, on the CPU, in float32."""
     try:
         result = copy.deepcopy(module)
-    except Exception as error:
+    except Exception as error:  # their code, as above
         raise InputError(
             f"export: {type(module).__name__} cannot be copied: {_said(error)}. What is exported is a copy: drop what "
             "the module keeps besides its weights, such as results of an earlier call"
@@ -398,7 +403,7 @@ def _call(adapter: Adapter, method: str, function: Callable[[Tensor], Any], valu
         return function(value.clone())
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # their code, as above
         axis = " The first axis of example is the batch: a single example gets its by [None]" * (method == "encode")
         raise InputError(
             f"export: {adapter.called(method)} failed on a batch of {len(value)} of {tuple(value.shape[1:])}: "
