@@ -69,7 +69,7 @@ def sources() -> list[str]:
         f"{max(found['sizes'].values()):.1e} | 5e-05 |",
         f"| tiled against diffusers' tiled, same tile and overlap, of the output's range | "
         f"{max(case['difference'] for case in found['tiles'].values()):.1e} | 1e-05 |",
-        f"… there, diffusers in float32 against itself in float64, and ours | {their:.1e}; {our:.1e} |  |",
+        f"| … there, diffusers in float32 against itself in float64, and ours | {their:.1e}; {our:.1e} |  |",
         f"| peak memory, 2048² in tiles of 512 ÷ 512² untiled, outputs apart "
         f"({memory['2048 in tiles of 512']['without_output_mib']:.0f} and "
         f"{memory['512 untiled']['without_output_mib']:.0f} MiB) | {memory['ratio_without_outputs']:.2f} | 1.5 |",
