@@ -140,6 +140,8 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
             sources.resolve(path, **said)
 
     refused(r"height \(a multiple of 2.*got height = 15", size={"height": 15, "width": 16})
+    outside = np.full((1, 3, 64, 64), 2.0, np.float32)
+    refused(r"held_out has values from 2 to 2, outside of data_range \(-1, 1\)", held_out=outside)
     refused("a diffusers autoencoder takes config, size, held_out; got likelihood. Drop it", likelihood="none")
     refused("does not exist; expected a checkpoint's or a diffusers", tmp_path / "nowhere")
     shutil.copy(folder / WEIGHTS, tmp_path / "alone.safetensors")
