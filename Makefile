@@ -9,7 +9,7 @@ EXTRAS ?= dev
 # Processes of the tests.
 JOBS ?= 2
 
-.PHONY: demo test test-gpu setup lint types bench figures sources trainer throughput kills gpu record clean
+.PHONY: demo test test-gpu setup lint types bench performance overhead passes figures sources trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -41,6 +41,16 @@ figures: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/figures.py out/bench/figures.json
 
+# What a call of ours costs beside the bare session's, in turns of a millisecond.
+# What each graph pass buys, on each runner.
+passes: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/passes.py out/bench/passes.json
+
+overhead: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/overhead.py out/bench/overhead.json
+
 # Every figure that is promised of the trainer, likewise.
 trainer: setup
 	mkdir -p out/bench
@@ -58,6 +68,11 @@ throughput: setup out/pythae
 
 out/pythae:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ pythae==0.1.2 tqdm imageio
+
+# Speed beside whatever else runs a model, and how it grows. It can be stopped, and goes on where it was.
+performance: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/performance.py out/bench/performance.json --resume --work out/bench/models
 
 # What is promised of GPUs, recorded: certificates, latency, noise.
 gpu: setup

@@ -1,15 +1,116 @@
-"""What is timed, as data."""
+"""What is timed, as data: models, their sizes, and batches; and how a case's source and bundle are made once."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import zoo
+
+import vae_export
 from vae_export import bench
+from vae_export.sources import reference
 
-#: By name: the options of `zoo.trainer_model`. The weights do not matter for speed; the zoo's need no training.
-MODELS: dict[str, dict[str, Any]] = {
-    "mlp": {"model": "mlp", "likelihood": "bernoulli", "shape": (1, 28, 28), "latent": 20, "widths": (512,)},
-    "conv": {"model": "conv", "likelihood": "bernoulli", "shape": (1, 28, 28), "latent": 20, "widths": (32, 64)},
+# Golden examples of a case: what is timed are calls, not exports.
+_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it is timed at. Weights need no training: they matter for lower precisions alone.
+
+    Attributes:
+        options: of `zoo.trainer_model`; empty for a diffusers autoencoder.
+        diffusers: its name in `zoo_diffusers`, or empty.
+        sizes: of the data's named dimensions, such as {"height": 128, "width": 128}; empty where there are none.
+        batches: that fit into memory, and into patience.
+        builds: those of BUILDS that are timed.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    diffusers: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    batches: tuple[int, ...] = (1, 8, 64)
+    builds: tuple[str, ...] = ("fp32", "auto")
+
+
+def _trainer(model: str, likelihood: str, shape: tuple[int, int, int], latent: int, **options: Any) -> Case:
+    return Case({"model": model, "likelihood": likelihood, "shape": shape, "latent": latent, **options})
+
+
+def _diffusers(name: str, side: int, *batches: int, builds: tuple[str, ...] = ("fp32", "auto")) -> Case:
+    return Case(diffusers=name, sizes={"height": side, "width": side}, batches=batches, builds=builds)
+
+
+_IMAGE = (3, 64, 64)
+CASES: dict[str, Case] = {
+    "mlp": _trainer("mlp", "bernoulli", (1, 28, 28), 20, widths=(512,)),
+    "conv": _trainer("conv", "bernoulli", (1, 28, 28), 20, widths=(32, 64)),
+    "conv64": _trainer("conv", "gaussian_fixed", _IMAGE, 64, widths=(32, 80, 192)),
+    "resnet64": _trainer("resnet", "gaussian_fixed", _IMAGE, 4, widths=(32, 64, 128), attention=True),
+    "tiny": _diffusers("tiny-full", 128, 1, 8),
+    "kl-small": _diffusers("kl-small", 128, 1, 8),
+    "sd15": _diffusers("sd15", 256, 1, builds=("fp32",)),
 }
+#: Those of the latency table, with a PyTorch module that only this process has.
+LATENCY = ("mlp", "conv")
+VERBS = ("encode", "decode", "sample")
 BATCHES = (1, 8, 64)
-RUNTIMES = (bench.Eager.name, bench.Bare.name, bench.Ours.name)
+RUNNERS = ("PyTorch eager", bench.Bare.name, "vae_export")
+
+#: Builds that are timed beside the bundle's own graphs: options of `vae_export.build` for the CPU.
+BUILDS: dict[str, dict[str, Any]] = {"fp32": {"precision": "fp32"}, "auto": {"precision": "auto"}}
+
+#: Cases whose float32 build is made twice, to see whether the same is chosen.
+TWICE = ("mlp", "conv64")
+
+#: Along one thing at a time, the others fixed: batches and sizes of a model, and models of one shape by their widths.
+SCALING: dict[str, tuple[Case, ...]] = {
+    "batch": (_trainer("conv", "bernoulli", (1, 28, 28), 20, widths=(32, 64)),),
+    "pixels": tuple(_diffusers("kl-small", side, 1) for side in (32, 64, 128, 256, 512)),
+    "parameters": tuple(_diffusers(name, 64, 1) for name in ("kl-10", "kl-20", "kl-40", "kl-80", "sd15")),
+}
+SCALING_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A case on disk.
+
+    Attributes:
+        source: what `sources.resolve` takes.
+        bundle: its folder.
+    """
+
+    source: Any
+    bundle: Path
+
+
+def make(case: Case, folder: Path) -> Made:
+    """The case's source and bundle in a folder, made on the first call for it and found there on later ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = case.diffusers or "-".join(re.sub(r"\W+", "_", str(part)) for part in case.options.values())
+    bundle = folder / f"{name}.bundle"
+    source: Any = _written(folder / name, name) if case.diffusers else zoo.trainer_model(**case.options)
+    if not bundle.exists():
+        with mock.patch.object(reference, "_ROWS", _ROWS):
+            vae_export.export(source, bundle)
+    return Made(source, bundle)
+
+
+def _written(path: Path, name: str) -> Path:
+    """A diffusers autoencoder as a folder, whole or not at all."""
+    import zoo_diffusers
+
+    if not path.exists():
+        part = path.with_suffix(".part")  # of a run that was cut short, there may be one
+        shutil.rmtree(part, ignore_errors=True)
+        zoo_diffusers.write(part, name, module=zoo_diffusers.fresh(name)).rename(path)
+    return path

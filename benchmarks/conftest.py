@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import zoo
-from cases import MODELS
+from cases import CASES, LATENCY, make
 from machine import machine
 
-import vae_export
 from vae_export import bench
+from vae_export.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
-def runners(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, bench.Candidate]]]:
-    """For each model its bundle, and by name all that can run it."""
+def opened(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, tuple[bench.Examples, dict[str, bench.Runner]]]]:
+    """For each model its examples, and by name all that can run it."""
     folder, found = tmp_path_factory.mktemp("models"), {}
-    for name, options in MODELS.items():
-        source, path = zoo.trainer_model(**options), folder / f"{name}.bundle"
-        vae_export.export(source, path)
-        candidates = [bench.Eager(source.module), *bench.candidates(path)]
-        found[name] = (path, {candidate.name: candidate for candidate in candidates})
-    return found
+    with ExitStack() as stack:
+        for name in LATENCY:
+            made = make(CASES[name], folder)
+            selection = stack.enter_context(bench.candidates(made.bundle, source=made.source, with_peers=True))
+            runners = {runner.name: runner for runner in selection.runners}
+            found[name] = (bench.Examples(Bundle(made.bundle)), runners)
+        yield found
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from vae_export.sources import checkpoint as source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo
-from cases import MODELS
+from cases import CASES
 from machine import machine
 
 LIKELIHOODS = ("bernoulli", "gaussian")
@@ -159,17 +159,12 @@ def starting(work: Path, path: Path) -> list[Figure]:
 def overhead(work: Path) -> Figure:
     """`vae.decode(z)` against the bare session, batch 1, mlp 784-512-20."""
     path = work / "mlp.bundle"
-    vae_export.export(zoo.trainer_model(**MODELS["mlp"]), path)
-    ours, bare = bench.Ours(path), bench.Bare(path)
-    value, _ = bench.inputs(path, "decode", 1)
-    calls = {runner.name: runner.prepare("decode", value) for runner in (ours, bare)}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(20):
-        for name, call in calls.items():
-            times[name] += bench.turn(call)
-    medians = {name: statistics.median(seconds) * 1e6 for name, seconds in times.items()}
-    what = f"vae.decode(z) − bare session ({medians[bare.name]:.1f} µs), mlp, batch 1, µs"
-    return what, medians[ours.name] - medians[bare.name], 10.0
+    vae_export.export(zoo.trainer_model(**CASES["mlp"].options), path)
+    with bench.candidates(path) as selection:
+        report = bench.run(path, selection.runners, ["decode"], [1], seconds=4.0)
+    ours, bare = (row.median * 1e6 for row in report.rows)
+    what = f"vae.decode(z) − bare session ({bare:.1f} µs), mlp, batch 1, µs"
+    return what, ours - bare, 10.0
 
 
 def flips(path: Path) -> Figure:

@@ -28,7 +28,7 @@ from vae_export.runtimes import flavours, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo
-from cases import MODELS
+from cases import CASES, LATENCY
 from machine import machine as this_machine
 
 import vae_export
@@ -37,6 +37,7 @@ from vae_export.bundle import Bundle
 from vae_export.errors import VaeExportError
 from vae_export.noise import Normals
 
+VERBS = ("encode", "decode", "sample")
 BATCHES = (1, 8, 64, 512)
 _ROUNDS = 10
 _ROUND_SECONDS = 0.05
@@ -61,8 +62,8 @@ def main() -> int:
     record: dict[str, Any] = {**this_machine(), "gpu": card(), "packages": packages()}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        bundles = {name: work / f"{name}.bundle" for name in MODELS}
-        sources = {name: zoo.trainer_model(**options) for name, options in MODELS.items()}
+        bundles = {name: work / f"{name}.bundle" for name in LATENCY}
+        sources = {name: zoo.trainer_model(**CASES[name].options) for name in LATENCY}
         for name, path in bundles.items():
             vae_export.export(sources[name], path)
         made, record["certificates"] = certificates(work, bundles, asked.device)
@@ -145,16 +146,17 @@ def latency(
             runners.append((f"torch.compile {compiled}", precision, pytorch(module, dtype, device, compiled)))
     if device == "cuda" and ("cuda", "fp32") in made:
         runners.append(("ONNX Runtime CUDA, bare", "fp32", bare(path)))
-    opened = []
+    opened, bundle = [], Bundle(path)
+    examples, seed = bench.Examples(bundle), bundle.manifest.golden.seed
     for (target, precision), build in made.items():
         vae = vae_export.load(path, build=build, micro_batch=max(BATCHES))
         opened.append(vae)
-        runners.append((f"vae_export {target}", precision, ours(vae, device)))
+        runners.append((f"vae_export {target}", precision, ours(vae, device, seed)))
     rows = []
-    for verb in bench.VERBS:
+    for verb in VERBS:
         for batch in BATCHES:
-            value, expected = bench.inputs(path, verb, batch)
-            tensor = torch.from_numpy(value).to(device)
+            cell = examples.cell(verb, batch)
+            tensor = torch.from_numpy(cell.value).to(device)
             calls = {}
             for name, precision, prepare in runners:
                 call = prepare(verb, tensor)
@@ -165,7 +167,7 @@ def latency(
                 for key, call in calls.items():
                     times[key].append((each(call, device), queued(call, device)))
             for key, call in calls.items():
-                check(verb, call(), expected, key[1], addressed=key[0].startswith("vae_export"))
+                check(cell, call(), key[1], addressed=key[0].startswith("vae_export"))
                 alone, together = zip(*times[key], strict=True)
                 rows.append(
                     {
@@ -239,7 +241,7 @@ def bare(path: Path) -> Callable[[str, torch.Tensor], Call]:
     return prepare
 
 
-def ours(vae: Any, device: str) -> Callable[[str, torch.Tensor], Call]:
+def ours(vae: Any, device: str, seed: int) -> Callable[[str, torch.Tensor], Call]:
     """`vae_export.load`, arrays of the device in and out."""
 
     def prepare(verb: str, value: torch.Tensor) -> Call:
@@ -248,7 +250,7 @@ def ours(vae: Any, device: str) -> Callable[[str, torch.Tensor], Call]:
             return lambda: vae.encode(given).mean
         if verb == "decode":
             return lambda: vae.decode(given)
-        return lambda: vae.sample(len(value), on_device=device == "cuda")
+        return lambda: vae.sample(len(value), seed, on_device=device == "cuda")
 
     return prepare
 
@@ -293,14 +295,15 @@ def queued(call: Call, device: str) -> float:
     return (time.perf_counter() - began) / count
 
 
-def check(verb: str, result: Any, expected: np.ndarray, precision: str, *, addressed: bool) -> None:
+def check(cell: bench.Cell, result: Any, precision: str, *, addressed: bool) -> None:
     """Refuse a wrong result. Samples of others have other noise: theirs must have the shape and be finite."""
     found = result.float().cpu().numpy() if isinstance(result, torch.Tensor) else np.asarray(result, np.float32)
-    assert found.shape == expected.shape, (found.shape, expected.shape)
+    (expected,) = cell.expected.values()
+    assert found.shape == (cell.batch, *expected.shape[1:]), (found.shape, cell.batch, expected.shape)
     assert np.isfinite(found).all()
-    if verb != "sample" or addressed:
-        worst = float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max()))
-        assert worst <= _ALLOWED[precision], (verb, precision, worst)
+    if cell.verb != "sample" or addressed:
+        worst = float(np.abs(found[: len(expected)] - expected).max()) / max(1.0, float(np.abs(expected).max()))
+        assert worst <= _ALLOWED[precision], (cell.verb, precision, worst)
 
 
 def noises() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Record the latency table of the README: all cases, runtimes in turns.
+"""Record the latency table of the README: its cases, runners in turns.
 
 make record
 """
@@ -11,12 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import zoo
-from cases import BATCHES, MODELS, RUNTIMES
+from cases import BATCHES, CASES, LATENCY, RUNNERS, VERBS, make
 from machine import machine
 
-import vae_export
 from vae_export import bench
 
 
@@ -24,17 +21,18 @@ def main(out: Path) -> None:
     """Time all, print Markdown and write `out`."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in MODELS.items():
-            source, path = zoo.trainer_model(**options), Path(folder, f"{name}.bundle")
-            vae_export.export(source, path)
-            runners = [bench.Eager(source.module), *bench.candidates(path)]
-            rows += [{"model": name, **row} for row in bench.run(path, runners, BATCHES)]
+        for name in LATENCY:
+            made = make(CASES[name], Path(folder))
+            with bench.candidates(made.bundle, source=made.source, with_peers=True) as selection:
+                by_name = {runner.name: runner for runner in selection.runners}
+                report = bench.run(made.bundle, [by_name[runner] for runner in RUNNERS], VERBS, BATCHES, seconds=1.0)
+            rows += [{"model": name, **row} for row in report.to_dict()["rows"]]
     out.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    print("| model | verb | batch |", " | ".join(RUNTIMES), "|")
-    print("|---|---|---|" + "---|" * len(RUNTIMES))
+    print("| model | verb | batch |", " | ".join(RUNNERS), "|")
+    print("|---|---|---|" + "---|" * len(RUNNERS))
     for case in dict.fromkeys((row["model"], row["verb"], row["batch"]) for row in rows):
-        cells = {r["runtime"]: r for r in rows if (r["model"], r["verb"], r["batch"]) == case}
-        print("|", *(f"{part} |" for part in case), *(f"{cells[name]['median_us']:.1f} |" for name in RUNTIMES))
+        cells = {r["runner"]: r for r in rows if (r["model"], r["verb"], r["batch"]) == case}
+        print("|", *(f"{part} |" for part in case), *(f"{cells[name]['median_us']:.1f} |" for name in RUNNERS))
 
 
 if __name__ == "__main__":

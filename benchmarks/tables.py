@@ -79,6 +79,44 @@ def sources() -> list[str]:
     ]
 
 
+def performance(record: dict[str, Any]) -> list[str]:
+    """Time of a call, ours beside the fastest peers, from a record of `performance.py`.
+
+    Ratios are ours to the peer: below 1 we are faster. In float32 it is our fastest in float32, below it our fastest
+    of all. The last lines are geometric means over all cases and batches.
+    """
+    lines = [
+        "| case | verb | batch | vae_export, ms | fastest float32 peer, ms | ratio | fastest below, ms | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in record["cases"].items():
+        for cell in case["cells"]:
+            ours = cell["ours"]
+            shown = (f"{_short(runner)} {found['median_us'] / 1e3:.3g}" for runner, found in ours.items())
+            cells = [name, cell["verb"], str(cell["batch"]), ", ".join(shown)]
+            exact = [runner for runner, found in ours.items() if found["precision"] == "fp32"]
+            for kind, allowed in (("float32", exact), ("low_precision", list(ours))):
+                peer = cell.get(kind)
+                if peer and allowed:
+                    ratio = min(peer["ours_to_it"][runner] for runner in allowed)
+                    cells += [f"{peer['peer']} {peer['median_us'] / 1e3:.3g}", f"{ratio:.2f}"]
+                else:
+                    cells += ["", ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    for verb, kinds in record["means"].items():
+        first, second = (
+            ", ".join(f"{_short(runner)} {ratio:.2f}" for runner, ratio in kinds[kind].items())
+            for kind in ("float32", "low_precision")
+        )
+        lines.append(f"| geometric mean | {verb} |  |  |  | {first} |  | {second} |")
+    return lines
+
+
+def _short(runner: str) -> str:
+    """The build's precision, or what stands for the bundle's own graphs."""
+    return runner.removeprefix("vae_export").strip() or "bundle"
+
+
 def _read(name: str) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return plain

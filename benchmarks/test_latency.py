@@ -7,29 +7,27 @@ machine needs, see `vae-export bench`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from cases import BATCHES, MODELS, RUNTIMES
+from cases import BATCHES, LATENCY, RUNNERS, VERBS
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from vae_export import bench
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("verb", bench.VERBS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("model", LATENCY)
 def test_latency(
     benchmark: BenchmarkFixture,
-    runners: dict[str, tuple[Path, dict[str, bench.Candidate]]],
+    opened: dict[str, tuple[bench.Examples, dict[str, bench.Runner]]],
     model: str,
     verb: str,
     batch: int,
-    runtime: str,
+    name: str,
 ) -> None:
-    path, candidates = runners[model]
-    value, expected = bench.inputs(path, verb, batch)
+    examples, runners = opened[model]
+    cell, runner = examples.cell(verb, batch), runners[name]
     benchmark.group = f"{model}: {verb}, batch {batch}"
-    result = benchmark(candidates[runtime].prepare(verb, value))
-    candidates[runtime].check(verb, result, expected)
+    result = benchmark(runner.prepare(cell))
+    cell.check(runner.results(verb, result), name, precision=runner.precision, addressed=runner.addressed)

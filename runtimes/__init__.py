@@ -14,7 +14,8 @@ from vae_export.manifest import Model
 from vae_export.onnx_reader import Weights
 
 from . import machine
-from .backend import Backend, Settings
+from .backend import Backend, Settings, Way
+from .cpu import CpuBackend
 from .memory import Budget, parse_bytes
 from .posterior import DevicePosterior, Elbo, Posterior
 from .tiling import Tile
@@ -108,7 +109,7 @@ class Opened:
     def facts(self) -> dict[str, object]:
         """For `VAE.describe`."""
         return {
-            "precision": {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.options.precision],
+            "precision": builds.TOLERANCE_NAMES.get(self.options.precision, "mixed"),
             "build": str(self.build) if self.build else None,
             "passed_over": self.passed_over,
         }
@@ -205,6 +206,14 @@ def _open_build(
     wanted = builds.target(record.target)
     if device not in ("auto", wanted.device):
         raise InputError(f"load: device is {device!r}, and {folder.path} is a build for {record.target}. Drop one")
+    if wanted.device == "cpu":
+        ways: dict[str, list[Way]] = {}
+        for name, variants in folder.variants().items():
+            ways[name] = []
+            for variant, graph in variants:
+                onnx_reader.check_operators(graph, name)
+                ways[name].append(Way(graph, variant.runner, variant.precision, variant.threads, variant.up_to))
+        return Opened(CpuBackend(ways, bundle.manifest.model, settings), record.options, folder.path, passed_over)
     graphs = folder.graphs()
     engine = record.engine
     if engine and (problem := builds.mismatch(engine, machine.this_machine(engine.flavour))):
@@ -257,8 +266,8 @@ def open_backend(
         return open_engines(graphs, model, options, engine, settings)
     beside = weights or {}
     arrays = {name: onnx_reader.check_operators(graph, name, beside.get(name)) for name, graph in graphs.items()}
-    from .ort import OrtBackend, open_cuda
-
     if device == "cuda":
+        from .ort import open_cuda
+
         return open_cuda(graphs, model, options, settings, arrays)
-    return OrtBackend(graphs, model, settings, arrays)
+    return CpuBackend({name: [Way(graph, arrays=arrays[name])] for name, graph in graphs.items()}, model, settings)

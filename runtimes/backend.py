@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from vae_export.builds import Precision, Runner
 from vae_export.noise import Normals
+from vae_export.onnx_reader import Arrays
 
 Array = npt.NDArray[np.float32]
 #: What a graph gives: float32, or uint8 images; on the host, or a `gpu.DeviceArray`.
@@ -33,6 +35,32 @@ class Settings:
     threads: int | None = None
     lanes: int = 1
     cuda_graphs: bool | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a graph runs on the CPU.
+
+    Attributes:
+        graph: serialized ONNX. Its bytes were verified, and its operators checked; no path is ever opened.
+        runner: `onnxruntime` or `openvino`.
+        precision: what the runner is asked to compute in; what is written in the graph needs no asking.
+        threads: inside one call; None leaves it to the runner.
+        up_to: the largest batch that runs this way; None is no limit.
+        arrays: weights that lie beside the graph, over verified bytes, which must stay.
+    """
+
+    graph: bytes
+    runner: Runner = "onnxruntime"
+    precision: Precision = "fp32"
+    threads: int | None = None
+    up_to: int | None = None
+    arrays: Arrays = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        limit = "" if self.up_to is None else f" up to {self.up_to}"
+        threads = "" if self.threads is None else f", {self.threads} threads"
+        return f"{self.runner} in {self.precision}{threads}{limit}"
 
 
 class Backend(Protocol):
@@ -59,6 +87,7 @@ class Backend(Protocol):
         micro_batch: int,
         *,
         on_device: bool = False,
+        out: Sequence[Result] | None = None,
     ) -> list[Result]:
         """Run a graph on a batch, cut into slices of at most `micro_batch` examples.
 
@@ -69,7 +98,14 @@ class Backend(Protocol):
             outputs: which outputs are wanted.
             micro_batch: ≥ 1.
             on_device: leave the results on the GPU.
+            out: C-contiguous, writable arrays of the host, one for each of `outputs`, of its result's shape and dtype,
+                which share no memory with the inputs: the results are written there, and these arrays returned. Not
+                with on_device.
         """
+        ...
+
+    def warm(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int) -> None:
+        """Run a graph once wherever later calls may run it: on a GPU in every lane. Arguments: see `run`."""
         ...
 
     def draw(self, mean: Value, logvar: Value, eps: Normals) -> Result:

@@ -36,7 +36,7 @@ class DeviceArray:
 
     Attributes:
         shape: its dimensions.
-        dtype: float32 or uint8.
+        dtype: float32, uint8 or float64.
         ready: a CUDA event, over when the array is complete.
         shared: whether another library was given it.
 

@@ -15,6 +15,7 @@ from .backend import Array
 
 _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)
+_UINT32 = np.dtype(np.uint32)
 _CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged (dlpack.h)
 _ONE = int(np.float32(1.0).view(np.uint32))
 
@@ -177,7 +178,7 @@ class ArrayCheck:
     def _check_unit(self, verb: str, array: Array) -> None:
         # Bits of floats from 0 to 1, read as integers, run from 0 to those of 1; those of NaN, of numbers
         # above 1 and of all with a sign lie beyond. Only −0 needs the second look.
-        if np.maximum.reduce(array.reshape(-1).view(np.uint32)) > _ONE:
+        if np.maximum.reduce(array.view(_UINT32), None) > _ONE:
             inside = (array >= 0) & (array <= 1)
             if not inside.all():
                 self._refuse(verb, array, ~inside, "values in [0, 1]. Scale the data, or pass uint8")
@@ -188,6 +189,44 @@ class ArrayCheck:
             f"{verb}: {self._name}[{', '.join(map(str, where))}] is {array[where]:g}, one of "
             f"{int(wrong.sum())} such values; expected {expected}"
         )
+
+
+def check_out(verb: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic], *sources: Any) -> None:
+    """Refuse an array that a result cannot be written to as it is.
+
+    Args:
+        verb: for messages.
+        out: what the caller gave.
+        shape: of the result.
+        dtype: of the result.
+        sources: what the result is computed from: arrays of the host are read while `out` is written.
+
+    Raises:
+        InputError: out is no NumPy array of this shape and dtype; not in C order, aligned and writable; or shares
+            memory with a source.
+    """
+    if problem := _out_problem(out, shape, dtype):
+        raise InputError(f"{verb}: out {problem}. Pass numpy.empty({shape}, numpy.{dtype.__name__}) or the like")
+    for source in sources:
+        if isinstance(source, np.ndarray) and np.may_share_memory(out, source):
+            raise InputError(
+                f"{verb}: out shares memory with the input, which is read while out is written. Pass another array"
+            )
+
+
+def _out_problem(out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> str | None:
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        return f"is a {type(out).__name__}; expected a NumPy array"
+    if out.shape != shape:
+        return f"has shape {out.shape}, and the result has {shape}"
+    if out.dtype != dtype:  # the other byte order is another dtype
+        return f"has dtype {out.dtype.str}, and the result is {dtype.__name__}"
+    flags = out.flags
+    if flags.carray:
+        return None
+    if not flags.writeable:
+        return "is read-only, and the result is written there"
+    return "is not C-contiguous and aligned, as backends write: whole examples next to each other"
 
 
 def _lies_on_gpu(value: Any) -> bool:

@@ -102,7 +102,13 @@ class Lane:
             raise
 
     def run(
-        self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int, on_device: bool
+        self,
+        graph: str,
+        inputs: Mapping[str, Value],
+        outputs: Sequence[str],
+        micro_batch: int,
+        on_device: bool,
+        out: Sequence[Any] | None = None,
     ) -> list[Any]:
         """See `Backend.run`."""
         self.gpu.use()
@@ -110,7 +116,7 @@ class Lane:
         sizes = self.model.input_sizes(graph, tuple(example)) if self._named else {}
         borrowed: list[Any] = []
         sources = {name: self._source(name, value, borrowed) for name, value in inputs.items()}
-        results: list[Any] = []  # memory of the GPU, or arrays of the host
+        results = [] if out is None else list(out)  # memory of the GPU, or arrays of the host
         try:
             for rows in slices(n, micro_batch):
                 plan = self._plan(graph, rows.stop - rows.start, sizes)
@@ -322,6 +328,8 @@ class GpuBackend:
         except Exception as error:  # what was made must not keep its memory until it is collected
             self._end(lanes)
             raise error if isinstance(error, VaeExportError) else gpu.failure(error, "a lane") from error
+        self._count = len(lanes)
+        self._warming = threading.Lock()  # two that hold some lanes each would wait for each other
         self._pool = _Pool(lanes)
 
     def run(
@@ -332,10 +340,21 @@ class GpuBackend:
         micro_batch: int,
         *,
         on_device: bool = False,
+        out: Sequence[Any] | None = None,
     ) -> list[Any]:
         """See `Backend.run`."""
         with self._lane(graph) as lane:
-            return lane.run(graph, inputs, outputs, min(micro_batch, self._largest or micro_batch), on_device)
+            return lane.run(graph, inputs, outputs, self._at_once(micro_batch), on_device, out)
+
+    def warm(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int) -> None:
+        """See `Backend.warm`: in all lanes, held at once, so that none is warmed twice."""
+        with self._warming, contextlib.ExitStack() as stack:
+            lanes = [stack.enter_context(self._lane(graph)) for _ in range(self._count)]
+            for lane in lanes:
+                lane.run(graph, inputs, outputs, self._at_once(micro_batch), on_device=False)
+
+    def _at_once(self, micro_batch: int) -> int:
+        return min(micro_batch, self._largest or micro_batch)
 
     def draw(self, mean: Value, logvar: Value, eps: Normals) -> DeviceArray:
         """See `Backend.draw`."""

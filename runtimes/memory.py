@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vae_export.errors import InputError
-from vae_export.manifest import Cost, Model, SizeDim
+from vae_export.manifest import GRAPHS, Cost, Model, SizeDim
 
 from .tiling import Axis, Tile, can_tile, units
 
@@ -23,7 +23,7 @@ _OVERLAP, _STEP, _LEAST = 0.25, 4, 8
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
-_GRAPHS = {"reconstruct": ("encoder", "decoder"), "generate": ("decoder",)}
+_GRAPHS = {"reconstruct": GRAPHS, "generate": ("decoder",), "score": GRAPHS}
 
 
 def parse_bytes(value: Any) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
@@ -11,12 +12,12 @@ import numpy.typing as npt
 
 from vae_export import elbo, likelihoods, noise
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, shape_text
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_OUTPUTS, Model, shape_text
 from vae_export.noise import Normals
 from vae_export.pixels import is_picture, to_uint8
 
 from .backend import Array, Backend, Value, slices
-from .inputs import ArrayCheck
+from .inputs import ArrayCheck, check_out
 from .memory import Budget
 from .posterior import NO_SCALING, DevicePosterior, Elbo, Float64, Posterior, channels
 from .tiling import Axis, Tile, TileLike, grid, run_tiled, tile_of
@@ -107,6 +108,8 @@ class VAE:
         Raises:
             InputError: x is not such an array, or the tile does not suit the model.
         """
+        if type(x) is np.ndarray and tile is None and not pad:  # the shortest way
+            return self._posterior(self._data("encode", x))
         tile = tile_of(tile)
         x, on_device = self._examples("encode", x, pad)
         if not on_device:
@@ -115,12 +118,14 @@ class VAE:
         return self._on_device(x)
 
     @overload
-    def decode(self, z: npt.NDArray[Any], *, tile: TileLike | None = ..., scaled: bool = ...) -> Array: ...
+    def decode(
+        self, z: npt.NDArray[Any], *, tile: TileLike | None = ..., scaled: bool = ..., out: Array | None = ...
+    ) -> Array: ...
 
     @overload
     def decode(self, z: OnGpu) -> DeviceArray: ...
 
-    def decode(self, z: Any, *, tile: TileLike | None = None, scaled: bool = False) -> Any:
+    def decode(self, z: Any, *, tile: TileLike | None = None, scaled: bool = False, out: Array | None = None) -> Any:
         """The mean of p(x|z).
 
         Args:
@@ -129,26 +134,30 @@ class VAE:
                 is larger in either direction. Arrays of the host only.
             scaled: z is what latent diffusion works on, as `Posterior.latent` gives: undo the scaling first. Arrays
                 of the host only.
+            out: a NumPy array (B, *data) float32, C-contiguous, aligned and writable, that shares no memory with z:
+                the result is written there; a large one on the CPU by ONNX Runtime itself, without another array for
+                it. After an error anything may be in it. Arrays of the host only.
 
         Returns:
-            (B, *data) float32 in the data's range, not clamped. On the GPU where z is.
+            (B, *data) float32 in the data's range, not clamped. On the GPU where z is. `out` itself where it is given.
 
         Raises:
-            InputError: z is not such an array, the tile does not suit the model, or the manifest names no scaling.
+            InputError: z or out is not such an array, the tile does not suit the model, or the manifest names no
+                scaling.
         """
-        if type(z) is np.ndarray and tile is None and not scaled:  # the shortest way
+        if type(z) is np.ndarray and tile is None and not scaled and out is None:  # the shortest way
             return self._run("decoder", {"z": self._latent("decode", z)}, _SAMPLE)[0]
         tile = tile_of(tile)
         z, on_device = self._latent.anywhere("decode", z)
         if on_device:
-            self._host_only("decode", "z", tile)
+            self._host_only("decode", "z", tile, out)
             if scaled:
                 raise InputError("decode: z lies on a GPU, and scaled is done on the host. Pass a NumPy array")
         if scaled:
             z = self._unscaled(z)
-        if tile is not None:
-            return self._run("decoder", {"z": z}, _SAMPLE, tile=tile)[0]
-        return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
+        if out is not None:
+            check_out("decode", out, (len(z), *self._example("decoder", z.shape[1:])), np.float32, z)
+        return self._run("decoder", {"z": z}, _SAMPLE, on_device, tile, out=out)[0]
 
     def likelihood(self, z: Any) -> dict[str, Array]:
         """All parameters of p(x|z), by the names of `manifest.DECODER_OUTPUTS`: (B, *data) float32 each.
@@ -167,6 +176,7 @@ class VAE:
         draw: bool = False,
         size: Mapping[str, int] | None = None,
         on_device: bool = False,
+        out: Array | None = None,
     ) -> Any:
         """Draw latents from the prior and decode them.
 
@@ -179,25 +189,28 @@ class VAE:
             draw: draw from p(x|z), too, instead of giving its mean. That is done on the host.
             size: for models whose data has named dimensions, such as {"height": 64, "width": 96}.
             on_device: leave the samples on the GPU, as a `gpu.DeviceArray`.
+            out: (n, *data), as for `decode`; not with on_device.
 
         Returns:
-            (n, *data) float32.
+            (n, *data) float32; `out` itself where it is given.
 
         Raises:
-            InputError: an argument is out of range, or draw was asked of a model without a likelihood.
+            InputError: an argument is out of range, draw was asked of a model without a likelihood, or out is not such
+                an array.
         """
-        z = self._prior("sample", n, seed, start, size, on_device)
+        z = self._prior("sample", n, seed, start, size, on_device, out)
+        if out is not None:
+            check_out("sample", out, (len(z), *self._example("decoder", z.shape[1:])), np.float32)
         if not draw:
-            return self._run("decoder", {"z": z}, _SAMPLE, on_device)[0]
+            return self._run("decoder", {"z": z}, _SAMPLE, on_device, out=out)[0]
         likelihood = likelihoods.of(self.model)
         if on_device:
             raise InputError("sample: draw is done on the host; ask for one of draw and on_device")
         most = self._rows(z.shape[1:], "decoder")
-        parts = [
-            likelihood.sample(self._parameters(z[rows], most), seed, z.first + rows.start)
-            for rows in slices(len(z), most)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        drawn = np.empty((len(z), *self._example("decoder", z.shape[1:])), np.float32) if out is None else out
+        for rows in slices(len(z), most):
+            drawn[rows] = likelihood.sample(self._parameters(z[rows], most), seed, z.first + rows.start)
+        return drawn
 
     def generate(
         self,
@@ -207,6 +220,7 @@ class VAE:
         *,
         size: Mapping[str, int] | None = None,
         on_device: bool = False,
+        out: npt.NDArray[np.uint8] | None = None,
     ) -> Any:
         """Pictures of draws from the prior: those of `sample`, as bytes.
 
@@ -216,9 +230,11 @@ class VAE:
             start: as for `sample`.
             size: as for `sample`.
             on_device: leave the pictures on the GPU, as a `gpu.DeviceArray`. Builds can.
+            out: (n, H, W, C) uint8, otherwise as for `decode`; not with on_device.
 
         Returns:
-            (n, H, W, C) uint8: clamped to the data's range, which becomes 0 to 255, and rounded to even.
+            (n, H, W, C) uint8: clamped to the data's range, which becomes 0 to 255, and rounded to even. `out` itself
+            where it is given.
 
         Raises:
             InputError: as for `sample`, or the data are no pictures.
@@ -226,22 +242,29 @@ class VAE:
         if not is_picture(self.model.data.shape):
             shape = shape_text(self.model.data.shape)
             raise InputError(f"generate: this model's data {shape} are no pictures (B, 1 or 3, H, W). Use sample")
-        z = self._prior("generate", n, seed, start, size, on_device)
+        z = self._prior("generate", n, seed, start, size, on_device, out)
+        if out is not None:
+            check_out("generate", out, (len(z), *self._example("generate", z.shape[1:])), np.uint8)
         if self._fused("generate", z.shape[1:]):
-            return self._run("generate", {"z": z}, _IMAGE, on_device)[0]
+            return self._run("generate", {"z": z}, _IMAGE, on_device, out=out)[0]
         if on_device:
             raise InputError("generate: only a build makes bytes on the GPU. Run: vae-export build, or use sample")
         x = self._run("decoder", {"z": z}, _SAMPLE)[0]
-        return np.ascontiguousarray(to_uint8(x, self.model.data.range).transpose(0, 2, 3, 1))
+        image = to_uint8(x, self.model.data.range).transpose(0, 2, 3, 1)
+        return _copied(image, out)
 
     def _prior(
-        self, verb: str, n: int, seed: int, start: int, size: Mapping[str, int] | None, on_device: bool
+        self, verb: str, n: int, seed: int, start: int, size: Mapping[str, int] | None, on_device: bool, out: Any
     ) -> Normals:
         """The address of n latents of the prior."""
         n = _count(verb, "n", n, 1)
         start = _count(verb, "start", start, 0)
         if on_device and not self._backend.on_gpu:
             raise InputError(f"{verb}: on_device is for a GPU, and this VAE runs on the CPU. Drop it")
+        if on_device and out is not None:
+            raise InputError(
+                f"{verb}: out is an array of the host, and on_device leaves the result on the GPU. Drop one"
+            )
         latent = self._gives.get("encoder") if size is None else None
         return Normals(seed, noise.PRIOR, start, (n, *(latent or self.model.latent_shape(size))))
 
@@ -254,6 +277,7 @@ class VAE:
         *,
         tile: TileLike | None = ...,
         pad: bool = ...,
+        out: Array | None = ...,
     ) -> Array: ...
 
     @overload
@@ -267,6 +291,7 @@ class VAE:
         *,
         tile: TileLike | None = None,
         pad: bool = False,
+        out: Array | None = None,
     ) -> Any:
         """Encode and decode.
 
@@ -276,38 +301,47 @@ class VAE:
             start: the index of the first example.
             tile: encode and decode in tiles, as `encode` and `decode` do.
             pad: grow sizes as `encode` does, and crop the result back.
+            out: (B, *data), as for `decode`. Where pad grows a size, the cropped result is copied there.
 
         Returns:
-            The mean of p(x|z), (B, *data) float32. On the GPU where x is.
+            The mean of p(x|z), (B, *data) float32. On the GPU where x is. `out` itself where it is given.
 
         Raises:
-            InputError: x is not such an array, the tile does not suit the model, or seed or start is out of range.
+            InputError: x or out is not such an array, the tile does not suit the model, or seed or start is out of
+                range.
         """
         tile = tile_of(tile)
         given, (x, on_device) = x, self._examples("reconstruct", x, pad)
         if on_device:
-            self._host_only("reconstruct", "x", tile)
-        result = self._reconstructed(x, seed, start, tile, on_device)
-        if not pad:
-            return result
-        return np.ascontiguousarray(result[(slice(None), *map(slice, np.shape(given)[1:]))])
+            self._host_only("reconstruct", "x", tile, out)
+        example = np.shape(given)[1:] if pad else tuple(x.shape[1:])
+        if out is not None:
+            check_out("reconstruct", out, (len(x), *example), np.float32, x)
+        if example == tuple(x.shape[1:]):
+            return self._reconstructed(x, seed, start, tile, on_device, out)
+        result = self._reconstructed(x, seed, start, tile, on_device, None)
+        return _copied(result[(slice(None), *map(slice, example))], out)
 
-    def _reconstructed(self, x: Any, seed: int | None, start: int, tile: Tile | None, on_device: bool) -> Any:
+    def _reconstructed(
+        self, x: Any, seed: int | None, start: int, tile: Tile | None, on_device: bool, out: Array | None
+    ) -> Any:
         gaussian = len(self._encoder_outputs) > 1
         fused = tile is None and self._fused("reconstruct", tuple(x.shape[1:]))
         if not fused or (seed is not None and not gaussian):
             posterior = self._on_device(x) if on_device else self._posterior(x, tile)
             z = posterior.mode() if seed is None else posterior.sample(seed, start)
-            return self._run("decoder", {"z": z}, _SAMPLE, on_device, tile)[0]
+            return self._run("decoder", {"z": z}, _SAMPLE, on_device, tile, out=out)[0]
         inputs = {"x": x}
         if gaussian:
             shape = (x.shape[0], *self._example("encoder", tuple(x.shape[1:])))
             drawn = np.zeros(shape, np.float32) if seed is None else Normals(seed, noise.POSTERIOR, start, shape)
             inputs["eps"] = drawn
-        return self._run("reconstruct", inputs, _SAMPLE, on_device)[0]
+        return self._run("reconstruct", inputs, _SAMPLE, on_device, out=out)[0]
 
     def elbo(self, x: Any, seed: int = 0, start: int = 0) -> Elbo:
         """The evidence lower bound with one draw from the posterior, Gaussian constants kept.
+
+        In one run where a build has a graph for it, otherwise by parts.
 
         Args:
             x: as for `encode`.
@@ -320,6 +354,10 @@ class VAE:
         start = _count("elbo", "start", start, 0)
         likelihood = likelihoods.of(self.model)
         x = self._data("elbo", x)
+        if self.model.has_elbo and self._fused("score", x.shape[1:]):
+            eps = Normals(seed, noise.POSTERIOR, start, (len(x), *self._example("encoder", x.shape[1:])))
+            fused, divergence, bound = self._run("score", {"x": x, "eps": eps}, SCORE_OUTPUTS)
+            return Elbo(bound, fused, divergence)
         reconstruction, kl = np.empty(len(x)), np.empty(len(x))
         most = self._rows(x.shape[1:], "encoder", "decoder")
         for rows in slices(len(x), most):
@@ -428,6 +466,50 @@ class VAE:
         result: Array = self._run("decoder", {"z": self._latent("edit", z)}, _SAMPLE)[0]
         return result
 
+    def warmup(self, batches: Iterable[int] = (1,), size: Mapping[str, int] | None = None) -> None:
+        """Run every graph that the methods use once, so that an app's first call is as fast as its later ones.
+
+        The first run at a shape takes memory, and on a GPU compiles kernels and captures CUDA graphs, in every lane.
+
+        Args:
+            batches: of examples, ≥ 1 each: those that the app will use.
+            size: for models whose data has named dimensions, as for `sample`.
+
+        Raises:
+            InputError: batches are no such numbers, the model does not take the size, or max_memory holds not even a
+                tile of it.
+        """
+        try:
+            counts = sorted({operator.index(batch) for batch in batches})
+        except TypeError:
+            counts = []
+        if not counts or counts[0] < 1:
+            raise InputError(f"warmup: batches is {batches!r}; expected numbers from 1 on, such as (1, 8)")
+        sizes = self.model.sizes(self.model.latent_shape(size))
+        for graph in sorted(self._backend.graphs):
+            for n in counts:
+                self._warm(graph, n, sizes)
+
+    def _warm(self, graph: str, n: int, sizes: Mapping[str, int]) -> None:
+        """Run a graph, if a method would: tile by tile where max_memory holds no more, and then one tile is enough."""
+        inputs, outputs = self.model.ends(graph)
+        example = self.model.tensor_shape(inputs[0], n, sizes)[1:]
+        if graph not in GRAPHS and not self._fused(graph, example):
+            return
+        rows, axes = self._plan(graph, example, None)
+        if axes:
+            sizes = self.model.input_sizes(graph, (example[0], *(axis.parts[0] for axis in axes)))
+        low, high = self.model.data.range
+        feed: dict[str, Value] = {}
+        for tensor in inputs:
+            shape = self.model.tensor_shape(tensor, n, sizes)
+            stream = noise.POSTERIOR if tensor.name == "eps" else noise.PRIOR
+            feed[tensor.name] = Normals(0, stream, 0, shape)
+            if tensor.name == "x":  # what is constant may take other ways through caches and kernels
+                uniform = noise.uniforms(0, noise.PRIOR, 0, n, math.prod(shape[1:]))
+                feed["x"] = (low + (high - low) * uniform).astype(np.float32).reshape(shape)
+        self._backend.warm(graph, feed, [tensor.name for tensor in outputs], rows)
+
     def describe(self) -> dict[str, Any]:
         """What this is and what it runs on, as plain values."""
         model = self.model
@@ -462,9 +544,14 @@ class VAE:
         """What the caller gave, checked, and whether it lies on the GPU."""
         return (self._data.padded(verb, x), False) if pad else self._data.anywhere(verb, x)
 
-    def _host_only(self, verb: str, name: str, tile: Tile | None) -> None:
+    def _host_only(self, verb: str, name: str, tile: Tile | None, out: Any = None) -> None:
         if tile is not None:
             raise InputError(f"{verb}: {name} lies on a GPU, and tiles are joined on the host. Pass a NumPy array")
+        if out is not None:
+            raise InputError(
+                f"{verb}: {name} lies on a GPU, where the result stays, and out is an array of the host. Drop out, or "
+                "pass a NumPy array"
+            )
 
     def _unscaled(self, z: Array) -> Array:
         """What `Posterior.latent` made of latents, undone."""
@@ -533,18 +620,24 @@ class VAE:
         on_device: bool = False,
         tile: Tile | None = None,
         rows: int = 0,
+        out: npt.NDArray[Any] | None = None,
     ) -> list[Any]:
-        """Run a graph; with `rows`, so many examples at once and uncut, otherwise as `tile` and max_memory say."""
+        """Run a graph; with `rows`, so many examples at once and uncut, otherwise as `tile` and max_memory say.
+
+        Its one output is written to `out`, where that is given.
+        """
         if not rows:
             rows = self._micro_batch
             if tile is not None or self._budget is not None:
                 first = next(iter(inputs.values()))
                 rows, axes = self._plan(graph, tuple(first.shape[1:]), tile)
                 if axes:
-                    return self._tiled(graph, first, outputs, rows, axes, on_device)
-        results = self._backend.run(graph, inputs, outputs, rows, on_device=on_device)
+                    return self._tiled(graph, first, outputs, rows, axes, on_device, out)
+        targets = None if out is None else (out,)
+        results = self._backend.run(graph, inputs, outputs, rows, on_device=on_device, out=targets)
         shape = next(iter(inputs.values())).shape
-        expected = (shape[0], *(self._gives.get(graph) or self._example(graph, tuple(shape[1:]))))
+        gives = self._gives.get(graph)
+        expected = (shape[0], *(self._example(graph, tuple(shape[1:])) if gives is None else gives))
         for result in results:
             if result.shape != expected:
                 raise BundleError(
@@ -561,6 +654,7 @@ class VAE:
         rows: int,
         axes: tuple[Axis, Axis],
         on_device: bool,
+        out: Array | None,
     ) -> list[Any]:
         if on_device:
             raise InputError(
@@ -573,7 +667,7 @@ class VAE:
 
         (name,) = (tensor.name for tensor in self.model.ends(graph)[0])
         shape = (len(value), *self._example(graph, value.shape[1:]))
-        results = [np.empty(shape, np.float32) for _ in outputs]
+        results = [np.empty(shape, np.float32) for _ in outputs] if out is None else [out]
         for part in slices(len(value), rows):
             whole = value[part]
             examples = whole.numpy() if isinstance(whole, Normals) else whole
@@ -588,6 +682,14 @@ class VAE:
     def _expected(self, graph: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """What a graph gives for one example of these sizes."""
         return self.model.tensor_shape(self.model.ends(graph)[1][0], 1, sizes)[1:]
+
+
+def _copied(value: npt.NDArray[Any], out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """The value in C order: in `out` where that is given, which is then returned."""
+    if out is None:
+        return np.ascontiguousarray(value)
+    out[...] = value
+    return out
 
 
 def _count(verb: str, name: str, value: Any, least: int) -> int:

@@ -25,10 +25,11 @@ from test_manifest import HASH, NAMED, SPATIAL, a_model
 from vae_export.runtimes import flavours, machine
 
 import vae_export
-from vae_export import builds, records
+from vae_export import builds, precision, records
 from vae_export.builds import SEAL, Build, BuildFolder, BuiltGraph, Engine, Machine, Options, Profile
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError
+from vae_export.graph.passes import select
 from vae_export.manifest import File, Likelihood, Model
 
 #: What is built from where the kind of model does not matter.
@@ -97,11 +98,13 @@ def test_a_build_for_the_cpu(bundle: Path, made: Any, precision: str, tolerance:
     assert built.unmeasured is None
     assert built.certificate.passed
     assert built.certificate.precision == tolerance
-    names = {"encoder", "decoder", "reconstruct", "generate"}
-    assert {p.name for p in built.path.iterdir()} == {*(f"{n}.onnx" for n in names), "build.json", "verification.json"}
+    names = {"encoder", "decoder", "reconstruct", "generate", "score"}
     record = built.record
+    ways = {variant.file for graph in record.graphs.values() for variant in graph.variants}
+    assert {p.name for p in built.path.iterdir()} == {*ways, "build.json", "verification.json"}
     assert set(record.graphs) == names
-    assert (record.target, record.engine, record.options) == ("cpu", None, Options(precision=precision))
+    asked = Options(precision=precision, passes=select(None))
+    assert (record.target, record.engine, record.options) == ("cpu", None, asked)
     assert record.manifest == Bundle(bundle).manifest.digest
     assert all(record.files[g.file].sha256 == g.onnx_sha256 for g in record.graphs.values())
     again = vae_export.verify(bundle, build=built.path)
@@ -111,6 +114,12 @@ def test_a_build_for_the_cpu(bundle: Path, made: Any, precision: str, tolerance:
         (c.graph, c.quantity, c.got) for c in built.certificate.checks
     ]
     assert "levels of 255" in {check.unit for check in again.checks}
+
+
+def test_a_precision_that_was_read_from_somewhere(bundle: Path, tmp_path: Path) -> None:
+    """Equal to the default, but another object."""
+    built = vae_export.build(bundle, "cpu", out=tmp_path / "out", precision="".join(["fp", "32"]))
+    assert built.record.options == Options(passes=select(None))
 
 
 def test_load_uses_the_build_that_it_is_given(bundle: Path, made: Any) -> None:
@@ -144,12 +153,15 @@ def test_load_finds_the_build_in_the_cache(bundle: Path, own_cache: Path) -> Non
 def test_steps_are_told(bundle: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     vae_export.build(bundle, "cpu", out=tmp_path / "b", progress=steps.append)
-    assert steps == ["graphs in fp32", "measuring the certificate", "writing the build"]
+    graphs = ("encoder", "decoder", "generate", "reconstruct", "score")
+    assert steps[:6] == [*(f"measuring the {name}" for name in graphs), "measuring the certificate"]
+    assert sorted(steps[6:-1]) == [f"measuring the {name} against its parts" for name in graphs[2:]]
+    assert steps[-1] == "writing the build"
 
 
 def test_every_kind_of_model(member: Any, tmp_path: Path) -> None:
     """Vectors, whose autoencoder has neither variance nor pictures, and named sizes."""
-    for name, graphs in (("plain", 3), ("spatial-named", 4)):
+    for name, graphs in (("plain", 3), ("spatial-named", 5)):
         built = vae_export.build(member(name).bundle, "cpu", out=tmp_path / name, precision="fp16")
         assert built.certificate is not None
         assert built.certificate.passed
@@ -168,6 +180,11 @@ def test_a_build_that_differs_too_much_is_not_written(member: Any, tmp_path: Pat
     (path / "vae_decoder" / "model.onnx").write_bytes(model.SerializeToString())
     reseal(path)
     with pytest.raises(vae_export.VerificationError, match="differs from its reference"):
+        vae_export.build(path, "cpu", out=tmp_path / "out")
+    nothing = (
+        r"nothing runs .* in fp16 here: .*the decoder .*every node would have to stay in.* Build with --precision "
+    )
+    with pytest.raises(vae_export.VerificationError, match=nothing):
         vae_export.build(path, "cpu", out=tmp_path / "out", precision="fp16")
     assert not (tmp_path / "out").exists()
 
@@ -242,16 +259,20 @@ def test_a_refittable_engine_needs_a_gpu(bundle: Path, tmp_path: Path, made: Any
     ("target", "options", "message"),
     [
         ("tpu", {}, "build: target is 'tpu'; expected cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for a"),
-        ("cpu", {"precision": "int8"}, "build: precision is 'int8'; expected fp32, fp16, bf16"),
-        (
-            "cpu",
-            {"precision": "bf16"},
-            r"target cpu does not take bf16 \(bf16: ONNX Runtime has no bf16 convolutions on the CPU\)",
-        ),
+        ("cpu", {"precision": "int4"}, "build: precision is 'int4'; expected auto, fp32, fp16, bf16, int8"),
+        ("cpu", {"budget": "auto"}, "build: budget is 'auto'; expected fp32, fp16, bf16, int8"),
+        ("cuda", {"precision": "int8"}, r"target cuda does not take int8 \(int8: it is measured on the CPU only\)"),
+        (RTX, {"precision": "auto"}, rf"target {RTX} does not take auto \(auto: it is measured on the CPU only\)"),
+        ("cpu", {"seconds": 0.0}, r"build: seconds is 0\.0; expected a number above 0"),
+        ("cpu", {"seconds": float("nan")}, "build: seconds is nan; expected a number above 0"),
+        ("cpu", {"passes": "folds"}, "graph passes: there is none called 'folds'; expected all, none"),
         ("cpu", {"tf32": True}, r"target cpu does not take tf32 \(tf32: TF32 is a GPU's\)"),
         ("cpu", {"nhwc": True}, r"target cpu does not take nhwc \(nhwc: it is ONNX Runtime's on CUDA\)"),
         ("cpu", {"static": True}, r"does not take static \(static: it is an option of TensorRT engines\)"),
-        ("cpu", {"sizes": [{"height": 8}]}, r"does not take size \(size: it is an option of TensorRT engines\)"),
+        ("cpu", {"sizes": [{"height": 8}]}, r"size: this model takes no sizes; got \{'height': 8\}"),
+        ("cpu", {"sizes": [{"h": 8}] * 2}, r"does not take size \(size: the CPU is measured at one size\)"),
+        ("cpu", {"batches": [0]}, r"build: batches are \[0\]; expected numbers from 1 on"),
+        ("cuda", {"sizes": [{"h": 8}]}, r"target cuda does not take size \(size: it takes all sizes\)"),
         ("cuda", {"refittable": True}, r"target cuda does not take refittable \(refittable: it is an option of Tens"),
         ("cuda", {"static": True, "sizes": [{"h": 8}]}, "target cuda does not take static, size "),
         (RTX, {"nhwc": True}, rf"target {RTX} does not take nhwc \(nhwc: it is ONNX Runtime's on CUDA\)"),
@@ -713,6 +734,16 @@ def tampered(change: Callable[[dict[str, Any]], None]) -> bytes:
     return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
+def with_ways(plain: dict[str, Any], *ways: dict[str, Any]) -> None:
+    usual = {"file": "encoder.engine", "runner": "onnxruntime"}
+    plain["graphs"]["encoder"].update(variants=[usual | way for way in ways])
+
+
+def with_measurement(plain: dict[str, Any], **changes: Any) -> None:
+    usual = {"graph": "encoder", "batch": 1, "runner": "openvino", "precision": "fp32", "verdict": "chosen"}
+    plain.update(measurements=[usual | changes])
+
+
 def test_tampering_starts_from_the_exact_bytes() -> None:
     assert tampered(lambda plain: None) == SEAL.encode(a_build())
 
@@ -731,7 +762,8 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p.update(bundle="other"), r"was changed after the build: its digest or its form .*Build it again"),
         (lambda p: p.update(digest=HASH), "was changed after the build"),
         (lambda p: p["options"].update(tf32=False), "was changed after the build"),  # a default is not written
-        (lambda p: p["options"].update(precision="int8"), "Invalid enum value 'int8'"),
+        (lambda p: p["options"].update(precision="int4"), "Invalid enum value 'int4'"),
+        (lambda p: p["options"].update(budget="auto"), "Invalid enum value 'auto'"),
         (lambda p: p["engine"].update(flavour="tensorrt-lite"), "Invalid enum value 'tensorrt-lite'"),
         (lambda p: p["engine"].update(capabilities=[]), "capabilities: one or more expected"),
         (lambda p: p["engine"].update(gpu="a\x1b[2Jb"), "printable text expected"),
@@ -751,11 +783,23 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p["files"].update({"../x": p["files"]["encoder.engine"]}), "a plain path inside the folder"),
         (
             lambda p: p["graphs"].pop("encoder"),
-            r"encoder, decoder, reconstruct and generate expected, got \['decoder'\]",
+            r"encoder, decoder and, as far as there are, reconstruct, generate, score expected, got \['decoder'\]",
         ),
-        (lambda p: p["graphs"].update(other=p["graphs"]["encoder"]), "reconstruct and generate expected, got"),
+        (lambda p: p["graphs"].update(other=p["graphs"]["encoder"]), "reconstruct, generate, score expected, got"),
         (lambda p: p["graphs"]["encoder"].update(structure="x"), "structure: 64 lower-case hexadecimal digits"),
         (lambda p: p["files"]["encoder.engine"].update(size=-1), "a size of 0 or more"),
+        (lambda p: with_ways(p, {}), "variants belong to the target cpu"),
+        (lambda p: with_ways(p, {"up_to": 3}), r"variants: rising limits and then none expected, got \[3\]"),
+        (lambda p: with_ways(p, {"up_to": 3}, {"up_to": 3}, {}), r"and then none expected, got \[3, 3, None\]"),
+        (lambda p: with_ways(p, {}, {}), r"variants: rising limits and then none expected, got \[None, None\]"),
+        (lambda p: with_ways(p, {"up_to": 0}, {}), "up_to and threads: numbers from 1 on expected"),
+        (lambda p: with_ways(p, {"threads": -1}), "up_to and threads: numbers from 1 on expected"),
+        (lambda p: with_ways(p, {"file": "x"}), "files: x must be listed"),
+        (lambda p: with_ways(p, {"runner": "tvm"}), "Invalid enum value 'tvm'"),
+        (lambda p: with_ways(p, {"kept": {"conv": "a\x1b[2Jb"}}), "printable text expected"),
+        (lambda p: p["graphs"]["encoder"].update(kept={"a\x1b[2Jb": "why"}), "printable text expected"),
+        (lambda p: with_measurement(p, verdict="a\x1b[2Jb"), "printable text expected"),
+        (lambda p: with_measurement(p, precision="auto"), "Invalid enum value 'auto'"),
     ],
 )
 def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -957,3 +1001,15 @@ def test_bad_commands(run: Run, bundle: Path, made: Any) -> None:
     failed(run("build", bundle, "--refit", made("cpu").path), 2, "was not built with --refittable")
     failed(run("build", bundle, "--target", RTX, "--size", "height"), 2, "build: size is 'height'; expected names and")
     failed(run("build", bundle, "--target", RTX, "--batch", "1,x"), 2, "build: batch")
+
+
+def test_an_engine_in_fp16_without_onnxruntime(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is built all the same, and says that nobody looked for what overflows."""
+
+    def missing(*_: object) -> None:
+        raise BackendError("build needs onnxruntime.\nRun: pip install 'vae-export[cpu]'")
+
+    monkeypatch.setattr(precision, "record_both", missing)
+    made = vae_export.build(bundle, RTX, out=tmp_path / "out", precision="fp16", batches=[1])
+    (said,) = made.record.absent
+    assert "activations were not recorded, so none is known to overflow: build needs onnxruntime. Run: pip" in said

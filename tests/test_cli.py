@@ -325,7 +325,8 @@ def test_named_sizes(run: Run, member: Callable[[str], object], tmp_path: Path) 
     for name, size in (("a.png", (8, 12)), ("b.png", (12, 12))):
         Image.new("RGB", size).save(tmp_path / "folder" / name)
     failed(run("score", bundle, "folder"), 2, "b.png has 12 × 12 pixels and a.png has 8 × 12; pictures of one folder")
-    assert len(json.loads(succeeded(run("bench", bundle, "--batches", "2", "--json")))) == 6
+    timed = succeeded(run("bench", bundle, "--batches", "2", "--seconds", 0.05, "--size", "height=8,width=8", "--json"))
+    assert len(json.loads(timed)["rows"]) == 10
 
 
 def test_the_choices_are_those_of_the_contract() -> None:
@@ -387,16 +388,26 @@ def test_doctor_finds_the_clash_and_the_lack(run: Run, tmp_path: Path) -> None:
     failed(done, 4, "onnxruntime is installed and does not load: libcudart.so.13 is missing")
 
 
-def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path, source = digits["gaussian"], checkpoints["gaussian"]
-    rows = json.loads(succeeded(run("bench", path, "--source", source, "--batches", "1,3", "--json")))
-    assert {row["runtime"] for row in rows} == {"PyTorch eager", "ONNX Runtime, bare", "vae_export"}
-    assert {(row["verb"], row["batch"]) for row in rows} == {
-        (verb, batch) for verb in ("encode", "decode", "sample") for batch in (1, 3)
+    few = ("--batches", "1,3", "--verbs", "decode,encode", "--seconds", 0.05, "--threads", 1)
+    built = vae_export.build(path, "cpu", out=tmp_path / "fp16.build", precision="fp16").path
+    plain = json.loads(succeeded(run("bench", path, "--build", built, "--json", "--plot", "p.png", *few)))
+    assert {row["runner"] for row in plain["rows"]} == {"vae_export fp16", "ONNX Runtime"}
+    assert {(row["verb"], row["batch"]) for row in plain["rows"]} == {
+        (verb, batch) for verb in ("encode", "decode") for batch in (1, 3)
     }
-    assert all(0 < row["p10_us"] <= row["median_us"] <= row["p90_us"] for row in rows)
+    assert all(0 < row["p10_us"] <= row["p50_us"] <= row["p90_us"] for row in plain["rows"])
+    assert (tmp_path / "p.png").is_file()
+    shown = succeeded(run("bench", path, "--source", source, "--peers", "--batches", 1, "--verbs", "decode", *few[4:]))
+    for name in ("vae_export", "ONNX Runtime", "PyTorch eager", "torch.compile", "OpenVINO f32", "roof: "):
+        assert name in shown
     failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 8,64")
     failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
+    failed(run("bench", path, "--target", "cuda"), 2, "bench: the cache has no build for cuda. Run: vae-export build")
+    failed(run("bench", path, "--source", source), 2, "are made of, and none are asked for. Add --peers")
+    failed(run("bench", path, "--plot", "p.svg"), 2, "the plot's path is p.svg; expected a name that ends in .png")
+    failed(run("bench", path, "--plot", path / "p.png"), 2, "lies inside the bundle, which is never changed")
 
 
 SIGNAL_IN_THE_LOOP = """

@@ -15,7 +15,8 @@ import vae_export
 def modules() -> list[ModuleType]:
     found = [vae_export]
     for package in (
-        *("vae_export", "vae_export.graph", "vae_export.sources", "vae_export.runtimes", "vae_export.trainers"),
+        *("vae_export", "vae_export.bench", "vae_export.graph", "vae_export.sources", "vae_export.runtimes"),
+        "vae_export.trainers",
     ):
         path = importlib.import_module(package).__path__[:1]
         for info in pkgutil.iter_modules(path, f"{package}."):

@@ -52,7 +52,8 @@ def demo() -> str:
 
 def test_the_blocks_are_those_that_the_tests_below_run() -> None:
     first = [block.splitlines()[0].split()[0:2] for block in blocks("bash")]
-    assert first == [["make", "demo"], ["make", "test"], ["python3", "-m"], ["vae-export", "train"]]
+    commands = [["vae-export", "train"], ["vae-export", "build"]]
+    assert first == [["make", "demo"], ["make", "test"], ["python3", "-m"], *commands]
     assert len(blocks("python")) == 3
 
 
@@ -118,6 +119,9 @@ def test_the_command_line(demo: str) -> None:
     assert {p.name for p in (ROOT / "out" / "readme").iterdir()} == {
         *("run", "digits.bundle", "samples.png", "x.npy", "pairs.png", "cpu.build", "ada.build"),
     }
+    said = shell(blocks("bash")[4], ROOT)
+    assert "is written, and verified" in said
+    assert "upsampling" in said
 
 
 def test_the_pip_form(checkout: Path) -> None:
@@ -148,6 +152,15 @@ def test_its_figures_are_those_of_the_records() -> None:
     for case in cases:
         times = [f"{r['median_us']:.1f}" for r in rows if (r["model"], r["verb"], r["batch"]) == case]
         assert f"| {' | '.join(map(str, (*case, *times)))} |\n" in README
+
+
+def test_the_performance_document(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Its options are the commands'."""
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    help = "".join(run(verb, "--help", COLUMNS="200").stdout for verb in ("build", "bench"))
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert len(said) > 8
+    assert not {option for option in said if option not in help}
 
 
 def test_the_training_document(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:

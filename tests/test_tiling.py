@@ -63,9 +63,9 @@ class Recorder:
         self.inner, self.graphs, self.on_gpu = inner, inner.graphs, inner.on_gpu
         self.runs: list[tuple[str, tuple[int, ...], int]] = []
 
-    def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, *, on_device: bool = False) -> list[Any]:
+    def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, **options: Any) -> list[Any]:
         self.runs.append((graph, tuple(next(iter(inputs.values())).shape), micro_batch))
-        return self.inner.run(graph, inputs, outputs, micro_batch, on_device=on_device)
+        return self.inner.run(graph, inputs, outputs, micro_batch, **options)
 
     def describe(self) -> Any:
         return self.inner.describe()
@@ -418,9 +418,9 @@ class Fused(Recorder):
         super().__init__(inner)
         self.graphs = inner.graphs | {"reconstruct", "generate"}
 
-    def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, *, on_device: bool = False) -> list[Any]:
+    def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, **options: Any) -> list[Any]:
         if graph in ("encoder", "decoder"):
-            return super().run(graph, inputs, outputs, micro_batch, on_device=on_device)
+            return super().run(graph, inputs, outputs, micro_batch, **options)
         n, _, height, width = next(iter(inputs.values())).shape
         self.runs.append((graph, (n, 3, height, width), micro_batch))
         if graph == "generate":

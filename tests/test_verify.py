@@ -138,8 +138,8 @@ def test_splits_that_differ_are_found(digits: dict[str, Path]) -> None:
         inner = real
         graphs, on_gpu = real.graphs, False
 
-        def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, *, on_device: bool = False) -> list[Any]:
-            results = self.inner.run(graph, inputs, outputs, micro_batch, on_device=on_device)
+        def run(self, graph: str, inputs: Any, outputs: Any, micro_batch: int, **options: Any) -> list[Any]:
+            results = self.inner.run(graph, inputs, outputs, micro_batch, **options)
             return [value * np.float32(1 + 1e-5 * (micro_batch == 7)) for value in results]
 
         def draw(self, mean: Any, logvar: Any, eps: Any) -> Any:

@@ -88,8 +88,8 @@ def test_builds_and_layouts_have_the_same_weights(
 
 def test_a_bare_session_takes_them(apart: SimpleNamespace) -> None:
     bare = bench.Bare(apart.bundle)
-    value, expected = bench.inputs(apart.bundle, "decode", 2)
-    bare.check("decode", bare.prepare("decode", value)(), expected)
+    cell = bench.Examples(Bundle(apart.bundle)).cell("decode", 2)
+    cell.check(bare.results("decode", bare.prepare(cell)()), bare.name)
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

@@ -104,6 +104,58 @@ def spatial(*, named: bool) -> Trained:
     )
 
 
+class Overflow(nn.Module):
+    """Inner values of some 1e5, which float16 has not, and weights behind them that bring them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = self._layers(1, 4, stride=2)
+        self.up = self._layers(2, 2, stride=1)
+
+    @staticmethod
+    def _layers(into: int, out: int, stride: int) -> nn.Sequential:
+        grow = [nn.Upsample(scale_factor=2.0)] if stride == 1 else []
+        return nn.Sequential(
+            *grow, nn.Conv2d(into, 6, 3, stride, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, out, 3, 1, 1),
+        )  # fmt: skip
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.down(x).chunk(2, dim=1)
+        return mean, logvar.clamp(-8.0, 8.0)
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        sample, logvar = self.up(z).chunk(2, dim=1)
+        return sample, logvar.clamp(-6.0, 4.0)
+
+
+def overflow() -> Trained:
+    """`Overflow`, on pictures of 1 × 8 × 8."""
+    module = fill(Overflow())
+    with torch.no_grad():
+        for layers in (module.down, module.up):
+            _, large, small, _ = (layer for layer in layers if isinstance(layer, nn.Conv2d))
+            large.weight *= 8e4
+            large.bias *= 8e4
+            small.weight /= 8e4
+    return Trained(
+        module=module,
+        model=Model(
+            architecture="overflow",
+            parameters=sum(p.numel() for p in module.parameters()),
+            data=Data(shape=(1, 8, 8), range=(0.0, 1.0)),
+            latent=Latent(shape=(2, 4, 4)),
+            prior="standard_normal",
+            posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=(-8.0, 8.0)),
+            likelihood=Likelihood(kind="gaussian", logvar_clamp=(-6.0, 4.0)),
+        ),
+        origin=ORIGIN,
+        config=CONFIG,
+        example_shape=(1, 8, 8),
+        held_out=pictures(300, (1, 8, 8)),
+    )
+
+
 class Plain(nn.Module):
     """A deterministic autoencoder on vectors: no variance, no likelihood, outputs without a tuple."""
 

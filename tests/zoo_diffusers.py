@@ -66,8 +66,8 @@ _FULL_KL = _KL | {
     "layers_per_block": 2,
     "norm_num_groups": 32,
 }
-#: For benchmarks: the published configurations in full, of 84 million parameters each, and one of their shape and a
-#: quarter of their widths.
+#: For benchmarks: the published configurations in full, of 84 million parameters each, one of their shape and a quarter
+#: of their widths, the published tiny one, and more of the first's shape, named by their first width.
 FULL: dict[str, dict[str, Any]] = {
     "kl-small": _FULL_KL | {"block_out_channels": [32, 64, 128, 128], "scaling_factor": 0.18215},
     "sd15": _FULL_KL | {"scaling_factor": 0.18215, "sample_size": 512},
@@ -75,6 +75,9 @@ FULL: dict[str, dict[str, Any]] = {
     "flux": _FULL_KL
     | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
        "use_post_quant_conv": False, "sample_size": 1024, "force_upcast": True},
+    "tiny-full": {"_class_name": "AutoencoderTiny"},
+    **{f"kl-{width}": _FULL_KL | {"block_out_channels": [width, 2 * width, 4 * width, 4 * width],
+       "norm_num_groups": 10, "scaling_factor": 0.18215} for width in (10, 20, 40, 80)},
 }  # fmt: skip
 
 
@@ -116,10 +119,19 @@ def _scale(layer: nn.Module, factor: float) -> None:
         parameter.mul_(2.0 ** round(math.log2(factor)))
 
 
-def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """The model of a name as a folder of diffusers."""
+def fresh(name: str) -> nn.Module:
+    """The model of a name with the weights that a training begins with: rounding grows less in it than in `model`."""
+    config = (CONFIGS | FULL)[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    return made.eval()
+
+
+def write(folder: Path, name: str, dtype: torch.dtype = torch.float32, module: nn.Module | None = None) -> Path:
+    """The model of a name as a folder of diffusers, with the weights of `model` or of a module."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps((CONFIGS | FULL)[name]))
-    state = {k: v.to(dtype).contiguous() for k, v in model(name).state_dict().items()}
+    state = {k: v.to(dtype).contiguous() for k, v in (module or model(name)).state_dict().items()}
     safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors")
     return folder

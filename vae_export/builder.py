@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
 
 from vae_export import builds, certificate, engines, files, golden, onnx_reader, sealed, verifier, versions
-from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Precision, Target
+from vae_export.builds import (
+    Asked,
+    Build,
+    BuildFolder,
+    BuiltGraph,
+    Engine,
+    Measurement,
+    Options,
+    Precision,
+    Target,
+    Variant,
+)
 from vae_export.bundle import Bundle
 from vae_export.certificate import Certificate
 from vae_export.errors import BackendError, InputError, require
@@ -21,9 +33,13 @@ from vae_export.manifest import Model
 from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
 from vae_export.runtimes import Settings, flavours, machine, open_backend
+from vae_export.runtimes.backend import Array
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 BATCHES = (1, 8, 64)
-_TOOLS = ("vae-export", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+_TOOLS = (*("vae-export", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),)
 _Progress = Callable[[str], None]
 
 
@@ -49,13 +65,16 @@ def build(
     target: str,
     *,
     out: str | os.PathLike[str] | None = None,
-    precision: Precision = "fp32",
+    precision: Asked = "fp32",
+    budget: Precision = "int8",
+    passes: str | None = None,
     batches: Sequence[int] = BATCHES,
     sizes: Sequence[Mapping[str, int]] = (),
     static: bool = False,
     tf32: bool = False,
     nhwc: bool = False,
     refittable: bool = False,
+    seconds: float | None = None,
     overwrite: bool = False,
     progress: _Progress = lambda step: None,
 ) -> Built:
@@ -67,14 +86,23 @@ def build(
         path: the bundle's folder.
         target: `cpu` or `cuda` (ONNX Runtime), `tensorrt`, `tensorrt-rtx`, or `tensorrt-rtx-smNN`.
         out: the build's folder; None puts it into the user's cache, where `load` finds it.
-        precision: what convolutions and matrix products compute in: `fp32`, `fp16` or `bf16`.
-        batches: of engines: each gets a profile; a batch between two of them runs in the larger one's.
-        sizes: of engines for data with named dimensions, such as `{"height": 64, "width": 64}`: each gets profiles of
-            its own, for all sizes up to it. None given takes the size of the golden examples.
+        precision: what convolutions and matrix products compute in: `fp32`, `fp16`, `bf16`; on the CPU also `int8`, or
+            `auto`, the fastest of all that holds. Nodes that a type's range or the budget does not allow stay in
+            float32; the build's record says which, and why.
+        budget: of `auto`: the precision whose tolerances it is held to. The ELBO's relative error is at most 1e-2 for
+            `int8` and `bf16`, 1e-3 for `fp16`.
+        passes: which graph passes may be used, as `graph.passes.select` reads it; None is all of those that suit
+            the target.
+        batches: of engines: each gets a profile; a batch between two of them runs in the larger one's. On the CPU:
+            those at which candidates are measured; a batch between two of them runs like the larger one.
+        sizes: for data with named dimensions, such as `{"height": 64, "width": 64}`. Of engines: each gets profiles of
+            its own, for all sizes up to it. On the CPU: the one at which candidates are measured. None given takes the
+            size of the golden examples.
         static: of engines: take exactly these batches and sizes; smaller batches are filled up.
         tf32: let float32 products on a GPU be rounded to 10 bits.
         nhwc: let ONNX Runtime keep channels last on CUDA.
         refittable: of engines: keep weights replaceable, for `refit`.
+        seconds: on the CPU: how long each candidate is measured for each graph and batch; None is `tuning.SECONDS`.
         overwrite: replace a build that is at `out`. One in the cache is always replaced.
         progress: called with the name of each step as it begins.
 
@@ -85,22 +113,50 @@ def build(
         VerificationError: the build differs from the golden examples by more than its precision's budget.
     """
     wanted = builds.target(target)
-    if precision not in get_args(Precision):
-        raise InputError(f"build: precision is {precision!r}; expected {', '.join(get_args(Precision))}")
+    for name, value, known in (("precision", precision, get_args(Asked)), ("budget", budget, get_args(Precision))):
+        if value not in known:
+            raise InputError(f"build: {name} is {value!r}; expected {', '.join(known)}")
     _check_options(
         wanted,
-        {"bf16": precision == "bf16", "tf32": tf32, "nhwc": nhwc},
-        {"static": static, "size": bool(sizes), "refittable": refittable},
+        {"int8": precision == "int8", "auto": precision == "auto", "tf32": tf32, "nhwc": nhwc},
+        {"static": static, "refittable": refittable},
+        len(sizes),
     )
+    for module in ("onnx", "onnx_ir", "onnxscript"):
+        require(module, _extra(wanted), "build")
+    from vae_export.graph import passes as known_passes
+
+    chosen = known_passes.select(passes)
+    if wanted.name != "cpu" and passes is None:  # which form a GPU is faster with was not measured
+        chosen = tuple(name for name in chosen if name not in known_passes.FORMS)
     bundle = Bundle(path)
-    options = Options(precision=precision, tf32=tf32, nhwc=nhwc, refittable=refittable)
+    model = bundle.manifest.model
+    options = Options(
+        precision=precision, budget=budget, passes=chosen, tf32=tf32, nhwc=nhwc, refittable=refittable
+    )  # fmt: skip
+    if model.data.named() and not sizes:
+        sizes = [_golden_sizes(model, golden.decode(bundle.read(golden.FILE), bundle.manifest.golden, model))]
+    profiles = builds.profiles(model, batches, sizes, static=static)
     if wanted.flavour:
-        model = bundle.manifest.model
-        if model.data.named() and not sizes:
-            sizes = [_golden_sizes(model, golden.decode(bundle.read(golden.FILE), bundle.manifest.golden, model))]
-        profiles = builds.profiles(model, batches, sizes, static=static)
         options = msgspec.structs.replace(options, profiles=profiles)
-    return _make(bundle, wanted, options, Path(out) if out else None, overwrite, progress)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InputError(f"build: seconds is {seconds!r}; expected a number above 0")
+    batches = tuple(dict.fromkeys(profile.batch[2] for profile in profiles))
+    measured_at = _MeasuredAt(batches, sizes[0] if sizes else {}, seconds)
+    return _make(bundle, wanted, options, Path(out) if out else None, overwrite, progress, measured_at=measured_at)
+
+
+@dataclass(frozen=True)
+class _MeasuredAt:
+    """Where candidates for the CPU are measured: batch sizes, the sizes of the data's named dimensions, how long."""
+
+    batches: tuple[int, ...]
+    sizes: Mapping[str, int]
+    seconds: float | None
+
+
+def _extra(target: Target) -> str:
+    return flavours.EXTRAS[target.flavour] if target.flavour else "build"
 
 
 def refit(
@@ -152,12 +208,11 @@ def _make(
     overwrite: bool,
     progress: _Progress,
     old: BuildFolder | None = None,
+    measured_at: _MeasuredAt | None = None,
 ) -> Built:
     manifest, model = bundle.manifest, bundle.manifest.model
-    for module in ("onnx", "onnx_ir"):
-        require(module, flavours.EXTRAS[target.flavour] if target.flavour else "build", "build")
-    from vae_export.graph import structure
-
+    for module in ("onnx", "onnx_ir", "onnxscript"):
+        require(module, _extra(target), "build")
     if out is None:
         builds.check_cache()
     path = out or builds.cached(manifest, target.name)
@@ -165,13 +220,41 @@ def _make(
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     sealed.check_target(path, builds.SEAL, overwrite=overwrite or out is None)
     bindings = flavours.load(target.flavour) if target.flavour else None
-    progress(f"graphs in {options.precision}")
     sources, weights = bundle.graphs()
     arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
+    whole = _whole(sources, arrays)
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, model)
+    calibration = golden.decode_calibration(bundle.read(golden.CALIBRATION_FILE), model)
     bundle.check()
-    graphs = _graphs(sources, arrays, bundle, options.precision)
-    structures = {name: structure.digest(graph) for name, graph in graphs.items()}
+    if target.name == "cpu":
+        from vae_export import tuning
+
+        assert measured_at is not None
+        tuned = tuning.tune(
+            whole,
+            model,
+            reference,
+            calibration,
+            options,
+            measured_at.batches,
+            measured_at.sizes,
+            manifest.name,
+            measured_at.seconds or tuning.SECONDS,
+            progress,
+        )
+        contents = {variant.file: content for ways in tuned.variants.values() for variant, content in ways}
+        variants = {name: tuple(variant for variant, _ in ways) for name, ways in tuned.variants.items()}
+        built = {name: _built(ways[-1][0].file, ways[-1][1], variants[name]) for name, ways in tuned.variants.items()}
+        return _write(
+            *(bundle, path, target, options, contents, built, tuned.certificate, None, None, progress),
+            measurements=tuned.measurements,
+            absent=tuned.absent,
+        )
+    progress(f"graphs in {options.precision}")
+    graphs, changed, kept, absent = _graphs(
+        whole, model, reference, calibration, options, doubles=target.flavour is None
+    )  # fmt: skip
+    structures = {name: structure_of(graph) for name, graph in graphs.items()}
     engine: Engine | None = None
     made: dict[str, bytes] = graphs
     if bindings:
@@ -195,12 +278,52 @@ def _make(
         finally:
             backend.close()
         measured.require()
-    progress("writing the build")
     suffix = "engine" if engine else "onnx"
+    built = {
+        name: msgspec.structs.replace(
+            _built(f"{name}.{suffix}", graph), passes=changed.get(name, {}), kept=kept.get(name, {})
+        )
+        for name, graph in graphs.items()
+    }
+    contents = {f"{name}.{suffix}": content for name, content in made.items()}
+    return _write(
+        bundle, path, target, options, contents, built, measured, unmeasured, engine, progress, absent=absent
+    )  # fmt: skip
+
+
+def structure_of(graph: bytes) -> str:
+    """See `graph.structure.digest`."""
+    from vae_export.graph import structure
+
+    return structure.digest(graph)
+
+
+def _built(file: str, graph: bytes, variants: tuple[Variant, ...] = ()) -> BuiltGraph:
+    digest = hashlib.sha256(graph).hexdigest()
+    return BuiltGraph(file=file, onnx_sha256=digest, structure=structure_of(graph), variants=variants)
+
+
+def _write(
+    bundle: Bundle,
+    path: Path,
+    target: Target,
+    options: Options,
+    contents: Mapping[str, bytes],
+    built: dict[str, BuiltGraph],
+    measured: Certificate | None,
+    unmeasured: str | None,
+    engine: Engine | None,
+    progress: _Progress,
+    measurements: tuple[Measurement, ...] = (),
+    absent: tuple[str, ...] = (),
+) -> Built:
+    """Write a build, whole or not at all."""
+    progress("writing the build")
+    manifest = bundle.manifest
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_folder(path, overwrite=True) as folder:
-        for name, content in made.items():
-            (folder / f"{name}.{suffix}").write_bytes(content)
+        for file, content in contents.items():
+            (folder / file).write_bytes(content)
         if measured:
             (folder / builds.CERTIFICATE).write_bytes(certificate.encode(measured))
         record = Build(
@@ -213,52 +336,94 @@ def _make(
             target=target.name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             options=options,
-            graphs={
-                name: BuiltGraph(
-                    file=f"{name}.{suffix}", onnx_sha256=hashlib.sha256(graph).hexdigest(), structure=structures[name]
-                )
-                for name, graph in graphs.items()
-            },
+            graphs=built,
             engine=engine,
             tools=versions.tools(_TOOLS),
+            measurements=measurements,
+            absent=absent,
             files=sealed.list_files(folder),
         )
         (folder / builds.SEAL.file).write_bytes(builds.SEAL.encode(record))
     return Built(path, BuildFolder(path).record, measured, unmeasured)
 
 
-def _graphs(
-    sources: Mapping[str, bytes], arrays: Mapping[str, Arrays], bundle: Bundle, precision: Precision
-) -> dict[str, bytes]:
-    """The bundle's graphs in a precision, with all their weights in them, and the fused ones."""
+def _whole(sources: Mapping[str, bytes], arrays: Mapping[str, Arrays]) -> dict[str, bytes]:
+    """The bundle's graphs with all their weights in them."""
     from vae_export import graph
-    from vae_export.graph import compose
-    from vae_export.graph.precision import lower
 
-    model = bundle.manifest.model
-    made = dict(sources)
+    return {
+        name: graph.write(graph.read(source, arrays[name])) if arrays[name] else source
+        for name, source in sources.items()
+    }
+
+
+def _graphs(
+    sources: Mapping[str, bytes],
+    model: Model,
+    reference: golden.Reference,
+    calibration: Array,
+    options: Options,
+    *,
+    doubles: bool,
+) -> tuple[dict[str, bytes], dict[str, dict[str, int]], dict[str, dict[str, str]], tuple[str, ...]]:
+    """The bundle's graphs after the passes and in a precision, and the fused ones.
+
+    Beside them what changed in each, what was kept in float32, and what could not be looked at.
+
+    `doubles` says whether the target computes in float64: TensorRT does not.
+    """
+    from vae_export import graph
+    from vae_export import precision as precisions
+    from vae_export.graph import compose, edit, passes
+
+    base, changed = {}, {}
     for name, source in sources.items():
-        if precision != "fp32":
-            made[name] = graph.write(lower(graph.read(source, arrays[name]), precision, name))
-        elif arrays[name]:
-            made[name] = graph.write(graph.read(source, arrays[name]))
-    fused = {"reconstruct": compose.reconstruct(graph.read(made["encoder"]), graph.read(made["decoder"]), model)}
+        read = graph.read(source)
+        changed[name] = {k: n for k, n in passes.optimize(read, options.passes or ()).items() if n}
+        edit.name_nodes(read)
+        base[name] = graph.write(read)
+    made, kept = dict(base), {}
+    absent: tuple[str, ...] = ()
+    if options.precision in ("fp16", "bf16"):
+        seen: Mapping[str, Mapping[str, precisions.Activation]] = {}
+        try:
+            if options.precision == "fp16":  # bfloat16 has float32's range
+                seen = precisions.record_both(base, model, reference, calibration)
+        except BackendError as error:  # engines can be built without ONNX Runtime all the same
+            absent = (f"activations were not recorded, so none is known to overflow: {' '.join(str(error).split())}",)
+        for name in base:
+            low = precisions.choose(name, base[name], options.precision, seen.get(name, {}), None)
+            assert low is not None  # nothing is measured here that could refuse it
+            made[name], kept[name] = low.graph, low.kept
+
+    def read_both() -> tuple[onnx_ir.Model, onnx_ir.Model]:
+        return graph.read(made["encoder"]), graph.read(made["decoder"])
+
+    fused = {"reconstruct": compose.reconstruct(*read_both(), model)}
+    if doubles and model.has_elbo:
+        fused["score"] = compose.score(*read_both(), model)
     if is_picture(model.data.shape):
-        fused["generate"] = compose.generate(graph.read(made["decoder"]), model)
-    return made | {name: graph.write(fusion) for name, fusion in fused.items()}
+        fused["generate"] = compose.generate(read_both()[1], model)
+    return made | {name: graph.write(fusion) for name, fusion in fused.items()}, changed, kept, absent
 
 
-def _check_options(target: Target, everywhere: Mapping[str, bool], engines_only: Mapping[str, bool]) -> None:
+def _check_options(
+    target: Target, everywhere: Mapping[str, bool], engines_only: Mapping[str, bool], sizes: int
+) -> None:
     """Refuse what a target has not."""
-    no = {"cpu": ("bf16", "tf32", "nhwc"), "cuda": ()}.get(target.name, ("nhwc",))
+    no = {"cpu": ("tf32", "nhwc"), "cuda": ("int8", "auto")}.get(target.name, ("int8", "auto", "nhwc"))
     wrong = [name for name, on in everywhere.items() if on and name in no]
     if target.flavour is None:
         wrong += [name for name, on in engines_only.items() if on]
+        if sizes > (target.name == "cpu"):
+            wrong.append("size")
     if wrong:
         reasons = {
-            "bf16": "ONNX Runtime has no bf16 convolutions on the CPU",
+            "int8": "it is measured on the CPU only",
+            "auto": "it is measured on the CPU only",
             "tf32": "TF32 is a GPU's",
             "nhwc": "it is ONNX Runtime's on CUDA",
+            "size": "the CPU is measured at one size" if target.name == "cpu" else "it takes all sizes",
         }
         reason = "; ".join(f"{name}: {reasons.get(name, 'it is an option of TensorRT engines')}" for name in wrong)
         raise InputError(f"build: target {target.name} does not take {', '.join(wrong)} ({reason})")

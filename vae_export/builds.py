@@ -21,19 +21,24 @@ import msgspec
 from platformdirs import user_cache_path
 
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.manifest import Manifest, Model, SizeDim, Tensor
+from vae_export.manifest import FUSED, GRAPHS, Manifest, Model, SizeDim, Tensor
 from vae_export.records import File, Part, Seal, check_paths, check_text, is_sha256
 from vae_export.sealed import SealedFolder
 
 FORMAT: Final = "vae_export.build"
 VERSION: Final = 1
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+#: What can be asked for: `auto` is the fastest of all that holds.
+Asked = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+Runner = Literal["onnxruntime", "openvino"]
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 Range = tuple[int, int, int]
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 CERTIFICATE = "verification.json"
+#: The names of a precision in certificates.
+TOLERANCE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 _TARGET = re.compile(r"cpu|cuda|tensorrt|tensorrt-rtx(?:-sm(\d{1,2})(\d))?")
 _TARGETS = "cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for a compute capability such as sm89"
 
@@ -165,22 +170,90 @@ def choose(profiles: Sequence[Profile], batch: int, sizes: Mapping[str, int]) ->
     return index, max(batch, profiles[index].batch[0])
 
 
+class Variant(Part, frozen=True, kw_only=True):
+    """How a graph runs on the CPU, for batches up to a size.
+
+    Attributes:
+        up_to: the largest batch that runs this way; null for all that are larger than the others'.
+        file: its ONNX file in the build's folder. Several variants may share one.
+        runner: what runs it.
+        precision: what its heavy nodes compute in, but those in `kept`.
+        threads: inside one call; null leaves it to the runner.
+        passes: what was done to the graph: for each pass the number of places that it changed.
+        kept: nodes of a low-precision graph that stayed in float32, each with the reason.
+    """
+
+    up_to: int | None = None
+    file: str
+    runner: Runner
+    precision: Precision = "fp32"
+    threads: int | None = None
+    passes: dict[str, int] = msgspec.field(default_factory=dict)
+    kept: dict[str, str] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_text(*self.passes, *self.kept, *self.kept.values())
+        if any(number is not None and number < 1 for number in (self.up_to, self.threads)):
+            raise ValueError("up_to and threads: numbers from 1 on expected")
+
+
+class Measurement(Part, frozen=True, kw_only=True):
+    """What was measured of one way to run a graph.
+
+    Attributes:
+        graph: its name.
+        batch: examples in a call.
+        runner: what ran it.
+        precision: as in `Variant`.
+        passes: those that changed the graph.
+        threads: as in `Variant`.
+        median_us: the median of the turns' medians, in microseconds; null where it was not timed.
+        spread: the interquartile range of the turns' medians, as a share of the median.
+        verdict: `chosen`, or why not, in words.
+    """
+
+    graph: str
+    batch: int
+    runner: Runner
+    precision: Precision
+    passes: tuple[str, ...] = ()
+    threads: int | None = None
+    median_us: float | None = None
+    spread: float | None = None
+    verdict: str
+
+    def __post_init__(self) -> None:
+        check_text(self.graph, self.verdict, *self.passes)
+
+
 class BuiltGraph(Part, frozen=True, kw_only=True):
     """One graph of a build.
 
     Attributes:
         file: its engine or ONNX file in the build's folder.
-        onnx_sha256: of the ONNX graph that the engine was made from; for ONNX Runtime, of the file.
+        onnx_sha256: of the ONNX graph that the engine was made from; for ONNX, of the file.
         structure: SHA-256 of that graph without the values of its weights.
+        passes: what was done to the graph: for each pass the number of places that it changed.
+        kept: nodes of a low-precision graph that stayed in float32, each with the reason.
+        variants: on the CPU, how it runs, by rising batch; the last one's file is `file`. None: as it is, on ONNX
+            Runtime.
     """
 
     file: str
     onnx_sha256: str
     structure: str
+    passes: dict[str, int] = msgspec.field(default_factory=dict)
+    kept: dict[str, str] = msgspec.field(default_factory=dict)
+    variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
+        check_text(*self.passes, *self.kept, *self.kept.values())
         if not (is_sha256(self.onnx_sha256) and is_sha256(self.structure)):
             raise ValueError("onnx_sha256 and structure: 64 lower-case hexadecimal digits expected")
+        limits = [variant.up_to for variant in self.variants]
+        rising = [limit for limit in limits if limit is not None]
+        if limits and (rising != sorted(set(rising)) or limits != [*rising, None]):
+            raise ValueError(f"variants: rising limits and then none expected, got {limits}")
 
 
 class Engine(Part, frozen=True, kw_only=True):
@@ -212,14 +285,18 @@ class Options(Part, frozen=True, kw_only=True):
     """How a build was asked for.
 
     Attributes:
-        precision: what the heavy part of the graphs computes in.
+        precision: what the heavy part of the graphs computes in, as asked for.
+        budget: the precision whose tolerances `auto` is held to.
+        passes: the graph passes that may be used; null for builds of versions that had none.
         tf32: whether float32 products on a GPU may be rounded to TF32's 10 bits.
         nhwc: whether ONNX Runtime keeps channels last on CUDA.
         refittable: whether other weights of the same architecture can be put into the engines.
         profiles: shapes that the engines take; none for ONNX Runtime, which takes all.
     """
 
-    precision: Precision = "fp32"
+    precision: Asked = "fp32"
+    budget: Precision = "int8"
+    passes: tuple[str, ...] | None = None
     tf32: bool = False
     nhwc: bool = False
     refittable: bool = False
@@ -228,9 +305,10 @@ class Options(Part, frozen=True, kw_only=True):
     @property
     def tolerance(self) -> str:
         """The name of the tolerances that a certificate is held to."""
-        if self.precision == "fp32":
+        precision = self.budget if self.precision == "auto" else self.precision
+        if precision == "fp32":
             return "tf32" if self.tf32 else "float32"
-        return {"fp16": "float16", "bf16": "bfloat16"}[self.precision]
+        return TOLERANCE_NAMES[precision]
 
 
 class Build(Part, frozen=True, kw_only=True):
@@ -246,9 +324,11 @@ class Build(Part, frozen=True, kw_only=True):
         target: what the build is for.
         created: when it was made, UTC, ISO 8601.
         options: how it was asked for.
-        graphs: encoder, decoder, reconstruct, and generate for pictures.
+        graphs: encoder, decoder, reconstruct; generate for pictures; for ONNX Runtime score, where there is an ELBO.
         engine: of TensorRT; null for ONNX Runtime.
         tools: versions of the packages that made the build.
+        measurements: on the CPU, every way to run a graph that was measured, and what became of it.
+        absent: what could not be measured there, and why.
         files: every file of the build but the record, by its path with forward slashes.
     """
 
@@ -264,22 +344,31 @@ class Build(Part, frozen=True, kw_only=True):
     graphs: dict[str, BuiltGraph]
     engine: Engine | None = None
     tools: dict[str, str]
+    measurements: tuple[Measurement, ...] = ()
+    absent: tuple[str, ...] = ()
     files: dict[str, File]
 
     def __post_init__(self) -> None:
-        check_text(self.bundle, self.created, self.target, *self.tools, *self.tools.values())
+        check_text(self.bundle, self.created, self.target, *self.tools, *self.tools.values(), *self.absent)
         check_paths(self.files)
-        missing = {graph.file for graph in self.graphs.values()} - set(self.files)
+        named = {graph.file for graph in self.graphs.values()}
+        named |= {variant.file for graph in self.graphs.values() for variant in graph.variants}
+        missing = named - set(self.files)
         if missing:
             raise ValueError(f"files: {', '.join(sorted(missing))} must be listed")
-        if not {"encoder", "decoder"} <= set(self.graphs) <= {"encoder", "decoder", "reconstruct", "generate"}:
-            raise ValueError(f"graphs: encoder, decoder, reconstruct and generate expected, got {sorted(self.graphs)}")
+        if not set(GRAPHS) <= set(self.graphs) <= {*GRAPHS, *FUSED}:
+            known = ", ".join(FUSED)
+            raise ValueError(
+                f"graphs: encoder, decoder and, as far as there are, {known} expected, got {sorted(self.graphs)}"
+            )
         if (self.engine is None) != (not self.options.profiles):
             raise ValueError("profiles belong to engines, and every engine has one or more")
         try:
             flavour = target(self.target).flavour
         except InputError as error:
             raise ValueError(str(error)) from None
+        if self.target != "cpu" and any(graph.variants for graph in self.graphs.values()):
+            raise ValueError("variants belong to the target cpu")
         if flavour != (self.engine.flavour if self.engine else None):
             raise ValueError(f"target {self.target}: its engine is of another flavour")
 
@@ -333,6 +422,23 @@ class BuildFolder(SealedFolder[Build]):
         """
         found = {name: self.read(graph.file) for name, graph in self.record.graphs.items()}
         self.check()
+        return found
+
+    def variants(self) -> dict[str, list[tuple[Variant, bytes]]]:
+        """How each graph of a build for the CPU runs, with its verified bytes, by rising batch.
+
+        Raises:
+            BundleError: a file is missing or was changed.
+        """
+        whole = self.graphs()
+        found: dict[str, list[tuple[Variant, bytes]]] = {}
+        contents: dict[str, bytes] = {graph.file: whole[name] for name, graph in self.record.graphs.items()}
+        for name, graph in self.record.graphs.items():
+            found[name] = []
+            for variant in graph.variants or (Variant(file=graph.file, runner="onnxruntime"),):
+                if variant.file not in contents:
+                    contents[variant.file] = self.read(variant.file)
+                found[name].append((variant, contents[variant.file]))
         return found
 
 

@@ -63,6 +63,17 @@ _HALF = Tolerance(
     split=1e-3,
 )
 
+_EIGHTH = Tolerance(
+    relative=1e-2,
+    output=1e-1,
+    own_factor=3.0,
+    rms_floor=2e-3,
+    posterior_kl=5e-2,
+    pixel=5e-2,
+    pixels_off=0.5,
+    split=1e-2,
+)
+
 TOLERANCES: Mapping[str, Tolerance] = {
     # Sums of float32 products in another order differ by a few units in the last place (2^-24 = 6e-8 each)
     # at every layer. An RMS of half a unit of the result itself is rounding, however good PyTorch's was; a KL
@@ -87,16 +98,9 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "tf32": _HALF,
     "float16": _HALF,
     # 7 bits of mantissa (2^-8 = 4e-3): eight times float16's errors.
-    "bfloat16": Tolerance(
-        relative=1e-2,
-        output=1e-1,
-        own_factor=3.0,
-        rms_floor=2e-3,
-        posterior_kl=5e-2,
-        pixel=5e-2,
-        pixels_off=0.5,
-        split=1e-2,
-    ),
+    "bfloat16": _EIGHTH,
+    # 256 levels over the range of an activation: half a level is 2^-9 of the range, the same order as bfloat16's.
+    "int8": _EIGHTH,
 }
 
 

@@ -42,9 +42,19 @@ class Device(enum.StrEnum):
 class Precision(enum.StrEnum):
     """What convolutions and matrix products compute in."""
 
+    auto = "auto"
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    int8 = "int8"
+
+
+class Budget(enum.StrEnum):
+    """Whose tolerances `--precision auto` is held to."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
 
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
@@ -245,7 +255,9 @@ def verify(
     from vae_export.verifier import verify as run
 
     place = _place(out, bundle) if out else None
-    measured = run(bundle, device=device.value, build=_cached(bundle, build, target) if target else build)
+    if build and target:
+        raise InputError("verify: name one of --build and --target")
+    measured = run(bundle, device=device.value, build=_cached("verify", bundle, target) if target else build)
     if place:
         with files.atomic_file(place) as stage:
             stage.write_bytes(certificate.encode(measured))
@@ -258,16 +270,28 @@ def verify(
 
 @app.command()
 def build(
-    bundle: BundlePath,
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")] = None,
     target: Annotated[
         str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN such as tensorrt-rtx-sm89.")
     ] = "",
-    precision: Annotated[Precision, typer.Option(help="What convolutions and products compute in.")] = Precision.fp32,
+    precision: Annotated[
+        Precision, typer.Option(help="What convolutions and products compute in; auto is the fastest that holds.")
+    ] = Precision.fp32,
+    budget: Annotated[Budget, typer.Option(help="Of auto: hold it to the tolerances of this precision.")] = Budget.int8,
+    passes: Annotated[
+        str | None,
+        typer.Option(help="Graph passes that may be used: all, none, a,b or -a without one; list shows them."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The build's folder, to ship; without it, the user's cache.")] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes that engines are made for.")] = "1,8,64",
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes that engines are made for, or candidates on the CPU are measured at.")
+    ] = "1,8,64",
     size: Annotated[
         list[str] | None,
-        typer.Option(help="Largest sizes that engines are made for, such as height=64,width=96; may be repeated."),
+        typer.Option(
+            help="Largest sizes that engines are made for, such as height=64,width=96, repeated for several; on the "
+            "CPU the size to measure at."
+        ),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Engines for exactly these batches and sizes.")] = False,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let a GPU round float32 products to 10 bits.")] = False,
@@ -277,23 +301,37 @@ def build(
         Path | None,
         typer.Option(help="A refittable build of the same architecture: put this bundle's weights in."),
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="On the CPU: how long each candidate is measured for each graph and batch.")
+    ] = None,
     json: Json = False,
     force: Force = False,
 ) -> None:
     """Make a bundle fast on a target, and prove, where the target runs here, that it computes the same."""
     import msgspec
 
-    from vae_export import builder, report
+    from vae_export import report
 
     console = _console()
+    if passes == "list":
+        for module in ("onnx", "onnx_ir", "onnxscript"):
+            require(module, "build", "build")
+        from vae_export.graph import passes as known
+
+        console.print(report.facts("graph passes", {name: found.summary for name, found in known.PASSES.items()}))
+        return
+    if bundle is None:
+        raise InputError("build: name a BUNDLE, the folder that `vae-export export` wrote")
+    from vae_export import builder
+
     with console.status("build") as status:
 
         def progress(step: str) -> None:
             status.update(step)
 
         if refit:
-            asked = (target, size, static, tf32, nhwc, refittable)
-            if any(asked) or precision != Precision.fp32 or batch != "1,8,64":
+            asked = (target, size, static, tf32, nhwc, refittable, passes, seconds)
+            if any(asked) or (precision, budget, batch) != (Precision.fp32, Budget.int8, "1,8,64"):
                 raise InputError(
                     "build: --refit takes target, precision, shapes and flags from the build that it refits. Drop the "
                     "other options but --out and --force"
@@ -307,12 +345,15 @@ def build(
                 target,
                 out=out,
                 precision=precision.value,
+                budget=budget.value,
+                passes=passes,
                 batches=numbers("build: batch", batch),
                 sizes=[_sizes("build", text) for text in size or ()],
                 static=static,
                 tf32=tf32,
                 nhwc=nhwc,
                 refittable=refittable,
+                seconds=seconds,
                 overwrite=force,
                 progress=progress,
             )
@@ -321,6 +362,8 @@ def build(
         plain = {"path": str(built.path), "unmeasured": built.unmeasured, "certificate": measured}
         _print_json({**plain, "build": msgspec.to_builtins(built.record)})
         return
+    if built.record.measurements:
+        console.print(report.measurements(built.record))
     console.print(report.build(built.path, built.record))
     if built.certificate:
         console.print(report.certificate(built.certificate))
@@ -359,6 +402,8 @@ def inspect(
         if json:
             _print_json({"kind": "build", **msgspec.to_builtins(folder.record), "unlisted": folder.unlisted()})
         else:
+            if folder.record.measurements:
+                _console().print(report.measurements(folder.record))
             _console().print(report.build(path, folder.record))
         return
     if configs.is_checkpoint(path) and not (path / MANIFEST).exists():
@@ -495,19 +540,67 @@ def score(
 @app.command()
 def bench(
     bundle: BundlePath,
-    source: Annotated[Path | None, typer.Option(help="The checkpoint it came from, to time PyTorch beside it.")] = None,
+    target: Annotated[str | None, typer.Option(help="Time the cache's build for this target.")] = None,
+    build: Annotated[
+        list[Path] | None,
+        typer.Option("--build", help="Time this build of the bundle; may be repeated. Name only what you trust."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="What it was exported from, as for export, to time PyTorch. It is then run.")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time PyTorch, torch.compile, diffusers and OpenVINO, too.")
+    ] = False,
+    verbs: Annotated[
+        str | None, typer.Option(help="Such as encode,decode,sample,reconstruct,elbo; all that the model has.")
+    ] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
+    size: Annotated[str | None, typer.Option(help="For models with named sizes, such as height=64,width=96.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of every call; one for each core.")] = None,
+    seconds: Annotated[float, typer.Option(help="For each runner and cell.")] = 2.0,
+    memory: Annotated[bool, typer.Option("--memory", help="Each runner's peak memory, in processes apart.")] = False,
     json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency against batch: FILE.png.")] = None,
 ) -> None:
-    """Time encode, decode and sample: our runtime, a bare ONNX Runtime session, and PyTorch."""
+    """Time verbs and batches: our runtime, a bare ONNX Runtime session, and other ways to run the model, in turns."""
     from vae_export import bench as module
 
-    sizes = numbers("bench: batches", batches)
-    rows = module.run(bundle, module.candidates(bundle, source), sizes)
+    wanted = numbers("bench: batches", batches)
+    place = _place(plot, bundle) if plot else None
+    if place:
+        module.check_plot(place)
+    console = _console()
+    with (
+        module.candidates(
+            bundle,
+            builds=[*(build or ()), *([_cached("bench", bundle, target)] if target else ())],
+            source=source,
+            with_peers=peers,
+            threads=threads,
+        ) as selection,
+        console.status("bench") as status,
+    ):
+        report = module.run(
+            bundle,
+            selection.runners,
+            verbs.split(",") if verbs else None,
+            wanted,
+            sizes=_sizes("bench", size) if size else None,
+            seconds=seconds,
+            threads=selection.threads,
+            absent=selection.absent,
+            opened=selection.opened,
+            memory=memory,
+            progress=lambda step: status.update(step),
+        )
+    if place:
+        module.plot(report, place)
     if json:
-        _print_json(rows)
-    else:
-        _console().print(module.table(rows))
+        _print_json(report.to_dict())
+        return
+    console.print(module.table(report))
+    for line in module.summary(report):
+        typer.echo(line)
 
 
 @app.command()
@@ -544,17 +637,15 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(BackendError.exit_code)
 
 
-def _cached(bundle: Path, build: Path | None, target: str) -> Path:
+def _cached(verb: str, bundle: Path, target: str) -> Path:
     """The cache's build for a target."""
     from vae_export import builds
     from vae_export.bundle import Bundle
 
-    if build:
-        raise InputError("verify: name one of --build and --target")
     path = builds.cached(Bundle(bundle).manifest, builds.target(target).name)
     if not path.is_dir():
         raise InputError(
-            f"verify: the cache has no build for {target}. Run: vae-export build {bundle} --target {target}"
+            f"{verb}: the cache has no build for {target}. Run: vae-export build {bundle} --target {target}"
         )
     return path
 

@@ -26,9 +26,8 @@ EXTRAS: Mapping[str, str] = {
     "export": "make bundles",
     "diffusers": "export autoencoders in the layout of diffusers",
     "train": "train models",
-    "openvino": "not used yet: builds for OpenVINO",
+    "openvino": "time OpenVINO beside a bundle",
 }
-_UNUSED = {"openvino"}
 #: Where there is no GPU, the kernels are compiled for this compute capability, to see whether they can be.
 _ANY_CAPABILITY = "9.0"
 _CLASH = {"cpu": "onnxruntime-gpu", "gpu": "onnxruntime"}  # each excludes the other's package
@@ -51,7 +50,7 @@ def examine() -> dict[str, Any]:
         extras[extra] = {
             "purpose": purpose,
             "packages": packages,
-            "install": _install(extra) if missing and extra not in _UNUSED else None,
+            "install": _install(extra) if missing else None,
         }
     problems = []
     if versions.of("vae-export") is None:

@@ -71,8 +71,14 @@ class Reference:
         share = min(1.0, max(0.0, (limit - (64 << 10) - fixed) / free))
         if share == 1.0:
             return self
-        examples = max(1, int(share * (rows[True] - EXTREMES)))
-        prior = max(1, int(share * rows[False]))
+        return self._kept(max(1, int(share * (rows[True] - EXTREMES))), max(1, int(share * rows[False])))
+
+    def first(self, rows: int) -> Reference:
+        """The same with at most so many examples beside the extremes, and so many draws from the prior."""
+        return self._kept(min(rows, self.record.examples - EXTREMES), min(rows, self.record.prior))
+
+    def _kept(self, examples: int, prior: int) -> Reference:
+        """The extremes, so many examples behind them, and so many draws from the prior."""
         record = Golden(
             seed=self.record.seed,
             reference=self.record.reference,
@@ -129,6 +135,27 @@ def decode(raw: bytes, record: Golden, model: Model) -> Reference:
     return Reference(record, tensors)
 
 
+def decode_calibration(raw: bytes, model: Model) -> npt.NDArray[np.float32]:
+    """The examples of `calibration.safetensors`: (n, *data) float32, where n may be 0.
+
+    Raises:
+        BundleError: they are no data of the model.
+    """
+    try:
+        (x,) = safetensors.numpy.load(raw).values()
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"{CALIBRATION_FILE} is not a safetensors file with one tensor: {error}") from None
+    fits = x.ndim == len(model.data.shape) + 1 and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(model.data.shape, x.shape[1:], strict=True)
+    )
+    if not fits or x.dtype != np.float32 or not np.isfinite(x).all():
+        raise BundleError(
+            f"{CALIBRATION_FILE} has x of shape {x.shape} and dtype {x.dtype}; expected finite float32 of shape "
+            f"{shape_text(model.data.shape, 'N')}"
+        )
+    return x
+
+
 def _shapes(tensors: Tensors, record: Golden, model: Model) -> dict[str, tuple[int, ...]]:
     """The shape that every tensor must have. Named dimensions have the size that x has."""
     if "x" not in tensors or tensors["x"].ndim != len(model.data.shape) + 1:
@@ -148,7 +175,7 @@ def _shapes(tensors: Tensors, record: Golden, model: Model) -> dict[str, tuple[i
         expected |= {f"prior.{name}": (record.prior, *data), f"float32.prior.{name}": (record.prior,)}
     if model.posterior.kind == "diagonal_gaussian":
         expected["float32.divergence"] = (count,)
-        if model.likelihood.kind != "none":
-            for name in ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl"):
-                expected[name] = (count,)
+    if model.has_elbo:
+        for name in ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl"):
+            expected[name] = (count,)
     return expected

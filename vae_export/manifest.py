@@ -33,8 +33,13 @@ ENCODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
 #: A height and width to look at a model with, where nobody names one: latents of 8 × 8 for Stable Diffusion.
 EXAMPLE_SIZE = 64
 
+#: The outputs of the graph `score`, in order: log p(x|z) at one draw z, KL(q(z|x) || p(z)), and their difference.
+SCORE_OUTPUTS = ("log_likelihood", "kl", "elbo")
+
 #: The graphs of a bundle: encoder x → q(z|x), decoder z → p(x|z).
 GRAPHS = ("encoder", "decoder")
+#: The graphs that only builds have: see `Model.ends`.
+FUSED = ("reconstruct", "generate", "score")
 
 LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
 PosteriorKind = Literal["diagonal_gaussian", "deterministic"]
@@ -203,7 +208,7 @@ class Tensor(Part, frozen=True, kw_only=True):
     """
 
     name: str
-    dtype: Literal["float32", "uint8"]
+    dtype: Literal["float32", "uint8", "float64"]
     shape: tuple[int | str, ...]
 
 
@@ -255,6 +260,11 @@ class Model(Part, frozen=True, kw_only=True):
         if self.likelihood.kind == "bernoulli" and self.data.range != (0.0, 1.0):
             raise ValueError(f"a Bernoulli likelihood needs data in [0, 1], got {list(self.data.range)}")
 
+    @property
+    def has_elbo(self) -> bool:
+        """Whether there is an ELBO: p(x|z) is named, and q(z|x) has a variance."""
+        return self.likelihood.kind != "none" and self.posterior.kind == "diagonal_gaussian"
+
     def latent_shape(self, size: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """One latent's shape for data whose named dimensions have these sizes.
 
@@ -283,7 +293,8 @@ class Model(Part, frozen=True, kw_only=True):
 
         Args:
             graph: one of GRAPHS, or of those that only builds have: `reconstruct` (x, and eps ~ N(0, I) unless
-                the encoder is deterministic → sample) and `generate` (z → image, uint8, channels last).
+                the encoder is deterministic → sample), `generate` (z → image, uint8, channels last) and, where
+                `has_elbo`, `score` (x, eps → SCORE_OUTPUTS, nats of each example, float64).
         """
         shape = self.data.shape
         data = tuple(dim.name if isinstance(dim, SizeDim) else dim for dim in shape)
@@ -293,13 +304,15 @@ class Model(Part, frozen=True, kw_only=True):
             return tuple(Tensor(name=name, dtype="float32", shape=("batch", *dims)) for name in names)
 
         x, z = tensors(("x",), data), tensors(("z",), latent)
+        eps = tensors(("eps",), latent) if self.posterior.kind == "diagonal_gaussian" else ()
         if graph == "encoder":
             return x, tensors(ENCODER_OUTPUTS[self.posterior.kind], latent)
         if graph == "decoder":
             return z, tensors(DECODER_OUTPUTS[self.likelihood.kind], data)
         if graph == "reconstruct":
-            eps = tensors(("eps",), latent) if self.posterior.kind == "diagonal_gaussian" else ()
             return (*x, *eps), tensors(("sample",), data)
+        if graph == "score":
+            return (*x, *eps), tuple(Tensor(name=name, dtype="float64", shape=("batch",)) for name in SCORE_OUTPUTS)
         return z, (Tensor(name="image", dtype="uint8", shape=("batch", *data[1:], data[0])),)
 
     def input_sizes(self, graph: str, example: tuple[int, ...]) -> dict[str, int]:

@@ -36,6 +36,10 @@ _WORD = 1 << 64
 _MASK = _WORD - 1
 HALVES: Final = 8  # 32-bit halves in one 256-bit block
 
+# Arrays without dimensions: a Python number is made one anew in every operation, which for few numbers costs as much
+# as the operation.
+_HALF, _UNIT, _MINUS_TWO, _TURN = (np.array(value) for value in (0.5, 2.0**-32, -2.0, 2.0 * np.pi))
+
 
 def check_address(seed: int, stream: int, first: int, count: int, size: int, draw: int = 0) -> tuple[int, ...]:
     """The six numbers of an address as Python integers, in this order.
@@ -99,8 +103,10 @@ _local = _Local()
 def _philox(counter: int, seed: int, stream: int) -> np.random.Philox:
     """This thread's generator, as `Philox(counter=counter, key=[seed, stream])` would be."""
     inner = _local.state["state"]
-    inner["counter"] = np.array([counter >> shift & _MASK for shift in (0, 64, 128, 192)], np.uint64)
-    inner["key"] = np.array([seed, stream], np.uint64)
+    # NumPy reads item by item, and Python's integers are there already: arrays would be made for that alone.
+    numbers = (counter & _MASK, counter >> 64 & _MASK, counter >> 128 & _MASK, counter >> 192)
+    inner["counter"] = numbers  # type: ignore[typeddict-item]
+    inner["key"] = (seed, stream)  # type: ignore[typeddict-item]
     _local.philox.state = _local.state
     return _local.philox
 
@@ -113,7 +119,10 @@ def uniforms(seed: int, stream: int, first: int, count: int, size: int, draw: in
     Returns:
         (count, size) float64.
     """
-    return np.add(words(seed, stream, first, count, size, draw), 0.5, dtype=np.float64) * 2.0**-32
+    uniform = words(seed, stream, first, count, size, draw).astype(np.float64)
+    uniform += _HALF
+    uniform *= _UNIT
+    return uniform
 
 
 def normals(seed: int, stream: int, first: int, count: int, size: int, draw: int = 0) -> npt.NDArray[np.float32]:
@@ -128,8 +137,8 @@ def normals(seed: int, stream: int, first: int, count: int, size: int, draw: int
         (count, size) float32.
     """
     uniform = uniforms(seed, stream, first, count, size + size % 2, draw)
-    radius = np.sqrt(np.log(uniform[:, 0::2]) * -2.0)
-    angle = uniform[:, 1::2] * (2.0 * np.pi)
+    radius = np.sqrt(np.log(uniform[:, 0::2]) * _MINUS_TWO)
+    angle = uniform[:, 1::2] * _TURN
     normal = np.empty(uniform.shape, np.float32)
     normal[:, 0::2] = radius * np.cos(angle)
     normal[:, 1::2] = radius * np.sin(angle)

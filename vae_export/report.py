@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from vae_export.builds import Build, title
+from vae_export.builds import Build, BuiltGraph, Variant, title
 from vae_export.certificate import Certificate
 from vae_export.manifest import Cost, Latent, Likelihood, Manifest, Model, Origin, shape_text
 
@@ -161,12 +161,55 @@ def build(path: Path, record: Build) -> Table:
         "graphs": ", ".join(f"{name} ({record.files[g.file].size:,} bytes)" for name, g in record.graphs.items()),
         "made with": ", ".join(f"{name} {version}" for name, version in record.tools.items()),
     }
+    for name, graph in record.graphs.items():
+        if graph.variants or graph.passes or graph.kept:
+            values[name] = "\n".join(_variants(graph))
+    if record.absent:
+        values["not possible here"] = "\n".join(record.absent)
     if engine:
         values["engine"] = f"{title(engine.flavour)} {engine.version}, {engine.platform}"
         values["runs on"] = f"compute capability {', '.join(engine.capabilities)}"
         values["built on"] = f"{engine.gpu}, {engine.driver}" if engine.gpu else "a machine without a GPU"
         values["profiles"] = "\n".join(map(str, options.profiles))
     return facts(f"build for {record.target}", values)
+
+
+def _variants(graph: BuiltGraph) -> list[str]:
+    """How a graph runs, what was done to it and what stayed in float32, in lines."""
+    lines = []
+    for variant in graph.variants:
+        limit = "all other batches" if variant.up_to is None else f"batches up to {variant.up_to}"
+        threads = "" if variant.threads is None else f", {variant.threads} thread{'s' * (variant.threads > 1)}"
+        lines.append(f"{limit}: {variant.runner}, {variant.precision}{threads}; {_changes(variant)}")
+    if not graph.variants:
+        lines.append(_changes(graph))
+    return lines
+
+
+def _changes(made: Variant | BuiltGraph) -> str:
+    changed = ", ".join(f"{name} {count}" for name, count in made.passes.items()) or "none"
+    kept = "".join(f"\n  float32: {node} ({why})" for node, why in made.kept.items())
+    return f"passes: {changed}{kept}"
+
+
+def measurements(record: Build) -> Table:
+    """Every candidate that was measured, the chosen ones first for each graph and batch."""
+    shown = Table(title="median time of a call; candidates took turns", title_justify="left")
+    for heading in ("graph", "batch", "runner", "precision", "threads", "passes", "ms", "spread", ""):
+        shown.add_column(heading, justify="right" if heading in ("batch", "ms", "spread") else "left")
+    for row in record.measurements:
+        shown.add_row(
+            row.graph,
+            str(row.batch),
+            row.runner,
+            row.precision,
+            "" if row.threads is None else str(row.threads),
+            ", ".join(row.passes),
+            "" if row.median_us is None else f"{row.median_us / 1e3:,.3f}",
+            "" if row.spread is None else f"{row.spread:.0%}",
+            row.verdict,
+        )
+    return shown
 
 
 def as_text(*renderables: Any, width: int = 120) -> str:

@@ -6,7 +6,7 @@ import datetime
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -56,8 +56,15 @@ def verify(
         opened.backend.close()
 
 
-def measure(model: Model, backend: Backend, reference: Reference, name: str, precision: str = "float32") -> Certificate:
-    """Compare a backend that has a model's graphs with the reference, at the batch sizes of `BATCHES`.
+def measure(
+    model: Model,
+    backend: Backend,
+    reference: Reference,
+    name: str,
+    precision: str = "float32",
+    batches: Sequence[int] = BATCHES,
+) -> Certificate:
+    """Compare a backend that has a model's graphs with the reference.
 
     Of these, batches of more examples than the reference has are left out.
 
@@ -67,9 +74,10 @@ def measure(model: Model, backend: Backend, reference: Reference, name: str, pre
         reference: what they are compared with.
         name: of the bundle.
         precision: whose tolerances apply.
+        batches: to measure at. What differs between the smallest and the largest is what a split costs.
     """
     record = reference.record
-    batches = tuple(batch for batch in BATCHES if batch <= max(record.examples, record.prior))
+    batches = tuple(batch for batch in batches if batch <= max(record.examples, record.prior))
     vaes = {batch: VAE(model, backend, micro_batch=batch) for batch in batches}
     meter = _Meter(reference, TOLERANCES[precision])
     encoded = {batch: _encode(vae, reference) for batch, vae in vaes.items()}
@@ -78,7 +86,7 @@ def measure(model: Model, backend: Backend, reference: Reference, name: str, pre
     meter.posterior(encoded)
     meter.finite("decoder", decoded)
     meter.pixels("decoder", {b: d["sample"] for b, d in decoded.items()}, "prior.sample", model)
-    for output in decoded[1]:
+    for output in decoded[batches[0]]:
         meter.worst("decoder", output, {b: d[output] for b, d in decoded.items()}, f"prior.{output}")
     seed = record.seed
     x = reference.tensors["x"]
@@ -147,7 +155,7 @@ class _Meter:
         self._add(graph, "not finite", "values", wrong[batch], 0.0, batch=batch)
 
     def posterior(self, encoded: Mapping[int, _Outputs]) -> None:
-        for output in encoded[1]:
+        for output in next(iter(encoded.values())):
             self.worst("encoder", output, {b: e[output] for b, e in encoded.items()}, output)
         if "logvar" not in self.tensors:
             return

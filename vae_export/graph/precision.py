@@ -9,6 +9,7 @@ loses by it wherever it stands: normalizations, softmax, sums and exponentials. 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import ml_dtypes
@@ -42,13 +43,25 @@ _FLOAT_INPUTS = {"Resize": (1, 2)}
 _BF16_OPSET = 22
 
 
-def lower(model: onnx_ir.Model, precision: Lower, name: str) -> onnx_ir.Model:
+def floats(model: onnx_ir.Model) -> list[onnx_ir.Value]:
+    """What the graph's nodes give in float32."""
+    _infer_types(model)
+    return [value for node in model.graph for value in node.outputs if value.dtype == onnx_ir.DataType.FLOAT]
+
+
+def heavy(model: onnx_ir.Model) -> list[onnx_ir.Node]:
+    """The nodes where the arithmetic is, in the graph's order."""
+    return [node for node in model.graph if node.op_type in _HEAVY]
+
+
+def lower(model: onnx_ir.Model, precision: Lower, name: str, kept: Collection[str] = ()) -> onnx_ir.Model:
     """A graph in lower precision. The model is used up.
 
     Args:
         model: a graph in float32.
         precision: `fp16` or `bf16`.
         name: what to call the graph in messages.
+        kept: names of nodes that stay in float32.
 
     Raises:
         InputError: a weight is beyond float16's range.
@@ -56,11 +69,10 @@ def lower(model: onnx_ir.Model, precision: Lower, name: str) -> onnx_ir.Model:
     if precision == "bf16" and model.opset_imports[""] < _BF16_OPSET:
         newer = onnx.version_converter.convert_version(onnx_ir.to_proto(model), _BF16_OPSET)
         model = onnx_ir.from_proto(newer)
-    if any(value.dtype is None for node in model.graph for value in node.outputs if value.name):
-        model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(onnx_ir.to_proto(model)))
+    _infer_types(model)
     low, kind = _TYPES[precision]
     graph = model.graph
-    chosen = _lower_nodes(graph)
+    chosen = {node for node in _lower_nodes(graph) if node.name not in kept}
     casts: dict[tuple[int, onnx_ir.DataType], onnx_ir.Value] = {}
     for node in list(graph):
         for index, value in enumerate(node.inputs):
@@ -85,6 +97,16 @@ def lower(model: onnx_ir.Model, precision: Lower, name: str) -> onnx_ir.Model:
             graph.outputs[index] = _output(graph, value)
     RemoveUnusedNodesPass()(model)  # weights of which there is a lower copy now
     return model
+
+
+def _infer_types(model: onnx_ir.Model) -> None:
+    """Give every value its type."""
+    if any(value.dtype is None for node in model.graph for value in node.outputs if value.name):
+        typed = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(onnx_ir.to_proto(model)))
+        types = {value.name: value.type for node in typed.graph for value in node.outputs}
+        for node in model.graph:
+            for value in node.outputs:
+                value.type = types[value.name]
 
 
 def _keep_for_branches(graph: onnx_ir.Graph, node: onnx_ir.Node, value: onnx_ir.Value) -> None:

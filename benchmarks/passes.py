@@ -1,0 +1,110 @@
+"""What each graph pass buys: decoders and encoders with passes and without, on both runners, in turns: recorded.
+
+    python benchmarks/passes.py OUT.json [--work DIR] [--seconds S]
+
+Each row is the time of a graph after some passes as a share of that of the bundle's own on the same runner: below 1 the
+passes made it faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cases
+from cases import Case
+from machine import machine
+from vae_export.runtimes import Settings
+from vae_export.runtimes.backend import Way
+from vae_export.runtimes.cpu import CpuBackend
+
+from vae_export import files, graph, noise
+from vae_export.bench import timing
+from vae_export.bundle import Bundle
+from vae_export.graph import passes
+
+CASES = {"conv64": (1, 8), "resnet64": (1, 8), "tiny": (1,), "kl-small": (1,)}
+BASIC = tuple(name for name in passes.PASSES if name not in passes.FORMS)
+#: What is compared with the graph as it is.
+CHOICES = {
+    "all that fold": BASIC,
+    "group_norm": ("group_norm",),
+    "upsampling": ("upsampling",),
+    "upsampling, phases": ("upsampling", "phases"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description="Record what graph passes buy.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, help="keep sources and bundles there")
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each choice")
+    asked = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = asked.work or Path(temporary)
+        rows = [
+            row
+            for name, batches in CASES.items()
+            for batch in batches
+            for graph_name in ("decoder", "encoder")
+            for row in measured(name, cases.CASES[name], graph_name, batch, work, asked.seconds)
+        ]
+    with files.atomic_file(asked.out) as stage:
+        stage.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, seconds: float) -> list[dict[str, Any]]:
+    """The rows of one graph at one batch."""
+    bundle = Bundle(cases.make(case, work).bundle)
+    model, source = bundle.manifest.model, bundle.graphs()[0][graph_name]
+    (tensor,) = model.ends(graph_name)[0]
+    shape = model.tensor_shape(tensor, batch, dict(case.sizes))
+    value = noise.normals(0, noise.PRIOR, 0, batch, math.prod(shape[1:])).reshape(shape)
+    outputs = [output.name for output in model.ends(graph_name)[1]]
+    variants: dict[str, tuple[bytes, int]] = {"none": (source, 0)}
+    for choice, names in CHOICES.items():
+        read = graph.read(source)
+        if changed := sum(passes.optimize(read, names).values()):
+            variants[choice] = (graph.write(read), changed)
+    calls, opened = {}, []
+    for runner in ("onnxruntime", "openvino"):
+        for choice, (content, _) in variants.items():
+            backend = CpuBackend({graph_name: [Way(content, runner)]}, model, Settings())
+            opened.append(backend)
+
+            def call(backend: CpuBackend = backend) -> Any:
+                return backend.run(graph_name, {tensor.name: value}, outputs, batch)
+
+            call()
+            calls[f"{runner}: {choice}"] = call
+    times = timing.measure(calls, seconds)
+    for backend in opened:
+        backend.close()
+    rows = []
+    for key, found in times.items():
+        runner, _, choice = key.partition(": ")
+        rows.append(
+            {
+                "case": name,
+                "graph": graph_name,
+                "batch": batch,
+                "runner": runner,
+                "passes": choice,
+                "changed": variants[choice][1],
+                "median_us": found.median * 1e6,
+                "spread": found.spread,
+                "share_of_none": found.median / times[f"{runner}: none"].median,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Speed beside everything else that could run a model, and how it grows: recorded.
+
+    python benchmarks/performance.py OUT.json [CASE …] [--resume] [--seconds S] [--work DIR]
+
+A case is a name of `cases.CASES`, or `twice`, or `scaling`; without one, all are taken. OUT.json is written after every
+case, so that a run can be stopped, and with --resume goes on after the last that was finished. --work keeps sources,
+bundles and builds for the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import onnx
+from cases import Case
+from machine import machine
+
+import vae_export
+from vae_export import bench, files
+from vae_export.builds import BuildFolder
+from vae_export.bundle import Bundle
+from vae_export.errors import VaeExportError
+
+VERBS = ("decode", "encode")
+SCALING, TWICE = "scaling", "twice"
+#: Peers that are timed where it is growth that is asked about.
+_SCALED = ("ONNX Runtime", "OpenVINO f32", "OpenVINO bf16")
+
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description="Record speed beside peers.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cases.CASES)}, {TWICE}, {SCALING}")
+    parser.add_argument("--resume", action="store_true", help="keep what OUT.json has")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each runner and cell")
+    parser.add_argument("--work", type=Path, help="keep sources, bundles and builds there")
+    asked = parser.parse_intermixed_args(arguments)
+    known = [*cases.CASES, TWICE, SCALING]
+    if unknown := [name for name in asked.cases if name not in known]:
+        parser.error(f"there is no case {unknown[0]!r}; expected {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        record(asked.out, asked.cases or known, asked.work or Path(temporary), asked.seconds, resume=asked.resume)
+
+
+def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resume: bool = False) -> dict[str, Any]:
+    """Measure cases and write the record after each.
+
+    Args:
+        out: the record.
+        names: of `cases.CASES`, or `twice`, or `scaling`.
+        work: where sources, bundles and builds are made, or found.
+        seconds: for each runner and cell.
+        resume: keep, and do not measure again, what the record has.
+    """
+    empty: dict[str, Any] = {"cases": {}, TWICE: {}, SCALING: {}}
+    found: dict[str, Any] = json.loads(out.read_text()) if resume and out.is_file() else empty
+    steps: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
+        ("cases", name): lambda name=name: compared(cases.CASES[name], work, seconds)  # type: ignore[misc]
+        for name in names
+        if name not in (TWICE, SCALING)
+    }
+    if TWICE in names:
+        for name in cases.TWICE:
+            steps[TWICE, name] = lambda name=name: twice(cases.CASES[name], work)  # type: ignore[misc]
+    if SCALING in names:
+        for axis, along in cases.SCALING.items():
+            steps[SCALING, axis] = lambda axis=axis, along=along: scaled(axis, along, work, seconds)  # type: ignore[misc]
+    for (part, name), step in steps.items():
+        if name in found[part]:
+            continue
+        print(f"{part}: {name}", flush=True)
+        found[part][name] = step()
+        found |= machine()
+        found["means"] = means([cell for case in found["cases"].values() for cell in case["cells"]])
+        with files.atomic_file(out) as stage:
+            stage.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def compared(case: Case, work: Path, seconds: float) -> dict[str, Any]:
+    """A case with all its builds and peers, at all its batches: the report, and ours beside the fastest peers."""
+    made = cases.make(case, work)
+    built, missing = builds(case, made.bundle, work)
+    with bench.candidates(made.bundle, builds=built, source=made.source, with_peers=True) as selection:
+        report = bench.run(
+            made.bundle,
+            selection.runners,
+            VERBS,
+            case.batches,
+            sizes=case.sizes or None,
+            seconds=seconds,
+            threads=selection.threads,
+            absent=[*selection.absent, *missing],
+            opened=selection.opened,
+            progress=lambda step: print(f"  {step}", flush=True),
+        )
+    plain = report.to_dict()
+    model = Bundle(made.bundle).manifest.model
+    counted = {build.name: multiplications(case, made.bundle, build) for build in built}
+    return {**plain, "parameters": model.parameters, "cells": cells(plain["rows"]), "multiplications": counted}
+
+
+def builds(case: Case, bundle: Path, work: Path) -> tuple[list[Path], list[bench.Absent]]:
+    """A case's builds, made once, and those that cannot be made, with the reason."""
+    made, missing = [], []
+    for name in case.builds:
+        out = work / f"{bundle.stem}-{name}.build"
+        try:
+            if not out.exists():
+                build(case, bundle, out, name)
+            made.append(out)
+        except VaeExportError as error:
+            missing.append(bench.Absent(f"vae_export {name}", str(error)))
+    return made, missing
+
+
+def build(case: Case, bundle: Path, out: Path, name: str) -> Any:
+    """One build, candidates measured at the case's sizes and batches."""
+    sizes = [case.sizes] if case.sizes else []
+    return vae_export.build(bundle, "cpu", out=out, batches=case.batches, sizes=sizes, **cases.BUILDS[name]).record
+
+
+def twice(case: Case, work: Path) -> dict[str, Any]:
+    """The float32 build made twice: for each graph and batch what was chosen, and how far the two are apart.
+
+    `difference` is that of the second choice's median from the first's in the first's own measurements, `spread` the
+    larger of their spreads there.
+    """
+    made = cases.make(case, work)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        records = [build(case, made.bundle, Path(folder, str(number)), "fp32") for number in range(2)]
+
+    def key(row: Any) -> tuple[Any, ...]:
+        return row.runner, row.precision, row.passes, row.threads
+
+    rows = []
+    timed = {(m.graph, m.batch, key(m)): m for m in records[0].measurements}
+    chosen = [{(m.graph, m.batch): key(m) for m in r.measurements if m.verdict == "chosen"} for r in records]
+    for place in chosen[0].keys() & chosen[1].keys():
+        first, second = (timed[*place, which[place]] for which in chosen)
+        row: dict[str, Any] = {"graph": place[0], "batch": place[1], "same": chosen[0][place] == chosen[1][place]}
+        if first.median_us and second.median_us:
+            row["difference"] = second.median_us / first.median_us - 1
+            row["spread"] = max(first.spread, second.spread)
+        rows.append(row)
+    return {
+        "rows": sorted(rows, key=lambda row: (row["graph"], row["batch"])),
+        "dropped": [sorted(set(records[0].graphs) ^ set(records[1].graphs))],
+    }
+
+
+def multiplications(case: Case, bundle: Path, path: Path) -> dict[str, dict[str, float]]:
+    """For each verb, the multiply-adds of one example in the bundle's graph and in the build's for single examples."""
+    opened, folder = Bundle(bundle), BuildFolder(path)
+    plain, model = opened.graphs()[0], opened.manifest.model
+    ways = folder.variants()
+    found = {}
+    for verb, graph in (("encode", "encoder"), ("decode", "decoder")):
+        taken = {t.name: model.tensor_shape(t, 1, dict(case.sizes)) for t in model.ends(graph)[0]}
+        direct, ours = (count(content, taken) for content in (plain[graph], ways[graph][0][1]))
+        found[verb] = {"direct": direct, "ours": ours, "ceiling": direct / ours}
+    return found
+
+
+def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The multiply-adds of a graph's convolutions, and of its products by weights, for inputs of these shapes."""
+    proto = onnx.ModelProto.FromString(content)
+    for value in proto.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            dim.dim_value = size
+    del proto.graph.value_info[:]  # shapes that vary
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    typed = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    graph = typed.graph
+    known = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        known[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    total = 0
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            inner = known.get(node.input[1])
+            if not inner or 0 in inner:  # of an attention, whose two products are the same in every form
+                continue
+            flipped = any(a.name == "transB" and a.i for a in node.attribute)
+            each = math.prod(inner[1:]) if node.op_type == "Conv" else inner[-1] if flipped else inner[-2]
+            total += math.prod(known[node.output[0]]) * each
+        elif node.op_type == "ConvTranspose":
+            total += math.prod(known[node.input[0]]) * math.prod(known[node.input[1]][1:])
+    return total
+
+
+def cells(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """For each verb and batch the fastest peer in float32 and below it, and ours as a share of their time.
+
+    The bare session on the bundle's graphs is one of the peers: it is what a user has without us.
+    """
+    rows, found = list(rows), []
+    for verb, batch in dict.fromkeys((row["verb"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["verb"], row["batch"]) == (verb, batch)]
+        own = [row for row in here if row["runner"].startswith("vae_export")]
+        others = [row for row in here if row not in own]
+        cell: dict[str, Any] = {"verb": verb, "batch": batch}
+        cell["ours"] = {r["runner"]: {"median_us": r["median_us"], "precision": r["precision"]} for r in own}
+        for kind, low in (("float32", False), ("low_precision", True)):
+            peers = [row for row in others if (row["precision"] != "fp32") is low]
+            if peers:
+                best = min(peers, key=lambda row: row["median_us"])
+                ratios = {row["runner"]: row["median_us"] / best["median_us"] for row in own}
+                cell[kind] = {"peer": best["runner"], "median_us": best["median_us"], "ours_to_it": ratios}
+        found.append(cell)
+    return found
+
+
+def means(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Geometric means of the ratios over cases and batches: by verb, by the kind of peer, by our runner."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for verb in dict.fromkeys(cell["verb"] for cell in found):
+        here = [cell for cell in found if cell["verb"] == verb]
+        for kind in ("float32", "low_precision"):
+            ratios: dict[str, list[float]] = {}
+            for cell in here:
+                for runner, ratio in cell.get(kind, {}).get("ours_to_it", {}).items():
+                    ratios.setdefault(runner, []).append(ratio)
+            means_of = {runner: statistics.geometric_mean(values) for runner, values in ratios.items()}
+            result.setdefault(verb, {})[kind] = means_of
+    return result
+
+
+def scaled(axis: str, along: Sequence[Case], work: Path, seconds: float) -> dict[str, Any]:
+    """Times along one axis, and for each verb and runner the exponent of time against work."""
+    rows: list[Row] = []
+    for case in along:
+        made = cases.make(case, work)
+        parameters = Bundle(made.bundle).manifest.model.parameters
+        batches = cases.SCALING_BATCHES if axis == "batch" else case.batches
+        with bench.candidates(made.bundle, with_peers=True) as selection:
+            runners = [r for r in selection.runners if (r.recipe and r.recipe.kind == "ours") or r.name in _SCALED]
+            report = bench.run(
+                made.bundle,
+                runners,
+                VERBS,
+                batches,
+                sizes=case.sizes or None,
+                seconds=seconds,
+                threads=selection.threads,
+                progress=lambda step: print(f"  {step}", flush=True),
+            )
+        extra = {"parameters": parameters, "pixels": math.prod(case.sizes.values()) if case.sizes else None}
+        rows += [{**row, **extra} for row in report.to_dict()["rows"]]
+    return {"rows": rows, "exponents": exponents(rows)}
+
+
+def exponents(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """By verb and runner, the exponent e of time ~ work^e, work in multiply-adds: least squares on logarithms.
+
+    1 is time in proportion to work; below it, what a call costs however small it is still counts. Work that is the
+    same everywhere has no exponent.
+    """
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row["multiply_adds"]:
+            place = points.setdefault(row["verb"], {}).setdefault(row["runner"], [])
+            place.append((math.log(row["multiply_adds"]), math.log(row["median_us"])))
+    return {
+        verb: {
+            runner: float(np.polyfit(*zip(*found, strict=True), 1)[0])
+            for runner, found in of_verb.items()
+            if len({work for work, _ in found}) > 1
+        }
+        for verb, of_verb in points.items()
+    }
+
+
+if __name__ == "__main__":
+    main()

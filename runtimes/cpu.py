@@ -1,0 +1,153 @@
+"""The CPU: each graph on the runner that is fastest for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from vae_export.errors import BackendError
+from vae_export.manifest import Model
+from vae_export.noise import Normals
+
+from .backend import Settings, Value, Way, slices
+
+
+class Session(Protocol):
+    """An opened graph. It may be run from many threads at once."""
+
+    runner: str
+    version: str
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
+        """Named inputs to named outputs, arrays of the host.
+
+        With `out` the results are written into these arrays; results of other shapes are returned as they are, for
+        whoever asked to refuse.
+        """
+        ...
+
+
+class CpuBackend:
+    """For each graph one session or several, by the size of the batch."""
+
+    on_gpu = False
+
+    def __init__(self, ways: Mapping[str, Sequence[Way]], model: Model, settings: Settings) -> None:
+        """Open graphs.
+
+        Args:
+            ways: for each graph how it runs, by rising `up_to`, of which the last is None.
+            model: what they take and give.
+            settings: threads, which go before those of a way.
+
+        Raises:
+            BackendError: a runner is not available, or does not compute on this processor what it is asked for.
+            BundleError: a runner does not accept a graph, or finds another than the model has.
+        """
+        self.graphs = frozenset(ways)
+        self._ways = {name: tuple(chosen) for name, chosen in ways.items()}
+        opened: dict[tuple[Any, ...], Session] = {}
+        self._sessions: dict[str, tuple[tuple[int | None, Session], ...]] = {}
+        for name, chosen in ways.items():
+            rows = []
+            for way in chosen:
+                threads = settings.threads or way.threads
+                key = (name, id(way.graph), way.runner, way.precision, threads)
+                if key not in opened:
+                    opened[key] = _open(name, way, model, threads)
+                rows.append((way.up_to, opened[key]))
+            self._sessions[name] = tuple(rows)
+        self._threads = settings.threads
+
+    def run(
+        self,
+        graph: str,
+        inputs: Mapping[str, Value],
+        outputs: Sequence[str],
+        micro_batch: int,
+        *,
+        on_device: bool = False,
+        out: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        """See `Backend.run`."""
+        first = next(iter(inputs.values()))
+        n = len(first)
+        if n > micro_batch:
+            return self._sliced(graph, inputs, outputs, micro_batch, out)
+        if len(inputs) > 1 or type(first) is Normals:
+            inputs = {name: value.numpy() if type(value) is Normals else value for name, value in inputs.items()}
+        for up_to, session in self._sessions.get(graph, ()):
+            if up_to is None or n <= up_to:
+                try:
+                    return session.run(outputs, inputs, out)
+                except Exception as error:  # the runners' exceptions have no common base
+                    raise BackendError(f"{session.runner} {session.version} failed in the {graph}: {error}") from error
+        raise BackendError("this VAE was closed; load the bundle again")
+
+    def _sliced(
+        self,
+        graph: str,
+        inputs: Mapping[str, Value],
+        outputs: Sequence[str],
+        micro_batch: int,
+        out: Sequence[Any] | None,
+    ) -> list[Any]:
+        """Slice by slice, each written where it belongs in the whole."""
+        n = len(next(iter(inputs.values())))
+        results = None if out is None else list(out)
+        for rows in slices(n, micro_batch):
+            part = {name: value[rows] for name, value in inputs.items()}
+            if results is not None:
+                targets = [result[rows] for result in results]
+                found = self.run(graph, part, outputs, micro_batch, out=targets)
+                if found[0].shape != targets[0].shape:
+                    return found
+                continue
+            first = self.run(graph, part, outputs, micro_batch)  # it tells the shapes
+            results = [np.empty((n, *value.shape[1:]), value.dtype) for value in first]
+            for result, value in zip(results, first, strict=True):
+                result[rows] = value
+        assert results is not None
+        return results
+
+    def warm(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int) -> None:
+        """See `Backend.warm`."""
+        self.run(graph, inputs, outputs, micro_batch)
+
+    def draw(self, mean: Value, logvar: Value, eps: Normals) -> Any:
+        """See `Backend.draw`: there is no GPU here."""
+        raise AssertionError("arrays on the GPU are refused before")
+
+    def describe(self) -> dict[str, Any]:
+        """What the graphs run on; where they do not all run the same way, `graphs` says how each does."""
+        sessions = {s.runner: s.version for rows in self._sessions.values() for _, s in rows}
+        ways = {(way.runner, way.precision, way.threads) for chosen in self._ways.values() for way in chosen}
+        facts: dict[str, Any] = {
+            "backend": ", ".join(sessions),
+            "version": ", ".join(sessions.values()),
+            "device": "cpu",
+            "provider": ", ".join(_PROVIDERS[runner] for runner in sessions),
+            "threads": self._threads or "one for each core",
+        }
+        if len(ways) > 1:
+            facts["graphs"] = {name: [str(way) for way in chosen] for name, chosen in self._ways.items()}
+        return facts
+
+    def close(self) -> None:
+        """Drop the sessions."""
+        self._sessions = {}
+
+
+_PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}
+
+
+def _open(name: str, way: Way, model: Model, threads: int | None) -> Session:
+    if way.runner == "openvino":
+        from .openvino import OpenVinoSession
+
+        return OpenVinoSession(name, way.graph, model, way.precision, threads)
+    from .ort import OrtSession
+
+    return OrtSession(name, way.graph, model, way.arrays, threads)

@@ -1,0 +1,343 @@
+"""Builds for the CPU: what is measured, what is chosen, and that it computes the same at every batch."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vae_export.runtimes import Settings, cpu, openvino
+from vae_export.runtimes.backend import Way
+
+import vae_export
+from vae_export import builds, golden, graph, report, tuning
+from vae_export.bench import timing
+from vae_export.builds import BuildFolder, Options
+from vae_export.bundle import Bundle
+from vae_export.errors import BackendError, BundleError, InputError, VerificationError
+from vae_export.graph import passes
+
+BATCHES = (1, 3, 8, 9, 64, 65)
+
+
+@pytest.fixture(scope="module")
+def bundle(member: Callable[[str], Any]) -> Path:
+    path: Path = member("conv-bernoulli").bundle
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Builds of the same bundle by precision."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return {
+        precision: vae_export.build(bundle, "cpu", precision=precision, out=folder / precision)
+        for precision in ("fp32", "auto", "int8")
+    }
+
+
+def test_every_candidate_has_a_verdict_and_one_is_chosen(built: dict[str, Any]) -> None:
+    for made in built.values():
+        places: dict[tuple[str, int], list[str]] = {}
+        for row in made.record.measurements:
+            places.setdefault((row.graph, row.batch), []).append(row.verdict)
+            assert row.median_us is None or row.median_us > 0
+        assert {graph for graph, _ in places} == {"encoder", "decoder", "generate", "reconstruct", "score"}
+        for verdicts in places.values():
+            assert verdicts.count("chosen") == 1
+            assert all(v in ("chosen", "slower", "the only one") or "its first call took" in v for v in verdicts)
+    runners = {row.runner for row in built["fp32"].record.measurements}
+    assert runners == {"onnxruntime", "openvino"}
+    kinds = {row.precision for row in built["auto"].record.measurements}
+    assert {"fp32", "int8"} <= kinds <= {"fp32", "bf16", "int8"}
+
+
+def test_variants_cover_all_batches_in_one_precision(built: dict[str, Any]) -> None:
+    for made in built.values():
+        for found in made.record.graphs.values():
+            assert found.variants[-1].up_to is None
+            assert found.file == found.variants[-1].file
+            assert len({variant.precision for variant in found.variants}) == 1
+        assert made.certificate.passed
+    assert {v.precision for v in built["int8"].record.graphs["encoder"].variants} == {"int8"}
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", 1e-5), ("int8", 0.05), ("auto", 0.05)])
+def test_it_gives_what_the_bundle_gives(bundle: Path, built: dict[str, Any], precision: str, allowed: float) -> None:
+    with vae_export.load(bundle, device="cpu") as plain, vae_export.load(bundle, build=built[precision].path) as vae:
+        for n in BATCHES:
+            got, expected = vae.sample(n, seed=3), plain.sample(n, seed=3)
+            assert np.sqrt(np.mean((got - expected) ** 2)) <= allowed * np.abs(expected).max()
+            x = np.clip(expected, 0, 1)
+            scale = np.abs(plain.encode(x).mean).max()
+            assert np.abs(vae.encode(x).mean - plain.encode(x).mean).max() <= 2 * allowed * scale
+            assert np.abs(vae.elbo(x).elbo - plain.elbo(x).elbo).max() <= max(allowed, 1e-3) * 1e3
+        shown = vae.describe()
+        assert shown["precision"] == {"fp32": "float32", "int8": "int8", "auto": "mixed"}[precision]
+        assert set(shown["backend"].split(", ")) <= {"onnxruntime", "openvino"}
+
+
+def test_out_is_written_in_place_by_every_runner(bundle: Path) -> None:
+    opened = Bundle(bundle)
+    model, (graphs, _) = opened.manifest.model, opened.graphs()
+    z = np.random.default_rng(0).standard_normal((5, *model.latent.shape)).astype(np.float32)
+    results = []
+    for runner in ("onnxruntime", "openvino"):
+        backend = cpu.CpuBackend({"decoder": [Way(graphs["decoder"], runner)]}, model, Settings())
+        out = np.full((5, *model.data.shape), np.nan, np.float32)
+        (given,) = backend.run("decoder", {"z": z}, ("sample",), 2, out=[out])
+        assert given is out
+        results.append(out)
+        (fresh,) = backend.run("decoder", {"z": z}, ("sample",), 64)
+        assert np.abs(fresh - out).max() < 1e-5
+        backend.close()
+        with pytest.raises(BackendError, match="this VAE was closed; load the bundle again"):
+            backend.run("decoder", {"z": z}, ("sample",), 64)
+    assert np.abs(results[0] - results[1]).max() < 1e-5
+
+
+def test_openvino_from_many_threads(bundle: Path) -> None:
+    opened = Bundle(bundle)
+    model, (graphs, _) = opened.manifest.model, opened.graphs()
+    backend = cpu.CpuBackend({"decoder": [Way(graphs["decoder"], "openvino")]}, model, Settings())
+    inputs = np.random.default_rng(0).standard_normal((8, 3, *model.latent.shape)).astype(np.float32)
+    alone = [backend.run("decoder", {"z": z}, ("sample",), 64)[0] for z in inputs]
+    together: list[Any] = [None] * 8
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            together[i] = backend.run("decoder", {"z": inputs[i]}, ("sample", "logits"), 64)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(alone, together, strict=True))
+
+
+def test_openvino_refuses_what_is_not_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle(bundle)
+    model, (graphs, _) = opened.manifest.model, opened.graphs()
+    with pytest.raises(BundleError, match=r"decoder: the manifest promises that it takes .* and OpenVINO finds .*'x'"):
+        openvino.OpenVinoSession("decoder", graphs["encoder"], model, "fp32", None)
+    with pytest.raises(BundleError, match=r"decoder: OpenVINO \S+ does not open it: "):
+        openvino.OpenVinoSession("decoder", b"no graph", model, "fp32", None)
+    monkeypatch.setitem(openvino._HINTS, "bf16", "f64")
+    with pytest.raises((BackendError, BundleError), match=r"bf16 was asked for, and OpenVINO|does not open it"):
+        openvino.OpenVinoSession("decoder", graphs["decoder"], model, "bf16", None)
+
+
+def test_without_openvino(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> frozenset[str]:
+        raise BackendError("build needs the package openvino.\nRun: pip install 'vae-export[openvino]'")
+
+    monkeypatch.setattr(openvino, "capabilities", missing)
+    made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
+    assert {row.runner for row in made.record.measurements} == {"onnxruntime"}
+    assert "pip install 'vae-export[openvino]'" in made.record.absent[0]
+    assert "not possible here" in report.as_text(report.build(made.path, made.record))
+    with pytest.raises(VerificationError, match=r"nothing runs .* in bf16 here: .*no bf16 convolutions on the CPU"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "bf16", precision="bf16")
+
+
+def test_passes_that_may_be_used(bundle: Path, tmp_path: Path) -> None:
+    made = vae_export.build(bundle, "cpu", out=tmp_path / "none", passes="none")
+    assert all(row.passes == () for row in made.record.measurements)
+    assert made.record.options.passes == ()
+    made = vae_export.build(bundle, "cpu", out=tmp_path / "all")
+    assert any("upsampling" in row.passes for row in made.record.measurements)
+    assert made.record.options.passes == tuple(passes.PASSES)
+    with pytest.raises(InputError, match="there is none called 'magic'"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "x", passes="magic")
+    with pytest.raises(InputError, match="build: budget is 'loose'; expected fp32, fp16, bf16, int8"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "x", budget="loose")
+    with pytest.raises(InputError, match="build: seconds is 0; expected a number above 0"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "x", seconds=0)
+
+
+def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Int8 holds on the few rows, and not on all: float32 is taken, and the record says why."""
+    honest = tuning._Tuner._certificate
+
+    def certificate(self: Any, ways: Any, reference: Any, **options: Any) -> Any:
+        measured = honest(self, ways, reference, **options)
+        if reference is self.reference and any(w.precision != "fp32" for each in ways.values() for w in each):
+            import msgspec
+
+            check = msgspec.structs.replace(measured.checks[1], got=1.0, allowed=0.0)
+            return msgspec.structs.replace(measured, checks=(check, *measured.checks[1:]))
+        return measured
+
+    monkeypatch.setattr(tuning._Tuner, "_certificate", certificate)
+    made = vae_export.build(bundle, "cpu", out=tmp_path / "out", precision="auto")
+    kinds = {v.precision for found in made.record.graphs.values() for v in found.variants}
+    assert kinds == {"fp32"}
+    verdicts = {row.verdict for row in made.record.measurements if row.precision == "int8"}
+    # What was slow anyway was never chosen, and so never refused.
+    assert verdicts <= {v for v in verdicts if v.startswith("refused: ") or "slower" in v or "first call" in v}
+    monkeypatch.setattr(
+        tuning._Tuner, "_certificate", lambda self, ways, ref, **o: _failed(honest(self, ways, ref, **o))
+    )
+    with pytest.raises(VerificationError, match="differs from its reference"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def _failed(measured: Any) -> Any:
+    import msgspec
+
+    check = msgspec.structs.replace(measured.checks[1], got=1.0, allowed=0.0)
+    return msgspec.structs.replace(measured, checks=(check, *measured.checks[1:]))
+
+
+def _timed(precision: str, batch: int, median: float, spread: float = 0.0) -> tuning.Timed:
+    candidate = tuning.Candidate(
+        "onnxruntime", precision, (), {"decoder": b""}, {"decoder": {}}, {}, {"decoder": precision}
+    )
+    times = timing.Times(median, median, median, median, median, spread, 9, 3)
+    return tuning.Timed(candidate, None, batch, times, "slower")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("fp32", 1, 1.0), ("fp32", 1, 0.99)], [0]),  # the second is faster by less than the noise
+        ([("fp32", 1, 1.0), ("fp32", 1, 0.9)], [1]),
+        ([("fp32", 1, 1.0), ("int8", 1, 1.5), ("fp32", 8, 8.0), ("int8", 8, 2.0)], [1, 3]),  # one precision for all
+        ([("fp32", 1, 1.0), ("int8", 1, 3.0), ("fp32", 8, 8.0), ("int8", 8, 4.0)], [0, 2]),
+    ],
+)
+def test_the_choice(rows: list[tuple[str, int, float]], expected: list[int]) -> None:
+    tuner = object.__new__(tuning._Tuner)
+    made = [_timed(*row) for row in rows]
+    tuner.timed = {"decoder": made}
+    assert [made.index(row) for row in tuner._choose("decoder", {})] == expected
+
+
+def test_a_loud_measurement_takes_the_first() -> None:
+    tuner = object.__new__(tuning._Tuner)
+    made = [_timed("fp32", 1, 1.0), _timed("fp32", 1, 0.96, spread=0.5), _timed("fp32", 1, 2.0)]
+    tuner.timed = {"decoder": made}
+    assert tuner._choose("decoder", {}) == [made[0]]
+    assert tuner._choose("decoder", {id(made[0].candidate): "refused"}) == [made[1]]
+
+
+def test_a_fused_graph_that_loses_to_its_parts_is_left_out(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "WORTH", 0.0)
+    made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
+    assert set(made.record.graphs) == {"encoder", "decoder"}
+    lost = {
+        row.verdict for row in made.record.measurements if row.graph == "generate" and "times as fast" in row.verdict
+    }
+    assert len(lost) == 1
+    with vae_export.load(bundle, build=made.path) as vae:
+        assert vae.generate(2).shape[0] == 2
+
+
+def test_the_cache_is_used(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VAE_EXPORT_CACHE", str(tmp_path / "cache"))
+    made = vae_export.build(bundle, "cpu")
+    with vae_export.load(bundle, device="cpu") as vae:
+        assert vae.describe()["build"] == str(made.path)
+
+
+def test_a_changed_variant_is_refused(bundle: Path, built: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "copy"
+    shutil.copytree(built["fp32"].path, path)
+    (variant, _) = BuildFolder(path).variants()["decoder"][0]
+    raw = bytearray((path / variant.file).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (path / variant.file).write_bytes(bytes(raw))
+    with pytest.raises(BundleError, match=variant.file):
+        vae_export.load(bundle, build=path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"up_to": 0}, "up_to and threads: numbers from 1 on expected"),
+        ({"threads": 0}, "up_to and threads: numbers from 1 on expected"),
+        ({"kept": {"a\x1b": "b"}}, "printable text expected"),
+    ],
+)
+def test_variants_that_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        builds.Variant(file="decoder.onnx", runner="openvino", **changed)
+
+
+@pytest.mark.parametrize("limits", [(1, 8), (8, 1, None), (None, None), (1, 1, None)])
+def test_limits_rise_and_end(limits: tuple[int | None, ...]) -> None:
+    variants = tuple(builds.Variant(up_to=limit, file="d.onnx", runner="onnxruntime") for limit in limits)
+    with pytest.raises(ValueError, match="rising limits and then none expected, got"):
+        builds.BuiltGraph(file="d.onnx", onnx_sha256="0" * 64, structure="0" * 64, variants=variants)
+
+
+def test_sizes_that_vary(member: Callable[[str], Any], tmp_path: Path) -> None:
+    path = member("spatial-named").bundle
+    made = vae_export.build(path, "cpu", out=tmp_path / "out", sizes=[{"height": 24, "width": 32}], batches=(1, 4))
+    assert {row.batch for row in made.record.measurements} == {1, 4}
+    with vae_export.load(path, device="cpu") as plain, vae_export.load(path, build=made.path) as vae:
+        for size in ({"height": 16, "width": 24}, {"height": 40, "width": 8}):
+            got, expected = vae.sample(3, size=size), plain.sample(3, size=size)
+            assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    with pytest.raises(InputError, match=r"does not take size \(size: the CPU is measured at one size\)"):
+        vae_export.build(path, "cpu", out=tmp_path / "x", sizes=[{"height": 8, "width": 8}, {"height": 16, "width": 8}])
+
+
+def test_inputs_fill_the_size_that_is_measured(member: Callable[[str], Any]) -> None:
+    opened = Bundle(member("spatial-named").bundle)
+    model = opened.manifest.model
+    reference = golden.decode(opened.read(golden.FILE), opened.manifest.golden, model)
+    sizes = {"height": 40, "width": 8}
+    tuner = tuning._Tuner(
+        opened.graphs()[0],
+        model,
+        reference,
+        np.zeros((0, 3, 16, 24), np.float32),
+        Options(),
+        (1,),
+        sizes,
+        "x",
+        0.01,
+        print,
+    )
+    made = tuner._inputs("reconstruct", 300)
+    assert made["x"].shape == (300, 3, 40, 8)
+    assert made["eps"].shape == (300, *model.latent_shape(sizes))
+    assert np.isfinite(made["x"]).all()
+    assert made["x"].std() > 0
+    assert math.isclose(float(made["eps"].std()), 1.0, abs_tol=0.1)
+
+
+def test_the_command_line(bundle: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    unnamed = run("build", "--target", "cpu")
+    assert (unnamed.returncode, "build: name a BUNDLE" in unnamed.stderr) == (2, True)
+    shown = run("build", "--passes", "list")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in passes.PASSES)
+    options = ("--target", "cpu", "--precision", "auto", "--seconds", "0.01", "--batch", "1,2", "--budget", "fp16")
+    made = run("build", bundle, *options, "--passes", "-phases", "--out", tmp_path / "out")
+    assert made.returncode == 0, made.stderr
+    assert "candidates took turns" in made.stdout
+    assert "passes: " in run("inspect", tmp_path / "out").stdout
+    record = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert record["options"]["budget"] == "fp16"
+    assert "phases" not in record["options"]["passes"]
+
+
+def test_graphs_in_a_build_can_be_read(built: dict[str, Any]) -> None:
+    """8-bit weights are what is stored."""
+    folder = BuildFolder(built["int8"].path)
+    ((_, content),) = folder.variants()["encoder"][-1:]
+    read = graph.read(content)
+    assert any(node.op_type == "QuantizeLinear" for node in read.graph)

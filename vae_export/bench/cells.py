@@ -1,0 +1,222 @@
+"""What is timed: a verb on a batch of real inputs, and what its result must be."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vae_export import golden, noise
+from vae_export.bundle import Bundle
+from vae_export.errors import InputError, VerificationError
+from vae_export.manifest import Model
+from vae_export.runtimes import VAE, open_backend
+
+#: All verbs, and the graphs that each goes through.
+VERBS: Mapping[str, tuple[str, ...]] = {
+    "encode": ("encoder",),
+    "decode": ("decoder",),
+    "sample": ("decoder",),
+    "reconstruct": ("encoder", "decoder"),
+    "elbo": ("encoder", "decoder"),
+}
+# Of the largest value that is expected: the worst error in float32, and the root of the mean square in lower
+# precisions, which keep 8 or 11 bits, or are quantized, and are far off in single values. Two pictures of different
+# things are further apart than a tenth.
+_ALLOWED, _ALLOWED_LOWER = 1e-4, 1e-1
+_DRAWN = {"sample": frozenset({"sample"}), "elbo": frozenset({"reconstruction"})}
+# Away from the golden examples' size, so many rows are computed to compare with; larger batches repeat them.
+_ROWS = 8
+
+Array = npt.NDArray[np.float32]
+Values = npt.NDArray[Any]
+#: What a call gives, by name: `mean`; `sample`; or the ELBO's `reconstruction` and `kl`.
+Results = Mapping[str, Values]
+
+
+def has_elbo(model: Model) -> bool:
+    """Whether the model has an ELBO: a likelihood and a posterior variance."""
+    return model.likelihood.kind != "none" and model.posterior.kind != "deterministic"
+
+
+def check_verbs(model: Model, verbs: Sequence[str] | None) -> tuple[str, ...]:
+    """Those that are asked for; None asks for all that the model has.
+
+    Raises:
+        InputError: one is unknown, or is `elbo` of a model that has none; or none is left.
+    """
+    if verbs is None:
+        return tuple(verb for verb in VERBS if verb != "elbo" or has_elbo(model))
+    if not verbs or (unknown := [verb for verb in verbs if verb not in VERBS]):
+        shown = repr(unknown[0]) if verbs else "none"
+        raise InputError(f"bench: the verb is {shown}; expected one or more of {', '.join(VERBS)}")
+    if "elbo" in verbs and not has_elbo(model):
+        raise InputError(
+            "bench: elbo needs a likelihood and a posterior variance, and this model lacks one. Leave elbo out"
+        )
+    return tuple(dict.fromkeys(verbs))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One verb at one batch.
+
+    Attributes:
+        verb: one of VERBS.
+        batch: examples in a call.
+        value: x (batch, *data) of `encode`, `reconstruct` and `elbo`; z (batch, *latent) of `decode`; of `sample` an
+            array of z's shape, whose values do not count. float32.
+        latent: one latent's shape.
+        sizes: of the data's named dimensions.
+        seed: of the noise in `sample` and `elbo`, where noise is addressed.
+        start: the index of the first example there.
+        expected: by the name of what a call gives, the leading rows, float64 or float32.
+        scale: by the same names, what errors are relative to.
+        drawn: the names whose values depend on the noise: without addressed noise they can only be finite.
+        multiply_adds: of the whole batch; None where the bundle does not say it.
+    """
+
+    verb: str
+    batch: int
+    value: Array
+    latent: tuple[int, ...]
+    sizes: Mapping[str, int]
+    seed: int
+    start: int
+    expected: Mapping[str, Values]
+    scale: Mapping[str, float] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
+    multiply_adds: int | None = None
+
+    def check(self, results: Results, runner: str, *, precision: str = "fp32", addressed: bool = True) -> None:
+        """Refuse a wrong result.
+
+        Args:
+            results: what a call gave.
+            runner: its name, for the message.
+            precision: `fp32`, or one that is allowed more.
+            addressed: its noise is ours, so that what it drew is known.
+
+        Raises:
+            VerificationError: a shape, or a value, is not what it must be.
+        """
+        exact = precision == "fp32"
+        for name, expected in self.expected.items():
+            got, what = np.asarray(results[name]), f"bench: {runner}, {self.verb}, batch {self.batch}: {name}"
+            shape = (self.batch, *expected.shape[1:])
+            if got.shape != shape:
+                raise VerificationError(f"{what} has shape {got.shape}, expected {shape}. Its times count for nothing")
+            if not np.isfinite(got).all():
+                raise VerificationError(f"{what} has values that are not finite. Its times count for nothing")
+            if name in self.drawn and not addressed:
+                continue
+            errors = np.abs(got[: len(expected)].astype(np.float64) - expected)
+            error = float(errors.max() if exact else np.sqrt(np.square(errors).mean()))
+            allowed = (_ALLOWED if exact else _ALLOWED_LOWER) * self.scale.get(name, float(np.abs(expected).max()))
+            if error > allowed:
+                raise VerificationError(
+                    f"{what} has a{' worst' if exact else 'n RMS'} error of {error:.3g}, allowed {allowed:.3g} in "
+                    f"{precision}. Its times count for nothing"
+                )
+
+
+class Examples:
+    """The inputs of a bundle's cells, and their references.
+
+    At the golden examples' size these are the float64 reference's. At other sizes they are what the bundle's own
+    graphs give in float32 on ONNX Runtime: the certificate is what speaks for those.
+    """
+
+    def __init__(self, bundle: Bundle, sizes: Mapping[str, int] | None = None) -> None:
+        """Read the golden examples.
+
+        Args:
+            bundle: whose every file is verified here.
+            sizes: of the data's named dimensions; None takes those of the golden examples.
+
+        Raises:
+            InputError: a size is not one that the model takes.
+            BundleError: the bundle is damaged, or a graph is refused.
+            BackendError: ONNX Runtime is not installed.
+        """
+        bundle.check()
+        self.model = bundle.manifest.model
+        self._bundle = bundle
+        self._seed = bundle.manifest.golden.seed
+        reference = golden.decode(bundle.read(golden.FILE), bundle.manifest.golden, self.model)
+        golden_latent = reference.tensors["mean"].shape[1:]
+        self.latent = golden_latent if sizes is None else self.model.latent_shape(sizes)
+        self.sizes = self.model.sizes(self.latent)
+        as_golden = self.latent == golden_latent
+        self._first = reference.record.extremes if as_golden else 0  # they come first, and are left out
+        self._rows = self._of_golden(reference) if as_golden else self._of_graphs()
+
+    def cell(self, verb: str, batch: int) -> Cell:
+        """The cell of a verb and a batch. Rows repeat where there are fewer than the batch has."""
+        of_data = VERBS[verb][0] == "encoder"
+        rows = self._rows
+        value = rows["x" if of_data else "z"]
+        chosen = np.arange(batch) % len(value)
+        # Noise is addressed by the index in the batch: a row that comes again has other noise.
+        once = chosen[: len(value)]
+        expected: dict[str, Values] = {}
+        scale: dict[str, float] = {}
+        if verb == "encode":
+            expected = {"mean": rows["mean"][chosen]}
+        elif verb == "decode":
+            expected = {"sample": rows["prior.sample"][chosen]}
+        elif verb == "sample":
+            expected = {"sample": rows["prior.sample"][once]}
+        elif verb == "reconstruct":
+            expected = {"sample": self._vae.decode(rows["mean"][once].astype(np.float32))[chosen]}
+        else:
+            expected = {"kl": rows["kl"][chosen], "reconstruction": rows["reconstruction"][once]}
+            scale = dict.fromkeys(expected, float(rows["scale"].max()))
+        graphs = self._bundle.manifest.graphs
+        costs = [cost.at(self.sizes)[0] for name in VERBS[verb] if (cost := graphs[name].cost)]
+        return Cell(
+            verb=verb,
+            batch=batch,
+            value=np.ascontiguousarray(value[chosen]),
+            latent=self.latent,
+            sizes=self.sizes,
+            seed=self._seed,
+            start=self._first if of_data else 0,
+            expected=expected,
+            scale=scale,
+            drawn=_DRAWN.get(verb, frozenset()),
+            multiply_adds=batch * sum(costs) if len(costs) == len(VERBS[verb]) else None,
+        )
+
+    @functools.cached_property
+    def _vae(self) -> VAE:
+        """The bundle's own graphs, whatever builds the cache has."""
+        graphs, weights = self._bundle.graphs()
+        return VAE(self.model, open_backend(graphs, self.model, device="cpu", weights=weights), micro_batch=_ROWS)
+
+    def _prior(self, count: int) -> Array:
+        size = math.prod(self.latent)
+        return noise.normals(self._seed, noise.PRIOR, 0, count, size).reshape(-1, *self.latent)
+
+    def _of_golden(self, reference: golden.Reference) -> dict[str, Values]:
+        """The float64 reference's."""
+        found = {"z": self._prior(reference.record.prior), "prior.sample": reference.tensors["prior.sample"]}
+        of_data = ("x", "mean", "kl", "reconstruction", "scale")
+        return found | {name: reference.tensors[name][self._first :] for name in of_data if name in reference.tensors}
+
+    def _of_graphs(self) -> dict[str, Values]:
+        """Decoded draws from the prior stand in for data."""
+        z = self._prior(_ROWS)
+        sample = self._vae.decode(z)
+        x = np.clip(sample, *self.model.data.range)
+        found: dict[str, Values] = {"z": z, "prior.sample": sample, "x": x, "mean": self._vae.encode(x).mean}
+        if has_elbo(self.model):
+            terms = self._vae.elbo(x, self._seed)
+            found |= {"kl": terms.kl, "reconstruction": terms.reconstruction}
+            found["scale"] = np.abs(terms.kl) + np.abs(terms.reconstruction)
+        return found

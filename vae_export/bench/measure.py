@@ -1,0 +1,162 @@
+"""All cells of a comparison: prepared, timed in turns, and checked afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from vae_export.bundle import Bundle
+from vae_export.errors import InputError
+
+from . import memory as memories
+from . import timing
+from .cells import Cell, Examples, check_verbs
+from .report import Absent, Report, Row, reason
+from .roof import Roof, cores, machine
+from .runners import Call, Runner
+
+
+def run(
+    path: str | os.PathLike[str],
+    runners: Sequence[Runner],
+    verbs: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 8, 64),
+    *,
+    sizes: Mapping[str, int] | None = None,
+    seconds: float = 2.0,
+    threads: int | None = None,
+    absent: Sequence[Absent] = (),
+    opened: Mapping[str, float] | None = None,
+    memory: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """Time every runner at every verb and batch, in turns, and check what each computes after it was timed.
+
+    Between the cells the machine's own rates are measured.
+
+    Args:
+        path: the bundle's folder.
+        runners: of this bundle, each with a name of its own.
+        verbs: of `VERBS`; None takes all that the model has.
+        batches: each ≥ 1.
+        sizes: of the data's named dimensions; None takes those of the golden examples.
+        seconds: for each runner and cell; slow calls take longer, as each is called five times and twice before.
+        threads: that the runners have, for the machine's own rates; None is one for each core.
+        absent: runners that are not here, for the report.
+        opened: seconds that opening the runners took, by name, for the report.
+        memory: also run every runner alone in a process of its own, once at the largest batch, for its peak memory.
+        progress: called with the name of each cell as it begins.
+
+    Raises:
+        InputError: a batch, a verb or a size is none of the model's, seconds is not positive, names are not unique,
+            or memory is asked of a runner that no other process can open.
+        VerificationError: a result is wrong.
+    """
+    bundle = Bundle(path)
+    verbs = check_verbs(bundle.manifest.model, verbs)
+    batches = _batches(batches)
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"bench: seconds is {seconds}; expected a positive number")
+    names = [runner.name for runner in runners]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"bench: the runners are {', '.join(names) or 'none'}; expected one or more, each name once")
+    if memory:
+        memories.check(runners)
+    examples = Examples(bundle, sizes)
+    roof, rows, missing = Roof(threads or cores()), list[Row](), list(absent)
+    roof.sample()
+    for verb in verbs:
+        for batch in batches:
+            progress(f"{verb}, batch {batch}")
+            cell = examples.cell(verb, batch)
+            rows += _cell(cell, [runner for runner in runners if verb in runner.verbs], seconds, missing)
+            roof.sample()
+    peaks: dict[str, int] = {}
+    if memory:
+        for runner in runners:
+            progress(f"memory of {runner.name}")
+            asked = [verb for verb in verbs if verb in runner.verbs]
+            peaks[runner.name] = memories.peak(runner, asked, max(batches), examples.sizes)
+    facts: list[dict[str, Any]] = []
+    for runner in runners:
+        fact: dict[str, Any] = {"runner": runner.name, "precision": runner.precision, "peer": runner.peer}
+        if opened and runner.name in opened:
+            fact["open_s"] = opened[runner.name]
+        if runner.name in peaks:
+            fact["memory_bytes"] = peaks[runner.name]
+        facts.append(fact)
+    return Report(
+        bundle=bundle.manifest.name,
+        sizes=dict(examples.sizes),
+        threads=threads or cores(),
+        machine=machine(),
+        roof=roof.rates(),
+        runners=tuple(facts),
+        rows=tuple(rows),
+        absent=tuple(missing),
+    )
+
+
+def _batches(batches: Sequence[int]) -> tuple[int, ...]:
+    try:
+        found = tuple(map(operator.index, batches))
+    except TypeError:
+        found = ()
+    if not found or min(found) < 1:
+        raise InputError(f"bench: batches are {list(batches)}; expected numbers from 1 on")
+    return tuple(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def _quiet(runner: Runner) -> Iterator[None]:
+    """Without the warnings of others' libraries, which nobody here can mend."""
+    with warnings.catch_warnings():
+        if runner.peer:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _cell(cell: Cell, runners: Sequence[Runner], seconds: float, missing: list[Absent]) -> list[Row]:
+    """One verb and batch. A peer that fails is noted; ours, and the bare session, fail the run."""
+    calls: dict[str, Call] = {}
+    prepared: dict[str, tuple[float, float]] = {}
+    for runner in runners:
+        try:
+            with _quiet(runner):
+                began = time.perf_counter()
+                call = runner.prepare(cell)
+                prepared[runner.name] = time.perf_counter() - began, timing.once(call)
+        except Exception as error:  # compilers and others' libraries raise anything
+            if not runner.peer:
+                raise
+            missing.append(Absent(runner.name, reason(error), cell.verb, cell.batch))
+        else:
+            calls[runner.name] = call
+    times = timing.measure(calls, seconds)
+    rows = []
+    for runner in runners:
+        if runner.name not in calls:
+            continue
+        result = runner.results(cell.verb, calls[runner.name]())
+        cell.check(result, runner.name, precision=runner.precision, addressed=runner.addressed)
+        prepare_s, first_call_s = prepared[runner.name]
+        rows.append(
+            Row(
+                verb=cell.verb,
+                batch=cell.batch,
+                runner=runner.name,
+                precision=runner.precision,
+                peer=runner.peer,
+                prepare_s=prepare_s,
+                first_call_s=first_call_s,
+                multiply_adds=cell.multiply_adds,
+                **dataclasses.asdict(times[runner.name]),
+            )
+        )
+    return rows

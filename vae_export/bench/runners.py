@@ -1,0 +1,209 @@
+"""What runs a bundle without PyTorch: our runtime, and the graphs on a session of somebody's, with nothing around."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vae_export import builds, elbo, likelihoods, onnx_reader
+from vae_export.builds import BuildFolder
+from vae_export.bundle import Bundle
+from vae_export.errors import require
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model
+from vae_export.runtimes import load
+from vae_export.runtimes.ort import session_options
+
+from .cells import VERBS, Array, Cell, Results, Values
+
+Call = Callable[[], Any]
+#: An array in, some outputs of a graph, in order, out.
+Function = Callable[[Array], Sequence[Array]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a runner is opened, in values that another process can read.
+
+    Attributes:
+        kind: a name of `select.KINDS`.
+        bundle: its folder.
+        threads: of one call.
+        build: the folder of a build, for `ours`; None takes what `load` takes.
+        source: what `sources.resolve` takes, for the kinds that run PyTorch; text or a path for another process.
+    """
+
+    kind: str
+    bundle: str
+    threads: int | None = None
+    build: str | None = None
+    source: Any = None
+
+
+class Runner(Protocol):
+    """A way to run a bundle's model.
+
+    Attributes:
+        name: unique among those that run together.
+        precision: `fp32`, or what else it computes in: the budget of the check at the end.
+        addressed: whether `sample` and `elbo` draw our addressed noise, so that their results are known.
+        peer: one of others', whose failure is reported and does not end the run.
+        verbs: those that it has.
+        recipe: how to open it again; None where it has what only this process has.
+    """
+
+    name: str
+    precision: str
+    addressed: bool
+    peer: bool
+    verbs: frozenset[str]
+    recipe: Recipe | None
+
+    def prepare(self, cell: Cell) -> Call:
+        """A call that runs the cell's verb on its value. Work for one shape, such as compiling, is done here."""
+        ...
+
+    def results(self, verb: str, result: Any) -> Results:
+        """What a call gave as arrays, by the names of `Cell.expected`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+class Ours:
+    """`vae_export.load`, all input checks on."""
+
+    addressed, peer = True, False
+    verbs = frozenset(VERBS)
+
+    def __init__(self, bundle: str | Path, *, build: str | Path | None = None, threads: int | None = None) -> None:
+        """Load on the CPU, or where the build is for. Errors: as for `load`."""
+        self.recipe: Recipe | None = Recipe("ours", str(bundle), threads, None if build is None else str(build))
+        self.name, self.precision = "vae_export", "fp32"
+        if build is not None:
+            record = BuildFolder(build).record
+            self.precision = record.options.precision
+            on = "" if record.target == "cpu" else f" {record.target}"
+            self.name = f"vae_export{on} {self.precision}"
+        device = "cpu" if build is None else builds.target(record.target).device
+        self.vae = load(bundle, device=device, build=build, micro_batch=1024, threads=threads)
+
+    def prepare(self, cell: Cell) -> Call:
+        """The public methods."""
+        vae, value, seed, start = self.vae, cell.value, cell.seed, cell.start
+        calls: dict[str, Call] = {
+            "encode": lambda: vae.encode(value),
+            "decode": lambda: vae.decode(value),
+            "sample": lambda: vae.sample(cell.batch, seed, start, size=cell.sizes or None),
+            "reconstruct": lambda: vae.reconstruct(value),
+            "elbo": lambda: vae.elbo(value, seed, start),
+        }
+        return calls[cell.verb]
+
+    def results(self, verb: str, result: Any) -> Results:
+        """Take them from a posterior or an ELBO."""
+        if verb == "encode":
+            return {"mean": result.mean}
+        return {"kl": result.kl, "reconstruction": result.reconstruction} if verb == "elbo" else {"sample": result}
+
+    def close(self) -> None:
+        """Close the VAE."""
+        self.vae.close()
+
+
+class Graphs:
+    """The verbs over two functions, as somebody would write them in NumPy around sessions: nothing is checked.
+
+    Noise is of NumPy's usual generator. The ELBO's terms are ours.
+    """
+
+    addressed, precision = False, "fp32"
+    name: str
+    verbs = frozenset(VERBS)
+    peer = True
+    recipe: Recipe | None = None
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._random = np.random.default_rng(0)
+
+    def function(self, graph: str, shape: tuple[int, ...], outputs: Sequence[str]) -> Function:
+        """A graph, `encoder` or `decoder`, on inputs (B, …) of exactly this shape."""
+        raise NotImplementedError
+
+    def prepare(self, cell: Cell) -> Call:
+        """Join the functions that the verb needs."""
+        value, latent = cell.value, (cell.batch, *cell.latent)
+        into = ENCODER_OUTPUTS[self.model.posterior.kind]
+        back = DECODER_OUTPUTS[self.model.likelihood.kind] if cell.verb == "elbo" else ("sample",)
+        names = VERBS[cell.verb]
+        encode = self.function("encoder", value.shape, into) if "encoder" in names else _none
+        decode = self.function("decoder", latent, back) if "decoder" in names else _none
+        draw = self._random.standard_normal
+        if cell.verb == "elbo":
+            likelihood = likelihoods.of(self.model)
+
+            def terms() -> dict[str, Values]:
+                mean, logvar = encode(value)
+                outputs = decode(mean + np.exp(0.5 * logvar) * draw(latent, np.float32))
+                parts = likelihood.log_prob_terms(value, dict(zip(back, outputs, strict=True)))
+                return {"kl": elbo.kl(mean, logvar), "reconstruction": elbo.per_example(parts)}
+
+            return terms
+        calls: dict[str, Call] = {
+            "encode": lambda: encode(value),
+            "decode": lambda: decode(value),
+            "sample": lambda: decode(draw(latent, np.float32)),
+            "reconstruct": lambda: decode(encode(value)[0]),
+        }
+        return calls[cell.verb]
+
+    def results(self, verb: str, result: Any) -> Results:
+        """The first output is what all runners have."""
+        return result if verb == "elbo" else {"mean" if verb == "encode" else "sample": result[0]}
+
+    def close(self) -> None:
+        """Nothing that Python does not give back by itself."""
+
+
+class Bare(Graphs):
+    """`InferenceSession.run` on the bundle's own graphs."""
+
+    name = "ONNX Runtime"
+    peer = False
+
+    def __init__(self, bundle: str | Path, *, threads: int | None = None) -> None:
+        """Open sessions.
+
+        Raises:
+            InputError, BundleError: as for `load`.
+            BackendError: ONNX Runtime is not installed.
+        """
+        ort = require("onnxruntime", "cpu", "bench")
+        opened = Bundle(bundle)
+        super().__init__(opened.manifest.model)
+        self.recipe = Recipe("onnxruntime", str(bundle), threads)
+        graphs, weights = opened.graphs()
+        self._arrays = {
+            name: onnx_reader.check_operators(model, name, weights.get(name)) for name, model in graphs.items()
+        }
+        self._sessions = {}
+        for name, model in graphs.items():
+            settings = session_options(ort, self._arrays[name])
+            settings.intra_op_num_threads = threads or 0
+            self._sessions[name] = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+    def function(self, graph: str, shape: tuple[int, ...], outputs: Sequence[str]) -> Function:
+        """The session takes every shape."""
+        session, (end,) = self._sessions[graph], self.model.ends(graph)[0]
+        names, name = list(outputs), end.name
+        return lambda value: session.run(names, {name: value})
+
+
+def _none(value: Array) -> Sequence[Array]:
+    raise AssertionError("the verb does not go through this graph")

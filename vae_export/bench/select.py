@@ -1,0 +1,169 @@
+"""Which runners there are for a bundle here, and which are not and why."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from vae_export.bundle import Bundle
+from vae_export.errors import BackendError, InputError, require
+
+from . import peers
+from .report import Absent, reason
+from .roof import cores
+from .runners import Bare, Ours, Recipe, Runner
+
+if TYPE_CHECKING:
+    from vae_export.sources.protocol import Trained
+
+Opener = Callable[[Recipe, "Trained | None"], Runner]
+
+#: What a recipe of each kind opens. Those of PyTorch need the resolved source.
+KINDS: Mapping[str, Opener] = {
+    "ours": lambda recipe, trained: Ours(recipe.bundle, build=recipe.build, threads=recipe.threads),
+    "onnxruntime": lambda recipe, trained: Bare(recipe.bundle, threads=recipe.threads),
+    "openvino-fp32": lambda recipe, trained: peers.OpenVino(recipe.bundle, threads=recipe.threads),
+    "openvino-bf16": lambda recipe, trained: peers.OpenVino(recipe.bundle, precision="bf16", threads=recipe.threads),
+    "eager": lambda recipe, trained: peers.Eager(_needed(trained), threads=recipe.threads),
+    "compile": lambda recipe, trained: peers.Compiled(_needed(trained), threads=recipe.threads),
+    "diffusers": lambda recipe, trained: peers.Diffusers(_needed(trained), threads=recipe.threads),
+}
+#: The kinds that are asked for together, and what they are called when they are not there.
+PEERS = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "diffusers": "diffusers",
+    "openvino-fp32": "OpenVINO f32",
+    "openvino-bf16": "OpenVINO bf16",
+}
+_OF_SOURCE = ("eager", "compile", "diffusers")
+
+
+@dataclass
+class Selection:
+    """Runners that are open, as a context that closes them.
+
+    Attributes:
+        runners: ours first.
+        absent: those that were asked for and are not here.
+        threads: of every call.
+        opened: seconds that opening each took, by name.
+    """
+
+    threads: int
+    runners: list[Runner] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
+    opened: dict[str, float] = field(default_factory=dict)
+
+    def __enter__(self) -> Selection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all, the last opened first."""
+        while self.runners:
+            self.runners.pop().close()
+
+
+def candidates(
+    bundle: str | Path,
+    *,
+    builds: Sequence[str | Path] = (),
+    source: Any = None,
+    with_peers: bool = False,
+    threads: int | None = None,
+) -> Selection:
+    """Open all that is asked for.
+
+    Args:
+        bundle: its folder.
+        builds: folders of builds of it, each timed; none times what `load` takes on the CPU.
+        source: what the bundle was exported from: what `sources.resolve` takes. PyTorch's peers are made of it.
+        with_peers: PyTorch eager and compiled, diffusers, and OpenVINO, too.
+        threads: of every call, for all alike; None takes one for each core that this process may use.
+
+    Raises:
+        InputError: threads is below 1, there is a source and no peers are wanted, or as for `load`.
+        BundleError, BackendError: as for `load`, and for reading the source.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"bench: threads is {threads}; expected a number from 1 on")
+    if source is not None and not with_peers:
+        raise InputError("bench: --source is what PyTorch's peers are made of, and none are asked for. Add --peers")
+    selection = Selection(threads or cores())
+    shared = Recipe("ours", str(bundle), selection.threads, source=source)
+    try:
+        for build in builds or (None,):
+            _open(selection, replace(shared, build=None if build is None else str(build), source=None), None)
+        _distinguish(selection)
+        _open(selection, replace(shared, kind="onnxruntime", source=None), None)
+        if with_peers:
+            _open_peers(selection, shared)
+    except BaseException:
+        selection.close()
+        raise
+    return selection
+
+
+def open_recipe(recipe: Recipe) -> Runner:
+    """Open one runner, its source included. Errors: as for `candidates`."""
+    return KINDS[recipe.kind](recipe, _resolved(recipe.source) if recipe.kind in _OF_SOURCE else None)
+
+
+def _open_peers(selection: Selection, shared: Recipe) -> None:
+    trained = None if shared.source is None else _resolved(shared.source)
+    origin = trained.origin if trained else Bundle(shared.bundle).manifest.origin
+    for kind, name in PEERS.items():
+        if kind == "diffusers" and origin.kind != "diffusers":
+            continue
+        if kind in _OF_SOURCE and trained is None:
+            selection.absent.append(Absent(name, "it needs what the bundle was exported from. Pass it with --source"))
+            continue
+        try:
+            recipe = replace(shared, kind=kind, source=shared.source if kind in _OF_SOURCE else None)
+            _open(selection, recipe, trained)
+        except BackendError as error:
+            selection.absent.append(Absent(name, reason(error)))
+
+
+def _open(selection: Selection, recipe: Recipe, trained: Trained | None) -> None:
+    began = time.perf_counter()
+    runner = KINDS[recipe.kind](recipe, trained)
+    runner.recipe = recipe
+    selection.runners.append(runner)
+    selection.opened[runner.name] = time.perf_counter() - began
+
+
+def _distinguish(selection: Selection) -> None:
+    """Builds of one precision are told apart by their folders."""
+    counted = Counter(runner.name for runner in selection.runners)
+    taken: set[str] = set()
+    opened = list(selection.opened.values())
+    for runner in selection.runners:
+        if counted[runner.name] > 1 and runner.recipe and runner.recipe.build:
+            runner.name = f"{runner.name} ({runner.recipe.build})"
+        if runner.name in taken:
+            raise InputError(f"bench: {runner.name} is given twice. Name each build once")
+        taken.add(runner.name)
+    selection.opened = dict(zip((runner.name for runner in selection.runners), opened, strict=False))
+
+
+def _resolved(source: Any) -> Trained:
+    require("torch", "export", "bench --source")
+    from vae_export import sources
+
+    return sources.resolve(source)
+
+
+def _needed(trained: Trained | None) -> Trained:
+    assert trained is not None
+    return trained

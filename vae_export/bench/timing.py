@@ -1,0 +1,99 @@
+"""Calls in turns: every call timed on its own, and what the times amount to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]
+
+_TURNS = 10
+# At the start of its turn a runner's threads may have to wait for another's that still spin, for tens of
+# milliseconds: calls in that time are not counted.
+_SETTLE_SECONDS, _SETTLE_SHARE = 0.05, 0.25
+
+
+@dataclass(frozen=True)
+class Times:
+    """What one runner's calls took, in seconds.
+
+    Attributes:
+        median: of the turns' medians, which a turn with more calls does not outweigh.
+        p10: the percentiles of all calls.
+        p50: likewise.
+        p90: likewise.
+        p99: likewise.
+        spread: the interquartile range of the turns' medians, as a share of the median.
+        calls: how many were timed.
+        turns: in how many turns.
+    """
+
+    median: float
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+    spread: float
+    calls: int
+    turns: int
+
+
+def measure(calls: Mapping[str, Call], seconds: float, fewest: int = 5) -> dict[str, Times]:
+    """Time calls in turns, A B C, B C A, ….
+
+    Args:
+        calls: by name; each was called before.
+        seconds: for each of them, all turns together. A call that is so slow that `fewest` of them take longer is
+            called so many times.
+        fewest: turns, at least.
+    """
+    longest = {name: once(call) for name, call in calls.items()}
+    rounds = max(fewest, min(_TURNS, int(seconds / max(longest.values(), default=1.0))))
+    turns: dict[str, list[list[float]]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds):
+        first = number % max(1, len(names))  # each comes after another one, whose threads may still spin
+        for name in names[first:] + names[:first]:
+            turns[name].append(turn(calls[name], seconds / rounds, longest[name]))
+    return {name: summarize(taken) for name, taken in turns.items()}
+
+
+def once(call: Call) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def turn(call: Call, seconds: float, usual: float) -> list[float]:
+    """Seconds of each call of one turn, one call at least.
+
+    Args:
+        call: what is timed.
+        seconds: of the turn, the beginning that is not counted included.
+        usual: about how long a call takes: where that is longer than the beginning, it is waited out.
+    """
+    settle = min(_SETTLE_SECONDS, _SETTLE_SHARE * seconds)
+    began = time.perf_counter()
+    if usual > settle:
+        time.sleep(settle)
+    else:
+        while time.perf_counter() < began + settle:
+            call()
+    times: list[float] = []
+    while not times or time.perf_counter() < began + seconds:
+        times.append(once(call))
+    return times
+
+
+def summarize(turns: list[list[float]]) -> Times:
+    """The figures of all turns."""
+    medians = [float(np.median(times)) for times in turns]
+    low, middle, high = np.quantile(medians, (0.25, 0.5, 0.75)).tolist()
+    everything = [value for times in turns for value in times]
+    p10, p50, p90, p99 = np.quantile(everything, (0.1, 0.5, 0.9, 0.99)).tolist()
+    return Times(middle, p10, p50, p90, p99, (high - low) / middle, len(everything), len(turns))

@@ -1,0 +1,621 @@
+"""What runs a bundle fastest on this machine's processor: measured, and held to the certificate.
+
+Candidates are a runner, graph passes, a precision and a number of threads. Each is timed with the others in turns, for
+each graph and batch; the fastest is chosen, of those that are as fast within the noise the first.
+A fused graph is used where it beats its parts. The choice as a whole is measured like any build, and what does not hold
+is taken out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vae_export import graph as graphs
+from vae_export import noise, precision, verifier
+from vae_export.bench import timing
+from vae_export.builds import Measurement, Options, Precision, Runner, Variant
+from vae_export.certificate import Certificate
+from vae_export.errors import BackendError, VaeExportError, VerificationError
+from vae_export.golden import Reference
+from vae_export.graph import compose, edit, passes
+from vae_export.manifest import GRAPHS, Model
+from vae_export.pixels import is_picture
+from vae_export.runtimes import VAE, Settings
+from vae_export.runtimes.backend import Backend, Way
+from vae_export.runtimes.cpu import CpuBackend
+
+Array = npt.NDArray[np.float32]
+Progress = Callable[[str], None]
+
+#: A fused graph is left out where its parts are more than so many times as fast.
+WORTH = 1.02
+#: The forms to try. Of those that are equally fast the first is taken: the one that multiplies least.
+_FORMS: Mapping[Runner, tuple[tuple[str, ...], ...]] = {
+    "onnxruntime": (("upsampling", "phases"), ()),
+    "openvino": (("upsampling",), (), ("group_norm", "upsampling")),
+}
+#: Seconds of measuring for each candidate, graph and batch, unless asked for otherwise.
+SECONDS = 0.5
+#: Turns of slow calls, at least.
+_TURNS = 3
+#: A call that takes this many times as long as the fastest is not timed further.
+_HOPELESS = 2.0
+#: Differences below this share are noise, however quiet the machine was; and above that they are none, however loud.
+_NOISE, _MOST_NOISE = 0.02, 0.05
+#: A call of one example that takes longer than this is measured at larger batches only up to _LONGEST seconds.
+_LONGEST = 8.0
+#: Where a call takes less than this, one thread may be faster than several, which have to wait for each other.
+_SHORT = 2e-3
+#: What a graph in lower precision may use of its budget, measured alone, where float32 is there to fall back on:
+#: encoder and decoder share it. What was asked for may use it all; where the whole then does not hold, half is tried,
+#: and so on, down to the last.
+_SHARE, _LAST_SHARE = 0.5, 0.1
+#: Rows on which lowered graphs are measured; all where that many take less than so many seconds.
+_ROWS, _QUICK = 24, 0.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run all graphs.
+
+    Attributes:
+        runner: what runs them.
+        precision: of the heavy nodes.
+        forms: those of `passes.FORMS` that were asked for.
+        graphs: their bytes by name.
+        changed: for each graph, the passes and how many places they changed.
+        kept: for each graph, nodes that stayed in float32, and why.
+        precisions: for each graph, what it is really in.
+    """
+
+    runner: Runner
+    precision: Precision
+    forms: tuple[str, ...]
+    graphs: dict[str, bytes]
+    changed: dict[str, dict[str, int]]
+    kept: dict[str, dict[str, str]] = field(default_factory=dict)
+    precisions: dict[str, Precision] = field(default_factory=dict)
+
+    def way(self, graph: str, threads: int | None, up_to: int | None = None) -> Way:
+        """For the backend."""
+        return Way(self.graphs[graph], self.runner, self.precisions[graph], threads, up_to)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A candidate for one graph and batch, and what its calls took."""
+
+    candidate: Candidate
+    threads: int | None
+    batch: int
+    times: timing.Times | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen.
+
+    Attributes:
+        variants: for each graph, how it runs, by rising batch, and the graph's bytes.
+        measurements: everything that was measured.
+        absent: what could not be a candidate here, and why.
+        certificate: of the whole.
+    """
+
+    variants: dict[str, list[tuple[Variant, bytes]]]
+    measurements: tuple[Measurement, ...]
+    absent: tuple[str, ...]
+    certificate: Certificate
+
+
+def tune(
+    sources: Mapping[str, bytes],
+    model: Model,
+    reference: Reference,
+    calibration: Array,
+    options: Options,
+    batches: Sequence[int],
+    sizes: Mapping[str, int],
+    name: str,
+    seconds: float,
+    progress: Progress,
+) -> Tuned:
+    """Find the fastest way to run a bundle here that holds.
+
+    Args:
+        sources: the encoder and the decoder, with their weights in them.
+        model: what they compute.
+        reference: the golden examples.
+        calibration: (n, *data) to record activations on; n may be 0.
+        options: precision, budget and passes.
+        batches: batch sizes to measure at, rising.
+        sizes: of the data's named dimensions, to measure at.
+        name: of the bundle.
+        seconds: of measuring for each candidate, graph and batch.
+        progress: called with the name of each step.
+
+    Raises:
+        BackendError: what the precision needs is not installed or not in this processor.
+        VerificationError: nothing holds.
+    """
+    tuner = _Tuner(sources, model, reference, calibration, options, batches, sizes, name, seconds, progress)
+    return tuner.run()
+
+
+class _Tuner:
+    def __init__(
+        self,
+        sources: Mapping[str, bytes],
+        model: Model,
+        reference: Reference,
+        calibration: Array,
+        options: Options,
+        batches: Sequence[int],
+        sizes: Mapping[str, int],
+        name: str,
+        seconds: float,
+        progress: Progress,
+    ) -> None:
+        self.model, self.reference, self.options, self.name = model, reference, options, name
+        self.seconds, self.progress = seconds, progress
+        self.batches, self.sizes = sorted(set(batches)), dict(sizes)
+        self.calibration = calibration
+        self.allowed = passes.select("all") if options.passes is None else options.passes
+        self.basic = [passed for passed in self.allowed if passed not in passes.FORMS]
+        self.absent: list[str] = []
+        self.runners = self._runners()
+        self.base: dict[str, bytes] = {}
+        self.changed: dict[str, dict[str, int]] = {}
+        for graph in GRAPHS:
+            read = graphs.read(sources[graph])
+            self.changed[graph] = passes.optimize(read, self.basic)
+            edit.name_nodes(read)
+            self.base[graph] = graphs.write(read)
+        self.timed: dict[str, list[Timed]] = {}
+        self._made: dict[Precision, dict[str, precision.Lowered]] = {}
+        self._activations: dict[str, dict[str, precision.Activation]] | None = None
+        self.share = _SHARE if options.precision == "auto" else 1.0
+        self.small = reference.first(_ROWS)
+        began = time.perf_counter()
+        self._certificate({graph: [Way(self.base[graph])] for graph in GRAPHS}, self.small, batches=(8,))
+        if time.perf_counter() - began < _QUICK:
+            self.small = reference
+
+    def run(self) -> Tuned:
+        """See `tune`."""
+        while True:
+            try:
+                return self._run()
+            except VerificationError:
+                if self.options.precision in ("auto", "fp32") or not self._made or self.share <= _LAST_SHARE:
+                    raise
+                self.share /= 2
+                self._made, self.timed, self.absent = {}, {}, []
+
+    def _run(self) -> Tuned:
+        candidates = list(self._candidates())
+        for graph in (*GRAPHS, *sorted({name for c in candidates for name in c.graphs} - set(GRAPHS))):
+            self.progress(f"measuring the {graph}")
+            having = [candidate for candidate in candidates if graph in candidate.graphs]
+            if graph not in GRAPHS:
+                # A fused graph is not fast where neither of its parts is.
+                best = {id(row.candidate) for part in GRAPHS for row in self._choose(part, {})}
+                having = [candidate for candidate in having if id(candidate) in best] or having[:1]
+            self.timed[graph] = self._time(graph, having)
+        refused: dict[int, str] = {}
+        while True:
+            chosen = {graph: self._choose(graph, refused) for graph in self.timed if self._left(graph, refused)}
+            ways = {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
+            self.progress("measuring the certificate")
+            measured = self._certificate(ways, self.reference)
+            if measured.passed:
+                break
+            self._refuse(measured, chosen, refused)
+        dropped = self._fusions(chosen)
+        if dropped:
+            ways = {graph: way for graph, way in ways.items() if graph not in dropped}
+            measured = self._certificate(ways, self.reference)
+            if not measured.passed:  # the fused graphs hold, and their parts by themselves do not
+                dropped, ways = {}, {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
+                measured = self._certificate(ways, self.reference)
+            measured.require()
+        measurements = tuple(self._records(chosen, refused, dropped))
+        return Tuned(self._variants(chosen, ways), measurements, tuple(self.absent), measured)
+
+    def _runners(self) -> list[Runner]:
+        """What can be used here; OpenVINO where it is installed."""
+        found: list[Runner] = ["onnxruntime"]
+        try:
+            from vae_export.runtimes import openvino
+
+            self.capabilities = openvino.capabilities()
+            found.append("openvino")
+        except BackendError as error:
+            self.capabilities = frozenset()
+            self.absent.append(_line(error))
+        return found
+
+    def _candidates(self) -> Iterator[Candidate]:
+        """The most exact first."""
+        asked = self.options.precision
+        wanted: tuple[Precision, ...] = ("fp32", "bf16", "int8") if asked == "auto" else (asked,)
+        found = 0
+        for kind in wanted:
+            for runner in self.runners:
+                if problem := self._cannot(runner, kind):
+                    self.absent.append(problem)
+                    continue
+                for candidate in self._forms(runner, kind):
+                    found += 1
+                    yield candidate
+        if not found:
+            raise VerificationError(
+                f"build: nothing runs {self.name} in {asked} here: {'; '.join(self.absent)}. Build with "
+                "--precision fp32"
+            )
+
+    def _cannot(self, runner: Runner, kind: Precision) -> str | None:
+        """Why a runner does not compute in a precision here, or None."""
+        if kind == "bf16":
+            if runner == "onnxruntime":
+                return "ONNX Runtime has no bf16 convolutions on the CPU"
+            if "BF16" not in self.capabilities:
+                return "this processor has no bfloat16"
+        if kind == "fp16" and runner == "openvino":
+            return "float16 is measured in ONNX Runtime, which rounds as other targets do"
+        return None
+
+    def _forms(self, runner: Runner, kind: Precision) -> Iterator[Candidate]:
+        """The candidates of a runner and a precision; forms that change nothing are left out."""
+        lowered = self._lowered(kind)
+        if lowered is None:
+            return
+        kinds: dict[str, Precision] = {graph: kind if graph in lowered else "fp32" for graph in GRAPHS}
+        kept = {graph: low.kept for graph, low in lowered.items()}
+        known: set[tuple[bytes, ...]] = set()
+        for forms in _FORMS[runner]:
+            if not set(forms) <= set(self.allowed):
+                continue
+            made: dict[str, bytes] = {}
+            changed = {}
+            for graph in GRAPHS:
+                read = graphs.read(lowered[graph].graph if graph in lowered else self.base[graph])
+                counts = passes.optimize(read, forms)
+                changed[graph] = {**self.changed[graph], **counts}
+                made[graph] = graphs.write(read)
+            key = tuple(hashlib.sha256(made[graph]).digest() for graph in GRAPHS)
+            if key in known:
+                continue
+            known.add(key)
+            self._fuse(made, kinds)
+            for graph in made.keys() - set(GRAPHS):
+                parts = GRAPHS if graph != "generate" else ("decoder",)
+                changed[graph] = {k: sum(changed[p][k] for p in parts) for k in changed["decoder"]}
+                kept[graph] = {f"{p}.{node}": why for p in parts for node, why in kept.get(p, {}).items()}
+                kinds[graph] = next((kinds[p] for p in parts if kinds[p] != "fp32"), "fp32")
+            yield Candidate(runner, kind, forms, made, changed, dict(kept), dict(kinds))
+
+    def _fuse(self, made: dict[str, bytes], kinds: Mapping[str, Precision]) -> None:
+        """Add the fused graphs; not across two precisions of OpenVINO, which computes a whole graph in one."""
+
+        def read() -> tuple[Any, Any]:
+            return graphs.read(made["encoder"]), graphs.read(made["decoder"])
+
+        model = self.model
+        if is_picture(model.data.shape):
+            made["generate"] = graphs.write(compose.generate(read()[1], model))
+        if "bf16" in kinds.values() and len(set(kinds.values())) > 1:
+            return
+        made["reconstruct"] = graphs.write(compose.reconstruct(*read(), model))
+        if model.has_elbo:
+            made["score"] = graphs.write(compose.score(*read(), model))
+
+    def _lowered(self, kind: Precision) -> dict[str, precision.Lowered] | None:
+        """Encoder and decoder in a lower precision, as far as each by itself holds; None where neither does.
+
+        It is measured with the last runner that computes in it; made once.
+        """
+        if kind == "fp32":
+            return {}
+        if kind in self._made:
+            return self._made[kind] or None
+        runner = [runner for runner in self.runners if not self._cannot(runner, kind)][-1]
+        found = self._made[kind] = {}
+        for graph in GRAPHS:
+            self.progress(f"{kind}: the {graph}")
+
+            def problem(made: bytes, graph: str = graph) -> str | None:
+                return self._problem(graph, Way(made, runner, kind))
+
+            if kind == "bf16":  # the runner's own: it rounds every node
+                if (reason := problem(self.base[graph])) is None:
+                    found[graph] = precision.Lowered(self.base[graph], {})
+                else:
+                    self.absent.append(f"the {graph} in bf16: {reason}")
+                continue
+            low = precision.choose(graph, self.base[graph], kind, self._seen(graph), problem)
+            if low is None:
+                self.absent.append(f"the {graph} in {kind}: every node would have to stay in float32")
+            else:
+                found[graph] = low
+        return found or None
+
+    def _seen(self, graph: str) -> Mapping[str, precision.Activation]:
+        """Activations of a graph in float32; recorded once."""
+        if self._activations is None:
+            self._activations = precision.record_both(self.base, self.model, self.reference, self.calibration)
+        return self._activations[graph]
+
+    def _problem(self, graph: str, way: Way) -> str | None:
+        """What is out of budget, on few rows, with this graph alone in another way than plain float32."""
+        ways = {other: [way if other == graph else Way(self.base[other])] for other in GRAPHS}
+        try:
+            measured = self._certificate(ways, self.small, batches=(8,))
+        except VaeExportError as error:
+            return _line(error)
+        budgets = ((check, check.allowed) for check in measured.checks if check.allowed is not None)
+        # What is not a number is not within a budget either.
+        wrong = [check for check, allowed in budgets if not check.got <= self.share * allowed]
+        return str(wrong[0]) if wrong else None
+
+    def _certificate(
+        self, ways: Mapping[str, Sequence[Way]], reference: Reference, batches: Sequence[int] = verifier.BATCHES
+    ) -> Certificate:
+        backend = CpuBackend(ways, self.model, Settings())
+        try:
+            return verifier.measure(self.model, backend, reference, self.name, self.options.tolerance, batches=batches)
+        finally:
+            backend.close()
+
+    def _time(self, graph: str, candidates: Sequence[Candidate]) -> list[Timed]:
+        """Time candidates at every batch, those with equal graphs once."""
+        unique: dict[tuple[Any, ...], Candidate] = {}
+        for candidate in candidates:
+            key = (candidate.runner, candidate.precisions[graph], candidate.graphs[graph])
+            unique.setdefault(key, candidate)
+        opened: dict[tuple[int, int | None], Backend] = {}
+        rows: list[Timed] = []
+        found = list(unique.values())
+        if len(found) == 1 and graph not in GRAPHS:
+            return [Timed(found[0], None, batch, None, "the only one") for batch in self._measured_batches()]
+        try:
+            for candidate in found:
+                opened[id(candidate), None] = CpuBackend({graph: [candidate.way(graph, None)]}, self.model, Settings())
+            for batch in self.batches:
+                rows += self._time_batch(graph, found, batch, opened)
+                fastest = min(row.times.median for row in rows if row.times and row.batch == batch)
+                larger = [other for other in self.batches if other > batch]
+                if larger and fastest / batch * larger[0] > _LONGEST:
+                    break  # larger batches run like this one
+        finally:
+            for backend in opened.values():
+                backend.close()
+        return rows
+
+    def _measured_batches(self) -> list[int]:
+        """Those at which the decoder was measured."""
+        return list(dict.fromkeys(row.batch for row in self.timed["decoder"]))
+
+    def _time_batch(
+        self,
+        graph: str,
+        candidates: Sequence[Candidate],
+        batch: int,
+        opened: dict[tuple[int, int | None], Backend],
+    ) -> list[Timed]:
+        inputs = self._inputs(graph, batch)
+        outputs = ("sample",) if graph == "decoder" else tuple(t.name for t in self.model.ends(graph)[1])
+        threads: list[int | None] = [None]
+        calls: dict[tuple[int, int | None], timing.Call] = {}
+        first: dict[tuple[int, int | None], float] = {}
+        by_id = {id(candidate): candidate for candidate in candidates}
+        for number in threads:
+            for candidate in candidates:
+                key = (id(candidate), number)
+                if key not in opened:
+                    opened[key] = CpuBackend({graph: [candidate.way(graph, number)]}, self.model, Settings())
+                backend = opened[key]
+
+                def call(backend: Backend = backend) -> Any:
+                    return backend.run(graph, inputs, outputs, batch)
+
+                call()
+                calls[key], first[key] = call, min(timing.once(call) for _ in range(2))
+            if number is None and min(first.values()) < _SHORT:
+                threads.append(1)
+        hopeless = {key for key, seconds in first.items() if seconds > _HOPELESS * min(first.values())}
+        times = timing.measure({str(key): c for key, c in calls.items() if key not in hopeless}, self.seconds, _TURNS)
+        return [
+            Timed(
+                by_id[key[0]],
+                key[1],
+                batch,
+                times.get(str(key)),
+                f"its first call took {first[key] / min(first.values()):.1f} times the fastest's"
+                if key in hopeless
+                else "slower",
+            )
+            for key in calls
+        ]
+
+    def _inputs(self, graph: str, batch: int) -> dict[str, Array]:
+        """Real data and noise, at the sizes to measure at."""
+        made = {}
+        for tensor in self.model.ends(graph)[0]:
+            shape = self.model.tensor_shape(tensor, batch, self.sizes)
+            if tensor.name == "x":
+                rows = self.reference.tensors["x"][self.reference.record.extremes :]
+                data = rows[np.arange(batch) % len(rows)]
+                wide = [(0, 0), *((0, max(0, n - m)) for n, m in zip(shape[1:], data.shape[1:], strict=True))]
+                made["x"] = np.ascontiguousarray(np.pad(data, wide, mode="wrap")[tuple(map(slice, shape))])
+            else:
+                size = math.prod(shape[1:])
+                made[tensor.name] = noise.normals(0, noise.PRIOR, 0, batch, size).reshape(shape)
+        return made
+
+    def _choose(self, graph: str, refused: Mapping[int, str]) -> list[Timed]:
+        """For each batch the fastest of those that were not refused; within the noise, the one that comes first.
+
+        All batches are in one precision, that which is fastest over all of them: how large a batch is must not decide
+        how exact a result is.
+        """
+        left = [row for row in self.timed[graph] if id(row.candidate) not in refused]
+        by_batch: dict[int, list[Timed]] = {}
+        for row in left:
+            by_batch.setdefault(row.batch, []).append(row)
+
+        def cost(kind: Precision) -> float:
+            total = 0.0
+            for rows in by_batch.values():
+                medians = [row.times.median for row in rows if row.times]
+                here = [row.times.median for row in rows if row.times and row.candidate.precisions[graph] == kind]
+                total += math.log(min(here, default=_HOPELESS * min(medians, default=1.0)))
+            return total
+
+        kinds = dict.fromkeys(row.candidate.precisions[graph] for row in left)
+        kind = min(kinds, key=cost)
+        chosen = []
+        for rows in by_batch.values():
+            same = [row for row in rows if row.candidate.precisions[graph] == kind]
+            timed = [row for row in same if row.times]
+            if not timed:  # those that were fast are out: whatever was not refused will do
+                chosen.append(same[0])
+                continue
+            fastest = min(timed, key=_median)
+            assert fastest.times is not None
+            limit = _median(fastest) * (1 + min(_MOST_NOISE, max(_NOISE, fastest.times.spread / 2)))
+            chosen.append(next(row for row in timed if _median(row) <= limit))
+        return chosen
+
+    def _refuse(self, measured: Certificate, chosen: Mapping[str, list[Timed]], refused: dict[int, str]) -> None:
+        """Take out the candidate that was chosen and is the least precise, or, in one precision, the least simple.
+
+        Raises:
+            VerificationError: a graph would have no candidate left.
+        """
+        rank = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
+        failed = next(str(check) for check in measured.checks if not check.passed)
+        used = {id(t.candidate): t.candidate for rows in chosen.values() for t in rows}
+        worst = max(used.values(), key=lambda candidate: (rank[candidate.precision], len(candidate.forms)))
+        refused[id(worst)] = f"refused: {failed}"
+        if not all(self._left(graph, refused) for graph in GRAPHS):
+            measured.require()
+
+    def _left(self, graph: str, refused: Mapping[int, str]) -> bool:
+        """Whether a graph has a candidate that was not refused."""
+        return any(id(row.candidate) not in refused for row in self.timed[graph])
+
+    def _ways(self, graph: str, rows: Sequence[Timed]) -> list[Way]:
+        """Neighbours that run the same way are one; the last is for all larger batches."""
+        merged: list[Way] = []
+        for row in rows:
+            way = row.candidate.way(graph, row.threads, row.batch)
+            if merged and (merged[-1].graph, merged[-1].runner, merged[-1].precision, merged[-1].threads) == (
+                way.graph, way.runner, way.precision, way.threads,
+            ):  # fmt: skip
+                merged.pop()
+            merged.append(way)
+        last = merged.pop()
+        return [*merged, Way(last.graph, last.runner, last.precision, last.threads, None)]
+
+    def _fusions(self, chosen: Mapping[str, list[Timed]]) -> dict[str, str]:
+        """The fused graphs that do not beat their parts, and by how much they lose."""
+        ways = {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
+        dropped = {}
+        backend = CpuBackend(ways, self.model, Settings())
+        parts = CpuBackend({graph: ways[graph] for graph in GRAPHS}, self.model, Settings())
+        try:
+            for graph in ways.keys() - set(GRAPHS):
+                self.progress(f"measuring the {graph} against its parts")
+                ratios = [self._against_parts(graph, row.batch, backend, parts) for row in chosen[graph]]
+                ratio = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                if ratio > WORTH:
+                    dropped[graph] = f"its parts are {ratio:.2f} times as fast"
+        finally:
+            backend.close()
+            parts.close()
+        return dropped
+
+    def _against_parts(self, graph: str, batch: int, fused: Backend, parts: Backend) -> float:
+        x = self._inputs("encoder", batch)["x"]
+        seed = 0 if self.model.posterior.kind == "diagonal_gaussian" else None
+
+        def call(backend: Backend) -> timing.Call:
+            vae = VAE(self.model, backend, micro_batch=batch)
+            verbs: dict[str, timing.Call] = {
+                "score": lambda: vae.elbo(x),
+                "reconstruct": lambda: vae.reconstruct(x, seed),
+                "generate": lambda: vae.generate(batch, size=self.sizes or None),
+            }
+            return verbs[graph]
+
+        calls = {"fused": call(fused), "parts": call(parts)}
+        for each in calls.values():
+            each()
+        times = timing.measure(calls, self.seconds, _TURNS)
+        return times["fused"].median / times["parts"].median
+
+    def _records(
+        self, chosen: Mapping[str, list[Timed]], refused: Mapping[int, str], dropped: Mapping[str, str]
+    ) -> Iterator[Measurement]:
+        for graph, rows in self.timed.items():
+            for row in rows:
+                candidate = row.candidate
+                verdict = refused.get(id(candidate), row.verdict)
+                if any(row is one for one in chosen.get(graph, ())):
+                    verdict = dropped.get(graph, "chosen")
+                yield Measurement(
+                    graph=graph,
+                    batch=row.batch,
+                    runner=candidate.runner,
+                    precision=candidate.precisions[graph],
+                    passes=tuple(name for name, count in candidate.changed[graph].items() if count),
+                    threads=row.threads,
+                    median_us=round(row.times.median * 1e6, 1) if row.times else None,
+                    spread=round(row.times.spread, 3) if row.times else None,
+                    verdict=verdict,
+                )
+
+    def _variants(
+        self, chosen: Mapping[str, list[Timed]], ways: Mapping[str, Sequence[Way]]
+    ) -> dict[str, list[tuple[Variant, bytes]]]:
+        """For the record: files are named after what is in them, and made once."""
+        found: dict[str, list[tuple[Variant, bytes]]] = {}
+        for graph, used in ways.items():
+            files: dict[bytes, str] = {}
+            found[graph] = []
+            for way in used:
+                row = next(r for r in reversed(chosen[graph]) if r.candidate.graphs[graph] == way.graph)
+                candidate = row.candidate
+                if way.graph not in files:
+                    files[way.graph] = f"{graph}.onnx" if not files else f"{graph}.{len(files)}.onnx"
+                variant = Variant(
+                    up_to=way.up_to,
+                    file=files[way.graph],
+                    runner=way.runner,
+                    precision=way.precision,
+                    threads=way.threads,
+                    passes={name: count for name, count in candidate.changed[graph].items() if count},
+                    kept=candidate.kept.get(graph, {}),
+                )
+                found[graph].append((variant, way.graph))
+        return found
+
+
+def _median(row: Timed) -> float:
+    assert row.times is not None
+    return row.times.median
+
+
+def _line(error: Exception) -> str:
+    """A message in one line, for a record."""
+    return " ".join(str(error).split())
