@@ -145,7 +145,9 @@ def pads(node: onnx_ir.Node, rank: int) -> list[int] | None:
 def remove_if_unused(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """Remove a node of which nothing is used."""
     if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+        taken = list(node.inputs)
         graph.remove(node, safe=True)
+        drop_unused(graph, taken)
 
 
 def replace_node(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
@@ -156,8 +158,17 @@ def replace_node(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> 
     name = before.name
     after.shape, after.type = before.shape, before.type
     onnx_ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    taken = list(old.inputs)
     graph.remove(old, safe=True)
     before.name, after.name = None, name
+    drop_unused(graph, taken)
+
+
+def drop_unused(graph: onnx_ir.Graph, values: Sequence[onnx_ir.Value | None]) -> None:
+    """Remove those of some values that are initializers which nobody uses any more."""
+    for value in values:
+        if value is not None and value.is_initializer() and not value.is_graph_input() and not value.uses():
+            graph.initializers.pop(str(value.name), None)
 
 
 class Maker:

@@ -73,6 +73,7 @@ def apply(model: onnx_ir.Model, names: Collection[str], ranges: Mapping[str, Ran
         array = edit.constant(weights)
         assert array is not None
         node.replace_input_with(1, _weights(edit.Maker(graph, node, f"{node.name}.int8"), array, axis))
+        edit.drop_unused(graph, [weights])
 
 
 def levels(low: float, high: float) -> tuple[np.float32, np.uint8]:
