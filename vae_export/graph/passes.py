@@ -36,14 +36,14 @@ class Pass:
 PASSES: dict[str, Pass] = {
     found.name: found
     for found in (
+        Pass("upsampling", "make upsampling and a convolution one transposed convolution", upsampling.apply),
+        Pass("phases", "make a transposed convolution convolutions, one for each phase", phases.apply),
         Pass("fold", "compute what is constant, drop what does nothing or is not needed", fold.apply),
         Pass("group_norm", "write group normalization as one operator", group_norm.apply),
         Pass("batch_norm", "put batch normalization into the weights before it", batch_norm.apply),
         Pass("scaling", "put multiplications and additions of constants into weights", scaling.apply),
         Pass("pointwise", "make a convolution and a pointwise one after it one", pointwise.apply),
         Pass("attention", "make the scalings of an attention one, inside a projection's weights", attention.apply),
-        Pass("upsampling", "make upsampling and a convolution one transposed convolution", upsampling.apply),
-        Pass("phases", "make a transposed convolution convolutions, one for each phase", phases.apply),
     )
 }
 
