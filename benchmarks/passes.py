@@ -23,8 +23,7 @@ from vae_export.runtimes import Settings
 from vae_export.runtimes.backend import Way
 from vae_export.runtimes.cpu import CpuBackend
 
-from vae_export import files, graph, noise
-from vae_export.bench import timing
+from vae_export import files, graph, noise, timing
 from vae_export.bundle import Bundle
 from vae_export.graph import passes
 

@@ -15,6 +15,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,16 @@ def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resum
     empty: dict[str, Any] = {"cases": {}, TWICE: {}, SCALING: {}}
     found: dict[str, Any] = json.loads(out.read_text()) if resume and out.is_file() else empty
     steps: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
-        ("cases", name): lambda name=name: compared(cases.CASES[name], work, seconds)  # type: ignore[misc]
+        ("cases", name): partial(compared, cases.CASES[name], work, seconds)
         for name in names
         if name not in (TWICE, SCALING)
     }
     if TWICE in names:
         for name in cases.TWICE:
-            steps[TWICE, name] = lambda name=name: twice(cases.CASES[name], work)  # type: ignore[misc]
+            steps[TWICE, name] = partial(twice, cases.CASES[name], work)
     if SCALING in names:
         for axis, along in cases.SCALING.items():
-            steps[SCALING, axis] = lambda axis=axis, along=along: scaled(axis, along, work, seconds)  # type: ignore[misc]
+            steps[SCALING, axis] = partial(scaled, axis, along, work, seconds)
     for (part, name), step in steps.items():
         if name in found[part]:
             continue

@@ -23,8 +23,8 @@ class Session(Protocol):
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
         """Named inputs to named outputs, arrays of the host.
 
-        With `out` the results are written into these arrays; results of other shapes are returned as they are, for
-        whoever asked to refuse.
+        With `out` the results are written into these arrays, which have the shapes that the manifest promises. Where
+        the graph gives others, these are returned as they are, for whoever asked to refuse, or it is an error.
         """
         ...
 
@@ -47,7 +47,7 @@ class CpuBackend:
             BundleError: a runner does not accept a graph, or finds another than the model has.
         """
         self.graphs = frozenset(ways)
-        self._ways = {name: tuple(chosen) for name, chosen in ways.items()}
+        self._said = {name: [str(way) for way in chosen] for name, chosen in ways.items()}  # not their bytes
         opened: dict[tuple[Any, ...], Session] = {}
         self._sessions: dict[str, tuple[tuple[int | None, Session], ...]] = {}
         for name, chosen in ways.items():
@@ -123,7 +123,6 @@ class CpuBackend:
     def describe(self) -> dict[str, Any]:
         """What the graphs run on; where they do not all run the same way, `graphs` says how each does."""
         sessions = {s.runner: s.version for rows in self._sessions.values() for _, s in rows}
-        ways = {(way.runner, way.precision, way.threads) for chosen in self._ways.values() for way in chosen}
         facts: dict[str, Any] = {
             "backend": ", ".join(sessions),
             "version": ", ".join(sessions.values()),
@@ -131,8 +130,8 @@ class CpuBackend:
             "provider": ", ".join(_PROVIDERS[runner] for runner in sessions),
             "threads": self._threads or "one for each core",
         }
-        if len(ways) > 1:
-            facts["graphs"] = {name: [str(way) for way in chosen] for name, chosen in self._ways.items()}
+        if len({tuple(said) for said in self._said.values()}) > 1 or any(len(said) > 1 for said in self._said.values()):
+            facts["graphs"] = self._said
         return facts
 
     def close(self) -> None:

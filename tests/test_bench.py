@@ -22,8 +22,8 @@ import zoo
 from PIL import Image
 
 import vae_export
-from vae_export import bench
-from vae_export.bench import memory, peers, roof, select, timing
+from vae_export import bench, timing
+from vae_export.bench import memory, peers, roof, select
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, InputError, VerificationError
 

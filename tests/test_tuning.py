@@ -15,8 +15,7 @@ from vae_export.runtimes import Settings, cpu, openvino
 from vae_export.runtimes.backend import Way
 
 import vae_export
-from vae_export import builds, golden, graph, report, tuning
-from vae_export.bench import timing
+from vae_export import builds, golden, graph, report, timing, tuning
 from vae_export.builds import BuildFolder, Options
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError, VerificationError
@@ -121,6 +120,19 @@ def test_openvino_from_many_threads(bundle: Path) -> None:
     assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(alone, together, strict=True))
 
 
+def test_a_request_writes_into_no_result_of_before(bundle: Path) -> None:
+    """Asked for one output after two, OpenVINO leaves the other's memory, which the caller has, alone."""
+    opened = Bundle(bundle)
+    model, (graphs, _) = opened.manifest.model, opened.graphs()
+    session = openvino.OpenVinoSession("encoder", graphs["encoder"], model, "fp32", None)
+    first, second = np.random.default_rng(0).random((2, 3, *model.data.shape), np.float32)
+    _, logvar = session.run(("mean", "logvar"), {"x": first})
+    kept = logvar.copy()
+    session.run(("mean",), {"x": second})
+    np.testing.assert_array_equal(logvar, kept)
+    assert np.abs(session.run(("mean", "logvar"), {"x": second})[1] - kept).max() > 0
+
+
 def test_openvino_refuses_what_is_not_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle(bundle)
     model, (graphs, _) = opened.manifest.model, opened.graphs()
@@ -157,13 +169,15 @@ def test_passes_that_may_be_used(bundle: Path, tmp_path: Path) -> None:
         vae_export.build(bundle, "cpu", out=tmp_path / "x", passes="magic")
     with pytest.raises(InputError, match="build: budget is 'loose'; expected fp32, fp16, bf16, int8"):
         vae_export.build(bundle, "cpu", out=tmp_path / "x", budget="loose")
+    with pytest.raises(InputError, match=r"build: budget fp16 is for precision auto; precision is fp32. Drop one"):
+        vae_export.build(bundle, "cpu", out=tmp_path / "x", budget="fp16")
     with pytest.raises(InputError, match="build: seconds is 0; expected a number above 0"):
         vae_export.build(bundle, "cpu", out=tmp_path / "x", seconds=0)
 
 
 def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Int8 holds on the few rows, and not on all: float32 is taken, and the record says why."""
-    honest = tuning._Tuner._certificate
+    honest = tuning.Tuner._certificate
 
     def certificate(self: Any, ways: Any, reference: Any, **options: Any) -> Any:
         measured = honest(self, ways, reference, **options)
@@ -174,7 +188,7 @@ def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypat
             return msgspec.structs.replace(measured, checks=(check, *measured.checks[1:]))
         return measured
 
-    monkeypatch.setattr(tuning._Tuner, "_certificate", certificate)
+    monkeypatch.setattr(tuning.Tuner, "_certificate", certificate)
     made = vae_export.build(bundle, "cpu", out=tmp_path / "out", precision="auto")
     kinds = {v.precision for found in made.record.graphs.values() for v in found.variants}
     assert kinds == {"fp32"}
@@ -182,7 +196,7 @@ def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypat
     # What was slow anyway was never chosen, and so never refused.
     assert verdicts <= {v for v in verdicts if v.startswith("refused: ") or "slower" in v or "first call" in v}
     monkeypatch.setattr(
-        tuning._Tuner, "_certificate", lambda self, ways, ref, **o: _failed(honest(self, ways, ref, **o))
+        tuning.Tuner, "_certificate", lambda self, ways, ref, **o: _failed(honest(self, ways, ref, **o))
     )
     with pytest.raises(VerificationError, match="differs from its reference"):
         vae_export.build(bundle, "cpu", out=tmp_path / "none")
@@ -214,14 +228,14 @@ def _timed(precision: str, batch: int, median: float, spread: float = 0.0) -> tu
     ],
 )
 def test_the_choice(rows: list[tuple[str, int, float]], expected: list[int]) -> None:
-    tuner = object.__new__(tuning._Tuner)
+    tuner = object.__new__(tuning.Tuner)
     made = [_timed(*row) for row in rows]
     tuner.timed = {"decoder": made}
     assert [made.index(row) for row in tuner._choose("decoder", {})] == expected
 
 
 def test_a_loud_measurement_takes_the_first() -> None:
-    tuner = object.__new__(tuning._Tuner)
+    tuner = object.__new__(tuning.Tuner)
     made = [_timed("fp32", 1, 1.0), _timed("fp32", 1, 0.96, spread=0.5), _timed("fp32", 1, 2.0)]
     tuner.timed = {"decoder": made}
     assert tuner._choose("decoder", {}) == [made[0]]
@@ -299,7 +313,7 @@ def test_inputs_fill_the_size_that_is_measured(member: Callable[[str], Any]) -> 
     model = opened.manifest.model
     reference = golden.decode(opened.read(golden.FILE), opened.manifest.golden, model)
     sizes = {"height": 40, "width": 8}
-    tuner = tuning._Tuner(
+    tuner = tuning.Tuner(
         opened.graphs()[0],
         model,
         reference,

@@ -139,6 +139,8 @@ def build(
     profiles = builds.profiles(model, batches, sizes, static=static)
     if wanted.flavour:
         options = msgspec.structs.replace(options, profiles=profiles)
+    if precision != "auto" and budget != "int8":
+        raise InputError(f"build: budget {budget} is for precision auto; precision is {precision}. Drop one")
     if seconds is not None and not 0 < seconds < math.inf:
         raise InputError(f"build: seconds is {seconds!r}; expected a number above 0")
     batches = tuple(dict.fromkeys(profile.batch[2] for profile in profiles))
@@ -230,7 +232,7 @@ def _make(
         from vae_export import tuning
 
         assert measured_at is not None
-        tuned = tuning.tune(
+        tuned = tuning.Tuner(
             whole,
             model,
             reference,
@@ -241,7 +243,7 @@ def _make(
             manifest.name,
             measured_at.seconds or tuning.SECONDS,
             progress,
-        )
+        ).run()
         contents = {variant.file: content for ways in tuned.variants.values() for variant, content in ways}
         variants = {name: tuple(variant for variant, _ in ways) for name, ways in tuned.variants.items()}
         built = {name: _built(ways[-1][0].file, ways[-1][1], variants[name]) for name, ways in tuned.variants.items()}
@@ -254,7 +256,7 @@ def _make(
     graphs, changed, kept, absent = _graphs(
         whole, model, reference, calibration, options, doubles=target.flavour is None
     )  # fmt: skip
-    structures = {name: structure_of(graph) for name, graph in graphs.items()}
+    structures = {name: _structure(graph) for name, graph in graphs.items()}
     engine: Engine | None = None
     made: dict[str, bytes] = graphs
     if bindings:
@@ -291,7 +293,7 @@ def _make(
     )  # fmt: skip
 
 
-def structure_of(graph: bytes) -> str:
+def _structure(graph: bytes) -> str:
     """See `graph.structure.digest`."""
     from vae_export.graph import structure
 
@@ -300,7 +302,7 @@ def structure_of(graph: bytes) -> str:
 
 def _built(file: str, graph: bytes, variants: tuple[Variant, ...] = ()) -> BuiltGraph:
     digest = hashlib.sha256(graph).hexdigest()
-    return BuiltGraph(file=file, onnx_sha256=digest, structure=structure_of(graph), variants=variants)
+    return BuiltGraph(file=file, onnx_sha256=digest, structure=_structure(graph), variants=variants)
 
 
 def _write(

@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vae_export import graph as graphs
-from vae_export import noise, precision, verifier
-from vae_export.bench import timing
+from vae_export import noise, precision, timing, verifier
 from vae_export.builds import Measurement, Options, Precision, Runner, Variant
 from vae_export.certificate import Certificate
 from vae_export.errors import BackendError, VaeExportError, VerificationError
@@ -50,7 +49,7 @@ _TURNS = 3
 _HOPELESS = 2.0
 #: Differences below this share are noise, however quiet the machine was; and above that they are none, however loud.
 _NOISE, _MOST_NOISE = 0.02, 0.05
-#: A call of one example that takes longer than this is measured at larger batches only up to _LONGEST seconds.
+#: No larger batch is measured whose call would take longer, in seconds.
 _LONGEST = 8.0
 #: Where a call takes less than this, one thread may be faster than several, which have to wait for each other.
 _SHORT = 2e-3
@@ -117,41 +116,9 @@ class Tuned:
     certificate: Certificate
 
 
-def tune(
-    sources: Mapping[str, bytes],
-    model: Model,
-    reference: Reference,
-    calibration: Array,
-    options: Options,
-    batches: Sequence[int],
-    sizes: Mapping[str, int],
-    name: str,
-    seconds: float,
-    progress: Progress,
-) -> Tuned:
-    """Find the fastest way to run a bundle here that holds.
+class Tuner:
+    """Finds the fastest way to run a bundle here that holds."""
 
-    Args:
-        sources: the encoder and the decoder, with their weights in them.
-        model: what they compute.
-        reference: the golden examples.
-        calibration: (n, *data) to record activations on; n may be 0.
-        options: precision, budget and passes.
-        batches: batch sizes to measure at, rising.
-        sizes: of the data's named dimensions, to measure at.
-        name: of the bundle.
-        seconds: of measuring for each candidate, graph and batch.
-        progress: called with the name of each step.
-
-    Raises:
-        BackendError: what the precision needs is not installed or not in this processor.
-        VerificationError: nothing holds.
-    """
-    tuner = _Tuner(sources, model, reference, calibration, options, batches, sizes, name, seconds, progress)
-    return tuner.run()
-
-
-class _Tuner:
     def __init__(
         self,
         sources: Mapping[str, bytes],
@@ -165,6 +132,20 @@ class _Tuner:
         seconds: float,
         progress: Progress,
     ) -> None:
+        """Run the passes that always pay, and see how long a small certificate takes.
+
+        Args:
+            sources: the encoder and the decoder, with their weights in them.
+            model: what they compute.
+            reference: the golden examples.
+            calibration: (n, *data) to record activations on; n may be 0.
+            options: precision, budget and passes.
+            batches: batch sizes to measure at.
+            sizes: of the data's named dimensions, to measure at.
+            name: of the bundle.
+            seconds: of measuring for each candidate, graph and batch.
+            progress: called with the name of each step.
+        """
         self.model, self.reference, self.options, self.name = model, reference, options, name
         self.seconds, self.progress = seconds, progress
         self.batches, self.sizes = sorted(set(batches)), dict(sizes)
@@ -191,7 +172,12 @@ class _Tuner:
             self.small = reference
 
     def run(self) -> Tuned:
-        """See `tune`."""
+        """Measure and choose.
+
+        Raises:
+            BackendError: what the precision needs is not installed or not in this processor.
+            VerificationError: nothing holds.
+        """
         while True:
             try:
                 return self._run()
@@ -271,7 +257,7 @@ class _Tuner:
             if "BF16" not in self.capabilities:
                 return "this processor has no bfloat16"
         if kind == "fp16" and runner == "openvino":
-            return "float16 is measured in ONNX Runtime, which rounds as other targets do"
+            return "OpenVINO computes a graph in float16 as one in float32"
         return None
 
     def _forms(self, runner: Runner, kind: Precision) -> Iterator[Candidate]:
@@ -497,7 +483,7 @@ class _Tuner:
         return chosen
 
     def _refuse(self, measured: Certificate, chosen: Mapping[str, list[Timed]], refused: dict[int, str]) -> None:
-        """Take out the candidate that was chosen and is the least precise, or, in one precision, the least simple.
+        """Take out the candidate that was chosen and is the least precise, or, in one precision, the most changed.
 
         Raises:
             VerificationError: a graph would have no candidate left.

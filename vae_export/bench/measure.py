@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from vae_export import timing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
 
 from . import memory as memories
-from . import timing
 from .cells import Cell, Examples, check_verbs
 from .report import Absent, Report, Row, reason
 from .roof import Roof, cores, machine

@@ -6,7 +6,7 @@ Ensures: a constant that somebody else uses as well, or that whoever runs the gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,15 @@ def _free_name(graph: onnx_ir.Graph, name: str) -> str:
     while free in taken:
         free, number = f"{name}.{number}", number + 1
     return free
+
+
+def rewrite(model: onnx_ir.Model, operator: str, change: Callable[[onnx_ir.Graph, onnx_ir.Node], bool]) -> int:
+    """Offer every node of an operator to a function that rewrites it, or leaves it and returns False.
+
+    Returns:
+        How many were rewritten.
+    """
+    return sum(change(model.graph, node) for node in list(model.graph) if node.op_type == operator)
 
 
 def ints(node: onnx_ir.Node, name: str, default: Sequence[int]) -> list[int]:

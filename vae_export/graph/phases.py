@@ -26,11 +26,7 @@ def apply(model: onnx_ir.Model) -> int:
     Returns:
         How many were rewritten.
     """
-    graph, changed = model.graph, 0
-    for node in list(graph):
-        if node.op_type == "ConvTranspose" and _rewrite(graph, node):
-            changed += 1
-    return changed
+    return edit.rewrite(model, "ConvTranspose", _rewrite)
 
 
 @dataclass(frozen=True)

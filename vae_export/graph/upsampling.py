@@ -31,11 +31,7 @@ def apply(model: onnx_ir.Model) -> int:
     Returns:
         How many there were.
     """
-    graph, changed = model.graph, 0
-    for node in list(graph):
-        if node.op_type == "Conv" and _rewrite(graph, node):
-            changed += 1
-    return changed
+    return edit.rewrite(model, "Conv", _rewrite)
 
 
 def _rewrite(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
