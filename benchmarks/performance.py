@@ -156,10 +156,8 @@ def twice(case: Case, work: Path) -> dict[str, Any]:
             row["difference"] = second.median_us / first.median_us - 1
             row["spread"] = max(first.spread, second.spread)
         rows.append(row)
-    return {
-        "rows": sorted(rows, key=lambda row: (row["graph"], row["batch"])),
-        "dropped": [sorted(set(records[0].graphs) ^ set(records[1].graphs))],
-    }
+    rows.sort(key=lambda row: (row["graph"], row["batch"]))
+    return {"rows": rows, "only_in_one": sorted(set(records[0].graphs) ^ set(records[1].graphs))}
 
 
 def multiplications(case: Case, bundle: Path, path: Path) -> dict[str, dict[str, float]]:

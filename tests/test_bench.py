@@ -418,8 +418,11 @@ def test_cases_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_performance_is_recorded_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case = cases.Case({"model": "mlp", "likelihood": "bernoulli", "widths": (8,)}, batches=(1, 2))
+    case = cases.Case(
+        {"model": "mlp", "likelihood": "bernoulli", "widths": (8,)}, batches=(1, 2), builds=("fp32", "fp8")
+    )
     monkeypatch.setattr(cases, "CASES", {"small": case, "again": case})
+    monkeypatch.setattr(cases, "TWICE", ("small",))
     monkeypatch.setattr(cases, "SCALING", {"batch": (case,)})
     monkeypatch.setattr(cases, "SCALING_BATCHES", (1, 64, 1024))
     monkeypatch.setattr(cases, "BUILDS", {"fp32": {"precision": "fp32"}, "fp8": {"precision": "fp8"}})
@@ -441,6 +444,11 @@ def test_performance_is_recorded_and_goes_on(
         ratio = cell["ours"]["vae_export fp32"]["median_us"] / cell["float32"]["median_us"]
         assert cell["float32"]["ours_to_it"] == {"vae_export fp32": pytest.approx(ratio)}
     assert set(found["means"]) == {"decode", "encode"}
+    (counted,) = found["cases"]["small"]["multiplications"].values()
+    assert counted["decode"] == {"direct": 8 * 5 + 64 * 8, "ours": 8 * 5 + 64 * 8, "ceiling": 1.0}
+    rows = found["twice"]["small"]["rows"]
+    assert {(row["graph"], row["batch"]) for row in rows} >= {("encoder", 1), ("decoder", 2)}
+    assert not any(row.get("difference") for row in rows if row["same"])
     exponents = found["scaling"]["batch"]["exponents"]
     assert all(-0.5 < value < 1.5 for of_verb in exponents.values() for value in of_verb.values())
     lines = tables.performance(found)
@@ -448,7 +456,7 @@ def test_performance_is_recorded_and_goes_on(
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     with pytest.raises(SystemExit):
         performance.main([*arguments, "unknown"])
-    assert "there is no case 'unknown'; expected small, again, scaling" in capsys.readouterr().err
+    assert "there is no case 'unknown'; expected small, again, twice, scaling" in capsys.readouterr().err
 
 
 def test_exponents_and_means() -> None:
