@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,16 @@ def capabilities() -> frozenset[str]:
     """What this processor computes in by itself, in OpenVINO's words: FP32, BF16, INT8 and others."""
     found: Sequence[str] = runtime("build").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return frozenset(found)
+
+
+def compiled(core: Any, model: Any, options: Mapping[str, Any]) -> Any:
+    """Compile a model for the CPU, in a thread that ends with it.
+
+    OpenVINO gives the thread that compiles an alternate stack for signals, and does not take it back where models go in
+    the order in which they came: the next signal that Python handles would then be the end of the process.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(core.compile_model, model, "CPU", dict(options)).result()
 
 
 class OpenVinoSession:
@@ -65,7 +76,7 @@ class OpenVinoSession:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             core = self._ov.Core()
-            self._compiled = core.compile_model(core.read_model(graph, b""), "CPU", options)
+            self._compiled = compiled(core, core.read_model(graph, b""), options)
         except Exception as error:  # OpenVINO's exceptions have no base but RuntimeError
             raise BundleError(f"{name}: OpenVINO {self.version} does not open it: {error}") from None
         self._check_ends()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,27 @@ def test_a_request_writes_into_no_result_of_before(bundle: Path) -> None:
     session.run(("mean",), {"x": second})
     np.testing.assert_array_equal(logvar, kept)
     assert np.abs(session.run(("mean", "logvar"), {"x": second})[1] - kept).max() > 0
+
+
+def test_signals_are_handled_after_sessions_were_closed(bundle: Path) -> None:
+    """In the order in which they were opened, as an app may."""
+    program = f"""
+import gc, os, signal
+import vae_export
+from vae_export.bundle import Bundle
+from vae_export.runtimes import Settings, cpu
+from vae_export.runtimes.backend import Way
+
+opened = Bundle({str(bundle)!r})
+graph = opened.graphs()[0]["decoder"]
+opens = lambda: cpu.CpuBackend({{"decoder": [Way(graph, "openvino")]}}, opened.manifest.model, Settings())
+first, second = opens(), opens()
+first.close(); gc.collect(); second.close(); gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_openvino_refuses_what_is_not_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

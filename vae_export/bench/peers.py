@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, require
+from vae_export.runtimes.openvino import compiled
 
 from .cells import VERBS, Cell, Results
 from .runners import Call, Function, Graphs, Recipe
@@ -153,9 +154,9 @@ class OpenVino(Graphs):
         """Convert, fix the shape, compile."""
         model = self._core.read_model(self._graphs[graph])
         model.reshape(self._openvino.PartialShape(list(shape)))
-        compiled = self._core.compile_model(model, "CPU", self._settings)
-        request = compiled.create_infer_request()
-        wanted = [compiled.output(name) for name in outputs]
+        made = compiled(self._core, model, self._settings)
+        request = made.create_infer_request()
+        wanted = [made.output(name) for name in outputs]
 
         def run(value: Any) -> Sequence[Any]:
             found = request.infer([value], share_inputs=True, share_outputs=True)
