@@ -59,6 +59,8 @@ CASES: dict[str, Case] = {
     "kl-small": _diffusers("kl-small", 128, 1, 8),
     "sd15": _diffusers("sd15", 256, 1, builds=("fp32",)),
 }
+#: Those over which means are taken, where they are asked for: convolutional ones, of sizes that are used.
+MEANS = frozenset({"conv64", "resnet64", "kl-small", "tiny"})
 #: Those of the latency table, with a PyTorch module that only this process has.
 LATENCY = ("mlp", "conv")
 VERBS = ("encode", "decode", "sample")

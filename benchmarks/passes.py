@@ -33,8 +33,10 @@ BASIC = tuple(name for name in passes.PASSES if name not in passes.FORMS)
 CHOICES = {
     "all that fold": BASIC,
     "group_norm": ("group_norm",),
+    "channel_norm": ("channel_norm",),
     "upsampling": ("upsampling",),
     "upsampling, phases": ("upsampling", "phases"),
+    "upsampling, channel_norm": ("upsampling", "channel_norm"),
 }
 
 
@@ -74,7 +76,8 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
     calls, opened = {}, []
     for runner in ("onnxruntime", "openvino"):
         for choice, (content, _) in variants.items():
-            backend = CpuBackend({graph_name: [Way(content, runner)]}, model, Settings())
+            way = Way(content, runner, exact=({"batch": batch, **case.sizes},))
+            backend = CpuBackend({graph_name: [way]}, model, Settings())
             opened.append(backend)
 
             def call(backend: CpuBackend = backend) -> Any:

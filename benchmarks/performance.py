@@ -84,7 +84,8 @@ def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resum
         print(f"{part}: {name}", flush=True)
         found[part][name] = step()
         found |= machine()
-        found["means"] = means([cell for case in found["cases"].values() for cell in case["cells"]])
+        averaged = cases.MEANS & found["cases"].keys() or found["cases"].keys()
+        found["means"] = means([cell for case in averaged for cell in found["cases"][case]["cells"]])
         with files.atomic_file(out) as stage:
             stage.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
@@ -109,7 +110,7 @@ def compared(case: Case, work: Path, seconds: float) -> dict[str, Any]:
         )
     plain = report.to_dict()
     model = Bundle(made.bundle).manifest.model
-    counted = {build.name: multiplications(case, made.bundle, build) for build in built}
+    counted = {build.stem.rpartition("-")[2]: multiplications(case, made.bundle, build) for build in built}
     return {**plain, "parameters": model.parameters, "cells": cells(plain["rows"]), "multiplications": counted}
 
 

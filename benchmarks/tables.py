@@ -1,8 +1,8 @@
-"""The tables of README.md and docs/training.md, made from the recorded results; tests compare them.
+"""The tables of README.md, docs/training.md and docs/performance.md, from the recorded results; tests compare them.
 
     python benchmarks/tables.py
 
-prints them all.
+prints them all, and draws docs/images/speed.png.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from vae_export import bench
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,41 +82,92 @@ def sources() -> list[str]:
 
 
 def performance(record: dict[str, Any]) -> list[str]:
-    """Time of a call, ours beside the fastest peers, from a record of `performance.py`.
+    """Time of a call, ours beside the fastest peers: how many times as fast ours is; from a performance record.
 
-    Ratios are ours to the peer: below 1 we are faster. In float32 it is our fastest in float32, below it our fastest
-    of all. The last lines are geometric means over all cases and batches.
+    In float32 ours is the build in float32; below it, the build `auto`, beside the fastest peer in float32 and the
+    fastest of those below.
     """
     lines = [
-        "| case | verb | batch | vae_export, ms | fastest float32 peer, ms | ratio | fastest below, ms | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | of roof "
+        "| auto, ms | times | fastest bf16 peer, ms | times |",
+        f"|{'---|' * 12}",
     ]
     for name, case in record["cases"].items():
+        rows = {(row["verb"], row["batch"], row["runner"]): row for row in case["rows"]}
         for cell in case["cells"]:
-            ours = cell["ours"]
-            shown = (f"{_short(runner)} {found['median_us'] / 1e3:.3g}" for runner, found in ours.items())
-            cells = [name, cell["verb"], str(cell["batch"]), ", ".join(shown)]
-            exact = [runner for runner, found in ours.items() if found["precision"] == "fp32"]
-            for kind, allowed in (("float32", exact), ("low_precision", list(ours))):
-                peer = cell.get(kind)
-                if peer and allowed:
-                    ratio = min(peer["ours_to_it"][runner] for runner in allowed)
-                    cells += [f"{peer['peer']} {peer['median_us'] / 1e3:.3g}", f"{ratio:.2f}"]
-                else:
-                    cells += ["", ""]
-            lines.append(f"| {' | '.join(cells)} |")
-    for verb, kinds in record["means"].items():
-        first, second = (
-            ", ".join(f"{_short(runner)} {ratio:.2f}" for runner, ratio in kinds[kind].items())
-            for kind in ("float32", "low_precision")
-        )
-        lines.append(f"| geometric mean | {verb} |  |  |  | {first} |  | {second} |")
+            ceiling = case["multiplications"]["fp32"][cell["verb"]]["ceiling"]
+            shown = [name, cell["verb"], str(cell["batch"])]
+            exact, auto = cell["ours"].get(_EXACT), cell["ours"].get(_AUTO)
+            if exact:
+                share = rows[cell["verb"], cell["batch"], _EXACT]["share_of_roof"]
+                shown += [f"{exact['median_us'] / 1e3:.3g}", *_beside(cell["float32"], _EXACT)]
+                shown += [f"{ceiling:.2f}", f"{share:.0%}"]
+            if auto:
+                shown += [f"{auto['median_us'] / 1e3:.3g}", _beside(cell["float32"], _AUTO)[1]]
+                shown += _beside(cell["low_precision"], _AUTO) if "low_precision" in cell else []
+            lines.append(f"| {' | '.join([*shown, *[''] * (12 - len(shown))])} |")
     return lines
 
 
-def _short(runner: str) -> str:
-    """The build's precision, or what stands for the bundle's own graphs."""
-    return runner.removeprefix("vae_export").strip() or "bundle"
+def means(record: dict[str, Any]) -> list[str]:
+    """Geometric means of the table above over all cells of a verb."""
+    lines = ["| verb | build | times the fastest float32 peer | times the fastest bf16 peer |", "|---|---|---|---|"]
+    for verb, kinds in record["means"].items():
+        for build in kinds["float32"]:
+            low = f"{1 / kinds['low_precision'][build]:.2f}" if build == _AUTO else ""
+            lines.append(f"| {verb} | {build.split()[-1]} | {1 / kinds['float32'][build]:.2f} | {low} |")
+    return lines
+
+
+def growth(record: dict[str, Any]) -> list[str]:
+    """The exponents of time against work."""
+    found = record["scaling"]
+    runners = list(next(iter(found.values()))["exponents"]["decode"])
+    lines = [f"| along | verb | {' | '.join(runners)} |", f"|---|---|{'---|' * len(runners)}"]
+    for axis, scaled in found.items():
+        for verb, exponents in scaled["exponents"].items():
+            shown = (f"{exponents[runner]:.2f}" if runner in exponents else "" for runner in runners)
+            lines.append(f"| {axis} | {verb} | {' | '.join(shown)} |")
+    return lines
+
+
+def passes() -> list[str]:
+    """What passes buy: time as a share of the bundle's own graph's on the same runner."""
+    rows = _read("passes-cpu.json")["rows"]
+    choices = list(dict.fromkeys(row["passes"] for row in rows if row["passes"] != "none"))
+    lines = [f"| graph | batch | runner | as it is, ms | {' | '.join(choices)} |", f"|{'---|' * (4 + len(choices))}"]
+    for place in dict.fromkeys((row["case"], row["graph"], row["batch"], row["runner"]) for row in rows):
+        here = {
+            r["passes"]: r for r in rows if (r["case"], r["graph"], r["batch"], r["runner"]) == place
+        }  # fmt: skip
+        shown = [f"{here[c]['share_of_none']:.2f}" if c in here else "" for c in choices]
+        case, graph, batch, runner = place
+        alone = f"{here['none']['median_us'] / 1e3:.3g}"
+        lines.append(f"| {case} {graph} | {batch} | {runner} | {alone} | {' | '.join(shown)} |")
+    return lines
+
+
+def overhead() -> list[str]:
+    """What a call costs beside the bare session's."""
+    lines = ["| verb | bare session, µs | vae_export, µs | difference, µs | bound |", "|---|---|---|---|---|"]
+    for row in _read("overhead-cpu.json")["rows"]:
+        bound = "" if row["bound_us"] is None else f"{row['bound_us']:g}"
+        figures = (f"{row[name]:.1f}" for name in ("bare_us", "ours_us", "overhead_us"))
+        lines.append(f"| {row['verb']} | {' | '.join(figures)} | {bound} |")
+    return lines
+
+
+def picture(record: dict[str, Any], case: str, path: Path) -> None:
+    """Draw a case of a performance record: latency against batch."""
+    bench.plot(bench.Report.of(record["cases"][case]), path)
+
+
+_EXACT, _AUTO = "vae_export fp32", "vae_export auto"
+
+
+def _beside(peer: dict[str, Any], ours: str) -> list[str]:
+    """A peer with its time, and how many times as fast we are."""
+    return [f"{peer['peer']} {peer['median_us'] / 1e3:.3g}", f"{1 / peer['ours_to_it'][ours]:.2f}"]
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -123,5 +176,9 @@ def _read(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for table in (trainer, throughput, recipes, sources):
+    for table in (trainer, throughput, recipes, sources, passes, overhead):
         print("\n".join(table()), end="\n\n")
+    speed = _read("performance-cpu.json")
+    for of in (performance, means, growth):
+        print("\n".join(of(speed)), end="\n\n")
+    picture(speed, "conv64", Path(__file__).parents[1] / "docs" / "images" / "speed.png")

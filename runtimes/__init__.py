@@ -212,7 +212,8 @@ def _open_build(
             ways[name] = []
             for variant, graph in variants:
                 onnx_reader.check_operators(graph, name)
-                ways[name].append(Way(graph, variant.runner, variant.precision, variant.threads, variant.up_to))
+                taken = variant.runner, variant.precision, variant.threads, variant.up_to, variant.exact
+                ways[name].append(Way(graph, *taken))
         return Opened(CpuBackend(ways, bundle.manifest.model, settings), record.options, folder.path, passed_over)
     graphs = folder.graphs()
     engine = record.engine

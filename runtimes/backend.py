@@ -47,6 +47,8 @@ class Way:
         precision: what the runner is asked to compute in; what is written in the graph needs no asking.
         threads: inside one call; None leaves it to the runner.
         up_to: the largest batch that runs this way; None is no limit.
+        exact: shapes, as `Variant.exact`, that the runner prepares for when it first meets them; it takes all others,
+            too. Of OpenVINO.
         arrays: weights that lie beside the graph, over verified bytes, which must stay.
     """
 
@@ -55,6 +57,7 @@ class Way:
     precision: Precision = "fp32"
     threads: int | None = None
     up_to: int | None = None
+    exact: tuple[Mapping[str, int], ...] = ()
     arrays: Arrays = field(default_factory=dict)
 
     def __str__(self) -> str:

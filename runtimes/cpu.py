@@ -54,7 +54,7 @@ class CpuBackend:
             rows = []
             for way in chosen:
                 threads = settings.threads or way.threads
-                key = (name, id(way.graph), way.runner, way.precision, threads)
+                key = (name, id(way.graph), way.runner, way.precision, threads, str(way.exact))
                 if key not in opened:
                     opened[key] = _open(name, way, model, threads)
                 rows.append((way.up_to, opened[key]))
@@ -146,7 +146,7 @@ def _open(name: str, way: Way, model: Model, threads: int | None) -> Session:
     if way.runner == "openvino":
         from .openvino import OpenVinoSession
 
-        return OpenVinoSession(name, way.graph, model, way.precision, threads)
+        return OpenVinoSession(name, way.graph, model, way.precision, threads, way.exact)
     from .ort import OrtSession
 
     return OrtSession(name, way.graph, model, way.arrays, threads)

@@ -1,7 +1,8 @@
-"""OpenVINO on the CPU: one graph, compiled once for every batch size."""
+"""OpenVINO on the CPU: one graph, compiled once for every shape, and again for those that are known before."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,15 @@ class OpenVinoSession:
 
     runner = "openvino"
 
-    def __init__(self, name: str, graph: bytes, model: Model, precision: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        graph: bytes,
+        model: Model,
+        precision: str,
+        threads: int | None,
+        exact: Sequence[Mapping[str, int]] = (),
+    ) -> None:
         """Compile a graph.
 
         Args:
@@ -56,6 +65,7 @@ class OpenVinoSession:
             model: what it takes and gives.
             precision: `bf16` computes in bfloat16 what can be; `fp32` and `int8` leave every node what it is.
             threads: None leaves it to OpenVINO.
+            exact: see `Variant.exact`; it is compiled for each of them by the first call that has it.
 
         Raises:
             BackendError: OpenVINO is not installed, or does not compute in this precision here.
@@ -76,7 +86,8 @@ class OpenVinoSession:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             core = self._ov.Core()
-            self._compiled = compiled(core, core.read_model(graph, b""), options)
+            read = core.read_model(graph, b"")
+            self._compiled = compiled(core, read, options)
         except Exception as error:  # OpenVINO's exceptions have no base but RuntimeError
             raise BundleError(f"{name}: OpenVINO {self.version} does not open it: {error}") from None
         self._check_ends()
@@ -88,26 +99,51 @@ class OpenVinoSession:
             )
         # A request writes an output where it last was told to: one that is not asked for any more would be written into
         # a result that the caller has, or has given back. So each choice of outputs has requests of its own.
-        self._requests: dict[tuple[str, ...], deque[Any]] = {}
+        self._requests: dict[tuple[Any, ...], deque[Any]] = {}
         self._fixed: dict[str, int] | None = None if model.data.named() else {}
+        # By the shape of the first input, which tells those of the others.
+        self._exact: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+        for sizes in exact:
+            batch, named = sizes["batch"], {name: size for name, size in sizes.items() if name != "batch"}
+            shapes = {name: model.tensor_shape(tensor, batch, named) for name, tensor in self._inputs.items()}
+            self._exact[next(iter(shapes.values()))] = shapes
+        self._compiled_exactly: dict[tuple[int, ...], Any] = {}
+        self._compiling = threading.Lock()
+
+        def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> Any:
+            fixed = read.clone()
+            fixed.reshape({name: self._ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+            return compiled(core, fixed, options)
+
+        self._compile_for = compile_for
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
         """See `cpu.Session.run`."""
-        idle = self._requests.setdefault(tuple(outputs), deque())
+        first = next(iter(inputs.values()))
+        exact = first.shape if first.shape in self._exact else None
+        idle = self._requests.setdefault((exact, *outputs), deque())
         try:
             request = idle.pop()
         except IndexError:
-            request = self._compiled.create_infer_request()
+            request = self._compiled_for(exact).create_infer_request()
         tensor = self._ov.Tensor
         for name, value in inputs.items():
             request.set_tensor(name, tensor(value, shared_memory=True))
-        first = next(iter(inputs.values()))
         results = list(out) if out is not None else [self._empty(name, first.shape) for name in outputs]
         for name, result in zip(outputs, results, strict=True):
             request.set_tensor(name, tensor(result, shared_memory=True))
         request.infer()
         idle.append(request)
         return results
+
+    def _compiled_for(self, shape: tuple[int, ...] | None) -> Any:
+        """The graph for this shape of its first input alone, compiled on the first call; without one, for all."""
+        if shape is None:
+            return self._compiled
+        with self._compiling:
+            if shape not in self._compiled_exactly:
+                self._compiled_exactly[shape] = self._compile_for(self._exact[shape])
+            return self._compiled_exactly[shape]
 
     def _empty(self, output: str, shape: tuple[int, ...]) -> Any:
         model, tensor = self._model, self._outputs[output]

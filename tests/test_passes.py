@@ -389,6 +389,20 @@ def test_group_normalization(groups: int, each: int, rank: int, affine: bool, ba
     assert ops(got) == ["Relu", "GroupNormalization"]
     feed = feeds(raw, np.float32, height=4, width=3)
     close(ran(got, feed), ran(raw, feed), ROUNDED)
+    got, count = check(raw, "channel_norm", height=4, width=3)
+    assert count == 1
+    assert not {"Reshape", "InstanceNormalization"} & set(ops(got))
+    close(ran(got, feed), ran(raw, feed), ROUNDED)
+
+
+def test_channels_far_from_zero_keep_their_variance() -> None:
+    """A mean a thousand deviations away is taken away before squares are summed."""
+    net = Net((2, 4, 16, 16))
+    group_norm(net, 2, 4, 4)
+    raw = net.raw()
+    feed = {"x": (1000 + feeds(raw)["x"]).astype(np.float32)}
+    expected = evaluated(doubled(raw), {"x": feed["x"].astype(np.float64)})
+    close(ran(applied(raw, "channel_norm")[0], feed), [array.astype(np.float32) for array in expected], 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +421,8 @@ def test_what_is_no_group_normalization(other: str) -> None:
         shape = net.add("Concat", net.add("Shape", data, end=2), net.array(np.array([5, 3])), axis=0)
     net.add("Reshape", normed, shape)
     outputs = [net.value, grouped] if other == "groups are used" else [net.value]
-    assert check(net.raw(*outputs, opset=17 if other == "old operators" else 20), "group_norm")[1] == 0
+    raw = net.raw(*outputs, opset=17 if other == "old operators" else 20)
+    assert check(raw, "group_norm")[1] == check(raw, "channel_norm")[1] == 0
 
 
 def attention(net: Net, projected: bool, where: tuple[bool, bool, bool], div: bool = False) -> None:

@@ -179,6 +179,8 @@ class Variant(Part, frozen=True, kw_only=True):
         runner: what runs it.
         precision: what its heavy nodes compute in, but those in `kept`.
         threads: inside one call; null leaves it to the runner.
+        exact: `batch`, and the sizes of the data's named dimensions, for which OpenVINO compiles the graph once more
+            when it first meets them: it is faster where shapes are known.
         passes: what was done to the graph: for each pass the number of places that it changed.
         kept: nodes of a low-precision graph that stayed in float32, each with the reason.
     """
@@ -188,11 +190,14 @@ class Variant(Part, frozen=True, kw_only=True):
     runner: Runner
     precision: Precision = "fp32"
     threads: int | None = None
+    exact: tuple[dict[str, int], ...] = ()
     passes: dict[str, int] = msgspec.field(default_factory=dict)
     kept: dict[str, str] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_text(*self.passes, *self.kept, *self.kept.values())
+        if any("batch" not in shape or min(shape.values()) < 1 for shape in self.exact):
+            raise ValueError("exact: a batch and sizes from 1 on expected")
         if any(number is not None and number < 1 for number in (self.up_to, self.threads)):
             raise ValueError("up_to and threads: numbers from 1 on expected")
 

@@ -180,7 +180,9 @@ def _variants(graph: BuiltGraph) -> list[str]:
     for variant in graph.variants:
         limit = "all other batches" if variant.up_to is None else f"batches up to {variant.up_to}"
         threads = "" if variant.threads is None else f", {variant.threads} thread{'s' * (variant.threads > 1)}"
-        lines.append(f"{limit}: {variant.runner}, {variant.precision}{threads}; {_changes(variant)}")
+        exact = ", ".join(" ".join(f"{name} {size}" for name, size in shape.items()) for shape in variant.exact)
+        compiled = f", compiled for {exact}" if exact else ""
+        lines.append(f"{limit}: {variant.runner}, {variant.precision}{threads}{compiled}; {_changes(variant)}")
     if not graph.variants:
         lines.append(_changes(graph))
     return lines

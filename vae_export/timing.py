@@ -12,9 +12,11 @@ import numpy as np
 Call = Callable[[], Any]
 
 _TURNS = 10
-# At the start of its turn a runner's threads may have to wait for another's that still spin, for tens of
-# milliseconds: calls in that time are not counted.
-_SETTLE_SECONDS, _SETTLE_SHARE = 0.05, 0.25
+# At the start of a turn threads of the runner before may still spin, for tens of milliseconds, on the cores that this
+# one's threads need: that is waited out, and then a few calls wake its own.
+_QUIET_SECONDS, _SETTLE_SECONDS, _SETTLE_SHARE = 0.05, 0.01, 0.1
+# A turn is no shorter, where the fewest turns allow it.
+_TURN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def measure(calls: Mapping[str, Call], seconds: float, fewest: int = 5) -> dict[
         fewest: turns, at least.
     """
     longest = {name: once(call) for name, call in calls.items()}
-    rounds = max(fewest, min(_TURNS, int(seconds / max(longest.values(), default=1.0))))
+    usual = max(_TURN_SECONDS, *longest.values()) if longest else _TURN_SECONDS
+    rounds = max(fewest, min(_TURNS, int(seconds / usual)))
     turns: dict[str, list[list[float]]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
@@ -74,16 +77,15 @@ def turn(call: Call, seconds: float, usual: float) -> list[float]:
 
     Args:
         call: what is timed.
-        seconds: of the turn, the beginning that is not counted included.
-        usual: about how long a call takes: where that is longer than the beginning, it is waited out.
+        seconds: of the turn. What is waited before is as long at most.
+        usual: about how long a call takes: one that is longer than it takes threads to wake counts from the first.
     """
+    time.sleep(min(_QUIET_SECONDS, seconds))
     settle = min(_SETTLE_SECONDS, _SETTLE_SHARE * seconds)
+    settled = time.perf_counter() + settle
+    while usual < settle and time.perf_counter() < settled:
+        call()
     began = time.perf_counter()
-    if usual > settle:
-        time.sleep(settle)
-    else:
-        while time.perf_counter() < began + settle:
-            call()
     times: list[float] = []
     while not times or time.perf_counter() < began + seconds:
         times.append(once(call))

@@ -8,6 +8,7 @@ is taken out.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import time
@@ -33,13 +34,15 @@ from vae_export.runtimes.cpu import CpuBackend
 
 Array = npt.NDArray[np.float32]
 Progress = Callable[[str], None]
+#: A graph and the identity of a candidate for it.
+Place = tuple[str, int]
 
 #: A fused graph is left out where its parts are more than so many times as fast.
 WORTH = 1.02
 #: The forms to try. Of those that are equally fast the first is taken: the one that multiplies least.
 _FORMS: Mapping[Runner, tuple[tuple[str, ...], ...]] = {
     "onnxruntime": (("upsampling", "phases"), ()),
-    "openvino": (("upsampling",), (), ("group_norm", "upsampling")),
+    "openvino": (("upsampling", "channel_norm"), ("channel_norm",), ("upsampling",), ()),
 }
 #: Seconds of measuring for each candidate, graph and batch, unless asked for otherwise.
 SECONDS = 0.5
@@ -48,14 +51,16 @@ _TURNS = 3
 #: A call that takes this many times as long as the fastest is not timed further.
 _HOPELESS = 2.0
 #: Differences below this share are noise, however quiet the machine was; and above that they are none, however loud.
-_NOISE, _MOST_NOISE = 0.02, 0.05
+_NOISE, _MOST_NOISE = 0.01, 0.05
+#: Those that are not slower by more than this share are timed once more, for twice as long.
+_CLOSE = 0.15
 #: No larger batch is measured whose call would take longer, in seconds.
 _LONGEST = 8.0
 #: Where a call takes less than this, one thread may be faster than several, which have to wait for each other.
 _SHORT = 2e-3
-#: What a graph in lower precision may use of its budget, measured alone, where float32 is there to fall back on:
-#: encoder and decoder share it. What was asked for may use it all; where the whole then does not hold, half is tried,
-#: and so on, down to the last.
+#: What a graph with nodes that can be kept may use of its budget, measured alone, where float32 is there to fall back
+#: on: encoder and decoder share it. What was asked for may use it all; where the whole then does not hold, half is
+#: tried, and so on, down to the last.
 _SHARE, _LAST_SHARE = 0.5, 0.1
 #: Rows on which lowered graphs are measured; all where that many take less than so many seconds.
 _ROWS, _QUICK = 24, 0.5
@@ -83,9 +88,11 @@ class Candidate:
     kept: dict[str, dict[str, str]] = field(default_factory=dict)
     precisions: dict[str, Precision] = field(default_factory=dict)
 
-    def way(self, graph: str, threads: int | None, up_to: int | None = None) -> Way:
+    def way(
+        self, graph: str, threads: int | None, up_to: int | None = None, exact: tuple[Mapping[str, int], ...] = ()
+    ) -> Way:
         """For the backend."""
-        return Way(self.graphs[graph], self.runner, self.precisions[graph], threads, up_to)
+        return Way(self.graphs[graph], self.runner, self.precisions[graph], threads, up_to, exact)
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,8 @@ class Tuner:
             edit.name_nodes(read)
             self.base[graph] = graphs.write(read)
         self.timed: dict[str, list[Timed]] = {}
+        self._compared: dict[tuple[str, int, int], float] = {}
+        self._inexact: set[Place] = set()
         self._made: dict[Precision, dict[str, precision.Lowered]] = {}
         self._activations: dict[str, dict[str, precision.Activation]] | None = None
         self.share = _SHARE if options.precision == "auto" else 1.0
@@ -185,7 +194,7 @@ class Tuner:
                 if self.options.precision in ("auto", "fp32") or not self._made or self.share <= _LAST_SHARE:
                     raise
                 self.share /= 2
-                self._made, self.timed, self.absent = {}, {}, []
+                self._made, self.timed, self.absent, self._compared, self._inexact = {}, {}, [], {}, set()
 
     def _run(self) -> Tuned:
         candidates = list(self._candidates())
@@ -197,15 +206,16 @@ class Tuner:
                 best = {id(row.candidate) for part in GRAPHS for row in self._choose(part, {})}
                 having = [candidate for candidate in having if id(candidate) in best] or having[:1]
             self.timed[graph] = self._time(graph, having)
-        refused: dict[int, str] = {}
+        refused: dict[Place, str] = {}
         while True:
             chosen = {graph: self._choose(graph, refused) for graph in self.timed if self._left(graph, refused)}
             ways = {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
             self.progress("measuring the certificate")
             measured = self._certificate(ways, self.reference)
-            if measured.passed:
+            if not measured.passed:
+                self._refuse(measured, chosen, refused)
+            elif not self._take_back_exact(measured, chosen):
                 break
-            self._refuse(measured, chosen, refused)
         dropped = self._fusions(chosen)
         if dropped:
             ways = {graph: way for graph, way in ways.items() if graph not in dropped}
@@ -320,10 +330,10 @@ class Tuner:
             self.progress(f"{kind}: the {graph}")
 
             def problem(made: bytes, graph: str = graph) -> str | None:
-                return self._problem(graph, Way(made, runner, kind))
+                return self._problem(graph, Way(made, runner, kind), self.share)
 
-            if kind == "bf16":  # the runner's own: it rounds every node
-                if (reason := problem(self.base[graph])) is None:
+            if kind == "bf16":  # the runner's own: it rounds every node, and holds or does not
+                if (reason := self._problem(graph, Way(self.base[graph], runner, kind), 1.0)) is None:
                     found[graph] = precision.Lowered(self.base[graph], {})
                 else:
                     self.absent.append(f"the {graph} in bf16: {reason}")
@@ -341,8 +351,8 @@ class Tuner:
             self._activations = precision.record_both(self.base, self.model, self.reference, self.calibration)
         return self._activations[graph]
 
-    def _problem(self, graph: str, way: Way) -> str | None:
-        """What is out of budget, on few rows, with this graph alone in another way than plain float32."""
+    def _problem(self, graph: str, way: Way, share: float) -> str | None:
+        """What is out of a share of the budget, on few rows, with this graph alone in another way than float32."""
         ways = {other: [way if other == graph else Way(self.base[other])] for other in GRAPHS}
         try:
             measured = self._certificate(ways, self.small, batches=(8,))
@@ -350,7 +360,7 @@ class Tuner:
             return _line(error)
         budgets = ((check, check.allowed) for check in measured.checks if check.allowed is not None)
         # What is not a number is not within a budget either.
-        wrong = [check for check, allowed in budgets if not check.got <= self.share * allowed]
+        wrong = [check for check, allowed in budgets if not check.got <= share * allowed]
         return str(wrong[0]) if wrong else None
 
     def _certificate(
@@ -375,7 +385,7 @@ class Tuner:
             return [Timed(found[0], None, batch, None, "the only one") for batch in self._measured_batches()]
         try:
             for candidate in found:
-                opened[id(candidate), None] = CpuBackend({graph: [candidate.way(graph, None)]}, self.model, Settings())
+                opened[id(candidate), None] = self._open(graph, candidate, None)
             for batch in self.batches:
                 rows += self._time_batch(graph, found, batch, opened)
                 fastest = min(row.times.median for row in rows if row.times and row.batch == batch)
@@ -386,6 +396,14 @@ class Tuner:
             for backend in opened.values():
                 backend.close()
         return rows
+
+    def _open(self, graph: str, candidate: Candidate, threads: int | None) -> Backend:
+        way = candidate.way(graph, threads, exact=tuple(map(self._shape, self.batches)))
+        return CpuBackend({graph: [way]}, self.model, Settings())
+
+    def _shape(self, batch: int) -> dict[str, int]:
+        """See `Variant.exact`."""
+        return {"batch": batch, **self.sizes}
 
     def _measured_batches(self) -> list[int]:
         """Those at which the decoder was measured."""
@@ -408,7 +426,7 @@ class Tuner:
             for candidate in candidates:
                 key = (id(candidate), number)
                 if key not in opened:
-                    opened[key] = CpuBackend({graph: [candidate.way(graph, number)]}, self.model, Settings())
+                    opened[key] = self._open(graph, candidate, number)
                 backend = opened[key]
 
                 def call(backend: Backend = backend) -> Any:
@@ -419,19 +437,30 @@ class Tuner:
             if number is None and min(first.values()) < _SHORT:
                 threads.append(1)
         hopeless = {key for key, seconds in first.items() if seconds > _HOPELESS * min(first.values())}
-        times = timing.measure({str(key): c for key, c in calls.items() if key not in hopeless}, self.seconds, _TURNS)
+        timed = {key: call for key, call in calls.items() if key not in hopeless}
+        times = self._measure(timed, self.seconds)
+        fastest = min(found.median for found in times.values())
+        close = {key: timed[key] for key, found in times.items() if found.median <= (1 + _CLOSE) * fastest}
+        if len(close) > 1:
+            times |= self._measure(close, 2 * self.seconds)
         return [
             Timed(
                 by_id[key[0]],
                 key[1],
                 batch,
-                times.get(str(key)),
+                times.get(key),
                 f"its first call took {first[key] / min(first.values()):.1f} times the fastest's"
                 if key in hopeless
                 else "slower",
             )
             for key in calls
         ]
+
+    def _measure(
+        self, calls: Mapping[tuple[int, int | None], timing.Call], seconds: float
+    ) -> dict[tuple[int, int | None], timing.Times]:
+        found = timing.measure({str(key): call for key, call in calls.items()}, seconds, _TURNS)
+        return {key: found[str(key)] for key in calls}
 
     def _inputs(self, graph: str, batch: int) -> dict[str, Array]:
         """Real data and noise, at the sizes to measure at."""
@@ -448,13 +477,13 @@ class Tuner:
                 made[tensor.name] = noise.normals(0, noise.PRIOR, 0, batch, size).reshape(shape)
         return made
 
-    def _choose(self, graph: str, refused: Mapping[int, str]) -> list[Timed]:
+    def _choose(self, graph: str, refused: Mapping[Place, str]) -> list[Timed]:
         """For each batch the fastest of those that were not refused; within the noise, the one that comes first.
 
         All batches are in one precision, that which is fastest over all of them: how large a batch is must not decide
         how exact a result is.
         """
-        left = [row for row in self.timed[graph] if id(row.candidate) not in refused]
+        left = [row for row in self.timed[graph] if _why_not(graph, row.candidate, refused) is None]
         by_batch: dict[int, list[Timed]] = {}
         for row in left:
             by_batch.setdefault(row.batch, []).append(row)
@@ -482,36 +511,90 @@ class Tuner:
             chosen.append(next(row for row in timed if _median(row) <= limit))
         return chosen
 
-    def _refuse(self, measured: Certificate, chosen: Mapping[str, list[Timed]], refused: dict[int, str]) -> None:
-        """Take out the candidate that was chosen and is the least precise, or, in one precision, the most changed.
+    def _refuse(self, measured: Certificate, chosen: Mapping[str, list[Timed]], refused: dict[Place, str]) -> None:
+        """Take out what was chosen for the graph that is out of its budget.
+
+        Where that may be encoder or decoder, it is what is the least precise, or, in one precision, the most changed.
+        A fused graph is out for all forms of a runner's precision at once: it is a convenience.
 
         Raises:
             VerificationError: a graph would have no candidate left.
         """
         rank = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
-        failed = next(str(check) for check in measured.checks if not check.passed)
-        used = {id(t.candidate): t.candidate for rows in chosen.values() for t in rows}
-        worst = max(used.values(), key=lambda candidate: (rank[candidate.precision], len(candidate.forms)))
-        refused[id(worst)] = f"refused: {failed}"
+        failed = next(check for check in measured.checks if not check.passed)
+        blamed = {verifier.PICTURE: "generate"}.get(failed.quantity, failed.graph)
+        if blamed == "end to end":
+            blamed = "reconstruct" if failed.quantity.startswith("pixel") else "score"
+        places = [(graph, row.candidate) for graph, rows in chosen.items() for row in rows if graph == blamed] or [
+            (graph, row.candidate) for graph in GRAPHS for row in chosen[graph]
+        ]
+        graph, worst = max(places, key=lambda place: (rank[place[1].precisions[place[0]]], len(place[1].forms)))
+        alike = [worst]
+        if graph not in GRAPHS:
+            kind = (worst.runner, worst.precision)
+            alike += [t.candidate for t in self.timed[graph] if (t.candidate.runner, t.candidate.precision) == kind]
+        refused |= {(graph, id(candidate)): f"refused: {failed}" for candidate in alike}
         if not all(self._left(graph, refused) for graph in GRAPHS):
             measured.require()
 
-    def _left(self, graph: str, refused: Mapping[int, str]) -> bool:
+    def _take_back_exact(self, measured: Certificate, chosen: Mapping[str, list[Timed]]) -> bool:
+        """Compile for no shape of its own what computes something else there: the certificate may have other shapes.
+
+        What is allowed is what the certificate allows between two splits of a batch: another order of sums.
+
+        Returns:
+            Whether there was any.
+        """
+        allowed = max(check.allowed or 0.0 for check in measured.checks if check.quantity == verifier.SPLIT)
+        found = False
+        for graph, rows in chosen.items():
+            for row in rows:
+                place = (graph, id(row.candidate))
+                if row.candidate.runner == "openvino" and place not in self._inexact:
+                    if (*place, row.batch) not in self._compared:
+                        self._compared[*place, row.batch] = self._apart(graph, row)
+                    apart = self._compared[*place, row.batch]
+                    if apart > allowed:
+                        found = True
+                        self._inexact.add(place)
+                        kind = row.candidate.precisions[graph]
+                        self.absent.append(
+                            f"the {graph} in {kind}, compiled for batch {row.batch}, differs from itself by "
+                            f"{apart:.3g} of the largest, allowed {allowed:.3g}: it is compiled for all shapes only"
+                        )
+        return found
+
+    def _apart(self, graph: str, row: Timed) -> float:
+        """How far a graph that is compiled for one shape is from itself compiled for all, as a share of the largest."""
+        inputs, outputs = self._inputs(graph, row.batch), tuple(t.name for t in self.model.ends(graph)[1])
+        found = []
+        for exact in ((), (self._shape(row.batch),)):
+            way = row.candidate.way(graph, row.threads, exact=exact)
+            backend = CpuBackend({graph: [way]}, self.model, Settings())
+            found.append(backend.run(graph, inputs, outputs, row.batch))
+            backend.close()
+        shares = []
+        for one, other in zip(*found, strict=True):
+            step = 1.0 if one.dtype == np.uint8 else 0.0  # what lies between two levels may be rounded to either
+            apart = np.abs(one.astype(np.float64) - other).max() - step
+            shares.append(float(max(apart, 0.0) / max(np.abs(one.astype(np.float64)).max(), 1e-30)))
+        return max(shares)
+
+    def _left(self, graph: str, refused: Mapping[Place, str]) -> bool:
         """Whether a graph has a candidate that was not refused."""
-        return any(id(row.candidate) not in refused for row in self.timed[graph])
+        return any(_why_not(graph, row.candidate, refused) is None for row in self.timed[graph])
 
     def _ways(self, graph: str, rows: Sequence[Timed]) -> list[Way]:
         """Neighbours that run the same way are one; the last is for all larger batches."""
         merged: list[Way] = []
         for row in rows:
-            way = row.candidate.way(graph, row.threads, row.batch)
-            if merged and (merged[-1].graph, merged[-1].runner, merged[-1].precision, merged[-1].threads) == (
-                way.graph, way.runner, way.precision, way.threads,
-            ):  # fmt: skip
-                merged.pop()
+            whole = row.candidate.runner != "openvino" or (graph, id(row.candidate)) in self._inexact
+            exact = () if whole else (self._shape(row.batch),)
+            way = row.candidate.way(graph, row.threads, row.batch, exact)
+            if merged and dataclasses.replace(merged[-1], up_to=way.up_to, exact=exact) == way:
+                way = dataclasses.replace(way, exact=(*merged.pop().exact, *exact))
             merged.append(way)
-        last = merged.pop()
-        return [*merged, Way(last.graph, last.runner, last.precision, last.threads, None)]
+        return [*merged[:-1], dataclasses.replace(merged[-1], up_to=None)]
 
     def _fusions(self, chosen: Mapping[str, list[Timed]]) -> dict[str, str]:
         """The fused graphs that do not beat their parts, and by how much they lose."""
@@ -551,12 +634,12 @@ class Tuner:
         return times["fused"].median / times["parts"].median
 
     def _records(
-        self, chosen: Mapping[str, list[Timed]], refused: Mapping[int, str], dropped: Mapping[str, str]
+        self, chosen: Mapping[str, list[Timed]], refused: Mapping[Place, str], dropped: Mapping[str, str]
     ) -> Iterator[Measurement]:
         for graph, rows in self.timed.items():
             for row in rows:
                 candidate = row.candidate
-                verdict = refused.get(id(candidate), row.verdict)
+                verdict = _why_not(graph, candidate, refused) or row.verdict
                 if any(row is one for one in chosen.get(graph, ())):
                     verdict = dropped.get(graph, "chosen")
                 yield Measurement(
@@ -590,11 +673,18 @@ class Tuner:
                     runner=way.runner,
                     precision=way.precision,
                     threads=way.threads,
+                    exact=tuple(dict(shape) for shape in way.exact),
                     passes={name: count for name, count in candidate.changed[graph].items() if count},
                     kept=candidate.kept.get(graph, {}),
                 )
                 found[graph].append((variant, way.graph))
         return found
+
+
+def _why_not(graph: str, candidate: Candidate, refused: Mapping[Place, str]) -> str | None:
+    """Why a candidate is out for a graph: by itself, or because a graph is that this one has in it."""
+    inside = {"generate": ("decoder",), "reconstruct": GRAPHS, "score": GRAPHS}.get(graph, ())
+    return next((refused[g, id(candidate)] for g in (graph, *inside) if (g, id(candidate)) in refused), None)
 
 
 def _median(row: Timed) -> float:

@@ -21,6 +21,8 @@ from vae_export.pixels import to_uint8
 from vae_export.runtimes import VAE, Backend, Settings, open_bundle
 
 BATCHES = (1, 2, 7, 64)
+#: What the checks of splits and of bytes are called.
+SPLIT, PICTURE = "another split of the batch", "picture, worst"
 
 
 def verify(
@@ -206,7 +208,7 @@ class _Meter:
         # Rounding puts two values that are close on both sides of a half: one level is never an error.
         allowed = 1 + math.floor(255 * self.tolerance.pixel)
         worst = {b: _row_max(levels) for b, levels in off.items()}
-        self._worst_row("decoder", "picture, worst", "levels of 255", worst, allowed)
+        self._worst_row("decoder", PICTURE, "levels of 255", worst, allowed)
 
     def terms(self, quantity: str, got: Mapping[int, Array]) -> None:
         """ELBO, reconstruction or KL: nats, and relative to S, beside PyTorch's own in float32."""
@@ -247,7 +249,7 @@ class _Meter:
             shares = [_row_max(np.abs(out[k] - v)) / max(float(np.abs(v).max()), 1e-30) for k, v in whole.items()]
             worst[batch] = np.max(shares, axis=0)
             self.identical &= all(np.array_equal(out[k], v) for k, v in whole.items())
-        self._worst_row(graph, "another split of the batch", "of the largest", worst, allowed, own)
+        self._worst_row(graph, SPLIT, "of the largest", worst, allowed, own)
 
     def _own(self, graph: certificates.GraphName, output: str) -> float:
         """PyTorch's own worst error of an output in float32, as a share of the largest reference value."""

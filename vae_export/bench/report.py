@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.table import Table
 
 from vae_export import files
 from vae_export.errors import InputError, require
+
+_TIMES = ("median", "p10", "p50", "p90", "p99")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Report:
         rows = []
         for row in self.rows:
             plain = asdict(row)
-            times = {f"{name}_us": plain.pop(name) * 1e6 for name in ("median", "p10", "p50", "p90", "p99")}
+            times = {f"{name}_us": plain.pop(name) * 1e6 for name in _TIMES}
             derived = {"per_second": row.per_second, "gflops": row.gflops, "share_of_roof": self.share_of_roof(row)}
             rows.append({**plain, **times, **derived})
         return {
@@ -136,6 +138,22 @@ class Report:
             "rows": rows,
             "absent": [asdict(one) for one in self.absent],
         }
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Report:
+        """From what `to_dict` gave, with more beside it or without."""
+        names = [field.name for field in fields(Row)]
+        rows = [{**row, **{name: row[f"{name}_us"] / 1e6 for name in _TIMES}} for row in plain["rows"]]
+        return cls(
+            bundle=plain["bundle"],
+            sizes=plain["sizes"],
+            threads=plain["threads"],
+            machine={name: plain[name] for name in ("date", "machine", "versions")},
+            roof=plain["roof"],
+            runners=tuple(plain["runners"]),
+            rows=tuple(Row(**{name: row[name] for name in names}) for row in rows),
+            absent=tuple(Absent(**one) for one in plain["absent"]),
+        )
 
 
 def reason(error: Exception) -> str:

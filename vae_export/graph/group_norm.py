@@ -9,13 +9,15 @@ operators are those of version 21 at least; where none was, nothing is changed. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.version_converter import ConvertVersionPass
 
-from vae_export.graph.edit import FLOATING, Floats, add_constant, constant, new_node, only_user, replace, rounded
+from vae_export.graph.edit import FLOATING, add_constant, constant, new_node, only_user, replace, rounded
 from vae_export.graph.products import Affine, Channels
 
 _OPSETS = range(18, 21)
@@ -25,14 +27,23 @@ _IR_VERSION = 10
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A group normalization: what it takes, its last node, its groups and its step by channel."""
+class Found:
+    """A group normalization.
+
+    Attributes:
+        data: what it takes, (batch, channels, …).
+        last: the node that gives its result.
+        groups: of channels beside each other.
+        epsilon: is added to variances.
+        scale, shift: by channel, in the type of the data.
+    """
 
     data: onnx_ir.Value
-    norm: onnx_ir.Node
     last: onnx_ir.Node
     groups: int
-    step: Affine
+    epsilon: float
+    scale: npt.NDArray[Any]
+    shift: npt.NDArray[Any]
 
 
 def apply(model: onnx_ir.Model) -> int:
@@ -40,18 +51,24 @@ def apply(model: onnx_ir.Model) -> int:
     graph = model.graph
     if graph.opset_imports.get("", 0) < _OPSETS.start:
         return 0
-    found = [match for node in graph if (match := _match(node)) is not None]
+    found = find(graph)
     if not found:
         return 0
     if graph.opset_imports[""] in _OPSETS:
         ConvertVersionPass(_OPSET)(model)
         model.ir_version = max(model.ir_version, _IR_VERSION)
-    count = sum(_rewrite(graph, match) for match in found)
+    for match in found:
+        _rewrite(graph, match)
     RemoveUnusedNodesPass()(model)
-    return count
+    return len(found)
 
 
-def _match(norm: onnx_ir.Node) -> _Found | None:
+def find(graph: onnx_ir.Graph) -> list[Found]:
+    """What PyTorch's exporter writes for a group normalization, everywhere in a graph."""
+    return [match for node in graph if (match := _match(node)) is not None]
+
+
+def _match(norm: onnx_ir.Node) -> Found | None:
     if norm.domain or norm.op_type != "InstanceNormalization":
         return None
     grouped, scale, shift = norm.inputs[0], constant(norm.inputs[1]), constant(norm.inputs[2])
@@ -75,7 +92,11 @@ def _match(norm: onnx_ir.Node) -> _Found | None:
         user = only_user(last.outputs[0])
         if user is not None and user.op_type == operator and (more := along.read(user, last.outputs[0])) is not None:
             last, step = user, step.then(more)
-    return _Found(data, norm, last, groups, step)
+    assert step.shift is not None
+    arrays = [rounded(array, grouped.dtype) for array in (step.scale, step.shift)]
+    if arrays[0] is None or arrays[1] is None:
+        return None
+    return Found(data, last, groups, norm.attributes.get_float("epsilon", 1e-5), arrays[0], arrays[1])
 
 
 def _restores(back: onnx_ir.Node, data: onnx_ir.Value) -> bool:
@@ -96,25 +117,17 @@ def _restores(back: onnx_ir.Node, data: onnx_ir.Value) -> bool:
     )
 
 
-def _rewrite(graph: onnx_ir.Graph, found: _Found) -> bool:
-    assert found.data.dtype is not None
-    assert found.step.shift is not None
+def _rewrite(graph: onnx_ir.Graph, found: Found) -> None:
     old = found.last.outputs[0]
-    numbers: list[Floats] = [found.step.scale, found.step.shift]
-    arrays = [rounded(array, found.data.dtype) for array in numbers]
-    if any(array is None for array in arrays):
-        return False
     inputs = [
         add_constant(graph, f"{old.name}.{name}", array)
-        for name, array in zip(("scale", "bias"), arrays, strict=True)
-        if array is not None
+        for name, array in (("scale", found.scale), ("bias", found.shift))
     ]
     attributes = {
         "num_groups": found.groups,
-        "epsilon": found.norm.attributes.get_float("epsilon", 1e-5),
+        "epsilon": found.epsilon,
         "stash_type": int(onnx_ir.DataType.FLOAT),
     }
     node = new_node(graph, "GroupNormalization", [found.data, *inputs], old, **attributes)
     graph.insert_before(found.last, node)
     replace(old, node.outputs[0])
-    return True

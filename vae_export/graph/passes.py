@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import onnx_ir
 
 from vae_export.errors import InputError
-from vae_export.graph import attention, batch_norm, fold, group_norm, phases, pointwise, scaling, upsampling
+from vae_export.graph import (
+    attention,
+    batch_norm,
+    channel_norm,
+    fold,
+    group_norm,
+    phases,
+    pointwise,
+    scaling,
+    upsampling,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ PASSES: dict[str, Pass] = {
         Pass("phases", "make a transposed convolution convolutions, one for each phase", phases.apply),
         Pass("fold", "compute what is constant, drop what does nothing or is not needed", fold.apply),
         Pass("group_norm", "write group normalization as one operator", group_norm.apply),
+        Pass("channel_norm", "write group normalization by means of channels, without reshaping", channel_norm.apply),
         Pass("batch_norm", "put batch normalization into the weights before it", batch_norm.apply),
         Pass("scaling", "put multiplications and additions of constants into weights", scaling.apply),
         Pass("pointwise", "make a convolution and a pointwise one after it one", pointwise.apply),
@@ -49,7 +60,7 @@ PASSES: dict[str, Pass] = {
 
 
 #: Those that give another form of the same arithmetic: which form is faster depends on what runs it.
-FORMS = ("group_norm", "upsampling", "phases")
+FORMS = ("group_norm", "channel_norm", "upsampling", "phases")
 
 
 def select(text: str | None) -> tuple[str, ...]:
