@@ -41,12 +41,12 @@ figures: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/figures.py out/bench/figures.json
 
-# What a call of ours costs beside the bare session's, in turns of a millisecond.
 # What each graph pass buys, on each runner.
 passes: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/passes.py out/bench/passes.json
 
+# What a call of ours costs beside the bare session's, in turns of a millisecond.
 overhead: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/overhead.py out/bench/overhead.json
@@ -82,7 +82,7 @@ gpu: setup
 kills: setup
 	$(BIN)/python benchmarks/kills.py 200
 
-# Renew the recorded results that README.md and docs/training.md quote, and print their tables.
+# Renew the recorded results that README.md and the documents quote, and print their tables.
 record: setup out/pythae
 	$(BIN)/python benchmarks/figures.py benchmarks/results/figures-cpu.json
 	$(BIN)/python benchmarks/latency.py benchmarks/results/latency-cpu.json
@@ -90,6 +90,9 @@ record: setup out/pythae
 	$(BIN)/python benchmarks/training.py benchmarks/results/training-cpu.json --pythae out/pythae
 	$(BIN)/python benchmarks/recipes.py benchmarks/results/recipes-cpu.json
 	$(BIN)/python benchmarks/sources.py benchmarks/results/sources-cpu.json
+	$(BIN)/python benchmarks/passes.py benchmarks/results/passes-cpu.json
+	$(BIN)/python benchmarks/overhead.py benchmarks/results/overhead-cpu.json
+	$(BIN)/python benchmarks/performance.py benchmarks/results/performance-cpu.json --work out/bench/models
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -131,6 +131,16 @@ def growth(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def twice(record: dict[str, Any]) -> list[str]:
+    """Whether two builds choose alike."""
+    lines = ["| model | choices | the same in both | where not, second to first, at most |", "|---|---|---|---|"]
+    for name, found in record["twice"].items():
+        same = sum(row["same"] for row in found["rows"])
+        apart = [row["difference"] for row in found["rows"] if not row["same"] and "difference" in row]
+        lines.append(f"| {name} | {len(found['rows'])} | {same} | {f'{max(apart):+.1%}' if apart else ''} |")
+    return lines
+
+
 def passes() -> list[str]:
     """What passes buy: time as a share of the bundle's own graph's on the same runner."""
     rows = _read("passes-cpu.json")["rows"]
@@ -179,6 +189,6 @@ if __name__ == "__main__":
     for table in (trainer, throughput, recipes, sources, passes, overhead):
         print("\n".join(table()), end="\n\n")
     speed = _read("performance-cpu.json")
-    for of in (performance, means, growth):
+    for of in (performance, means, growth, twice):
         print("\n".join(of(speed)), end="\n\n")
     picture(speed, "conv64", Path(__file__).parents[1] / "docs" / "images" / "speed.png")

@@ -454,7 +454,7 @@ def test_performance_is_recorded_and_goes_on(
     assert not any(row.get("difference") for row in rows if row["same"])
     exponents = found["scaling"]["batch"]["exponents"]
     assert all(-0.5 < value < 1.5 for of_verb in exponents.values() for value in of_verb.values())
-    for table, rows in ((tables.performance, 2 * 2 * 2), (tables.means, 2), (tables.growth, 2)):
+    for table, rows in ((tables.performance, 2 * 2 * 2), (tables.means, 2), (tables.growth, 2), (tables.twice, 1)):
         lines = table(found)
         assert len(lines) == 2 + rows
         assert all(line.count("|") == lines[0].count("|") for line in lines)

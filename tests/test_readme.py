@@ -155,8 +155,16 @@ def test_its_figures_are_those_of_the_records() -> None:
 
 
 def test_the_performance_document(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Its options are the commands'."""
+    """Its options are the commands', and its tables the records'."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "benchmarks" / "results" / "performance-cpu.json").read_text())
+    lines = [*tables.passes(), *tables.overhead()]
+    for table in (tables.performance, tables.means, tables.growth, tables.twice):
+        lines += table(record)
+    for line in lines:
+        assert f"{line}\n" in text
+    for line in tables.means(record):
+        assert f"{line}\n" in README
     help = "".join(run(verb, "--help", COLUMNS="200").stdout for verb in ("build", "bench"))
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert len(said) > 8

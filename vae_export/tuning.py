@@ -554,7 +554,7 @@ class Tuner:
                     if (*place, row.batch) not in self._compared:
                         self._compared[*place, row.batch] = self._apart(graph, row)
                     apart = self._compared[*place, row.batch]
-                    if apart > allowed:
+                    if not apart <= allowed:  # what is not a number is none that agrees
                         found = True
                         self._inexact.add(place)
                         kind = row.candidate.precisions[graph]
