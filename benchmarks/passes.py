@@ -27,7 +27,7 @@ from vae_export import files, graph, noise, timing
 from vae_export.bundle import Bundle
 from vae_export.graph import passes
 
-CASES = {"conv64": (1, 8), "resnet64": (1, 8), "tiny": (1,), "kl-small": (1,)}
+CASES = {"conv64": (1, 8), "resnet64": (1, 8), "tiny": (1,), "kl-small": (1,), "sd15": (1,)}
 BASIC = tuple(name for name in passes.PASSES if name not in passes.FORMS)
 #: What is compared with the graph as it is.
 CHOICES = {
@@ -37,6 +37,8 @@ CHOICES = {
     "upsampling": ("upsampling",),
     "upsampling, phases": ("upsampling", "phases"),
     "upsampling, channel_norm": ("upsampling", "channel_norm"),
+    "winograd": ("winograd",),
+    "all but group_norm, phases": tuple(name for name in passes.PASSES if name not in ("group_norm", "phases")),
 }
 
 

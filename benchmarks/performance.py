@@ -27,9 +27,11 @@ from machine import machine
 
 import vae_export
 from vae_export import bench, files
+from vae_export import graph as graphs
 from vae_export.builds import BuildFolder
 from vae_export.bundle import Bundle
 from vae_export.errors import VaeExportError
+from vae_export.graph import passes
 
 VERBS = ("decode", "encode")
 SCALING, TWICE = "scaling", "twice"
@@ -183,7 +185,9 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
     del proto.graph.value_info[:]  # shapes that vary
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    typed = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    read = graphs.read(proto.SerializeToString())
+    passes.optimize(read, ["fold"])  # sizes that are computed in the graph are constants now
+    typed = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(graphs.write(read)), data_prop=True)
     graph = typed.graph
     known = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -196,10 +200,17 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
                 continue
             flipped = any(a.name == "transB" and a.i for a in node.attribute)
             each = math.prod(inner[1:]) if node.op_type == "Conv" else inner[-1] if flipped else inner[-2]
-            total += math.prod(known[node.output[0]]) * each
+            total += _size(known[node.output[0]]) * each
         elif node.op_type == "ConvTranspose":
-            total += math.prod(known[node.input[0]]) * math.prod(known[node.input[1]][1:])
+            total += _size(known[node.input[0]]) * math.prod(known[node.input[1]][1:])
     return total
+
+
+def _size(shape: Sequence[int]) -> int:
+    """How many numbers a value has, whose shape must be known."""
+    assert shape
+    assert min(shape) > 0, shape
+    return math.prod(shape)
 
 
 def cells(rows: Iterable[Row]) -> list[dict[str, Any]]:

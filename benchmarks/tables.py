@@ -100,10 +100,10 @@ def performance(record: dict[str, Any]) -> list[str]:
             exact, auto = cell["ours"].get(_EXACT), cell["ours"].get(_AUTO)
             if exact:
                 share = rows[cell["verb"], cell["batch"], _EXACT]["share_of_roof"]
-                shown += [f"{exact['median_us'] / 1e3:.3g}", *_beside(cell["float32"], _EXACT)]
+                shown += [_ms(exact["median_us"]), *_beside(cell["float32"], _EXACT)]
                 shown += [f"{ceiling:.2f}", f"{share:.0%}"]
             if auto:
-                shown += [f"{auto['median_us'] / 1e3:.3g}", _beside(cell["float32"], _AUTO)[1]]
+                shown += [_ms(auto["median_us"]), _beside(cell["float32"], _AUTO)[1]]
                 shown += _beside(cell["low_precision"], _AUTO) if "low_precision" in cell else []
             lines.append(f"| {' | '.join([*shown, *[''] * (12 - len(shown))])} |")
     return lines
@@ -152,7 +152,7 @@ def passes() -> list[str]:
         }  # fmt: skip
         shown = [f"{here[c]['share_of_none']:.2f}" if c in here else "" for c in choices]
         case, graph, batch, runner = place
-        alone = f"{here['none']['median_us'] / 1e3:.3g}"
+        alone = _ms(here["none"]["median_us"])
         lines.append(f"| {case} {graph} | {batch} | {runner} | {alone} | {' | '.join(shown)} |")
     return lines
 
@@ -175,9 +175,14 @@ def picture(record: dict[str, Any], case: str, path: Path) -> None:
 _EXACT, _AUTO = "vae_export fp32", "vae_export auto"
 
 
+def _ms(microseconds: float) -> str:
+    """Milliseconds in three digits or more."""
+    return f"{microseconds / 1e3:,.0f}" if microseconds >= 1e5 else f"{microseconds / 1e3:.3g}"
+
+
 def _beside(peer: dict[str, Any], ours: str) -> list[str]:
     """A peer with its time, and how many times as fast we are."""
-    return [f"{peer['peer']} {peer['median_us'] / 1e3:.3g}", f"{1 / peer['ours_to_it'][ours]:.2f}"]
+    return [f"{peer['peer']} {_ms(peer['median_us'])}", f"{1 / peer['ours_to_it'][ours]:.2f}"]
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from vae_export import graph
-from vae_export.graph import phases, upsampling
+from vae_export.graph import phases, upsampling, winograd
 
 UINTS = st.integers(0, 3)
 
@@ -133,6 +133,60 @@ def test_phases_are_exact(shape: Any, added: bool) -> None:
     if found:
         assert "ConvTranspose" not in {node.op_type for node in read.graph}
     assert phases.apply(read) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans())
+def test_winograd_is_exact(batch: int, height: int, width: int, bias: bool) -> None:
+    """Weights are multiples of 4, so that their transforms are whole numbers, too."""
+    weights = {"w": 4 * _values(3, 2, 3, 3)} | ({"b": _values(3)} if bias else {})
+    before = _model([helper.make_node("Conv", ["x", *weights], ["y"], pads=[1] * 4)], 2, 2, weights)
+    x = _values(batch, 2, height, width)
+    read = graph.read(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "CHANNELS", 2)
+        assert winograd.apply(read) == 1
+        after = graph.write(read)
+        onnx.checker.check_model(onnx.ModelProto.FromString(after), full_check=True)
+        assert winograd.apply(read) == 0
+    assert graph.write(read) == after
+    np.testing.assert_array_equal(_run(after, x), _run(before, x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "channels"),
+    [
+        ({"strides": [2, 2]}, 4),
+        ({"dilations": [2, 2], "pads": [2] * 4}, 4),
+        ({"pads": [0, 1, 1, 1]}, 4),
+        ({"group": 2}, 4),
+        ({}, winograd.CHANNELS - 1),
+    ],
+)
+def test_what_winograd_leaves(changed: dict[str, Any], channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if changed:
+        monkeypatch.setattr(winograd, "CHANNELS", 2)
+    weights = {"w": _values(channels, channels // changed.get("group", 1), 3, 3)}
+    attributes = {"pads": [1] * 4, **changed}
+    before = _model([helper.make_node("Conv", ["x", "w"], ["y"], **attributes)], channels, 2, weights)
+    read = graph.read(before)
+    assert winograd.apply(read) == 0
+    assert graph.write(read) == graph.write(graph.read(before))
+
+
+def test_winograd_multiplies_less() -> None:
+    """As many channels as it is for: 4 in place of 9 for each pixel, and about as exact as the convolution."""
+    channels = winograd.CHANNELS
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((channels, channels, 3, 3), np.float32) / math.sqrt(9 * channels)
+    before = _model([helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)], channels, 2, {"w": w})
+    read = graph.read(before)
+    assert winograd.apply(read) == 1
+    kernels = [n.inputs[1].shape.numpy() for n in read.graph if n.op_type == "Conv"]
+    assert kernels.count((channels, channels, 1, 1)) == kernels.count((channels, 1, 4, 4)) == 16
+    x = rng.standard_normal((1, channels, 12, 9), np.float32)
+    expected = _run(before, x)
+    assert np.abs(_run(graph.write(read), x) - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,9 @@ def test_the_performance_document(run: Callable[..., subprocess.CompletedProcess
         assert f"{line}\n" in text
     for line in tables.means(record):
         assert f"{line}\n" in README
+    (large,) = (c for c in record["cases"]["sd15"]["cells"] if c["verb"] == "decode")
+    times = 1 / large["float32"]["ours_to_it"]["vae_export fp32"]
+    assert f"256 × 256 is {times:.2f} times as fast in float32 as the fastest peer" in README
     help = "".join(run(verb, "--help", COLUMNS="200").stdout for verb in ("build", "bench"))
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert len(said) > 8

@@ -368,6 +368,18 @@ def test_a_fused_graph_that_loses_to_its_parts_is_left_out(
         assert vae.generate(2).shape[0] == 2
 
 
+def test_slow_models_have_no_fused_graphs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would hold the weights once more each."""
+    monkeypatch.setattr(tuning, "_LONG", 0.0)
+    made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
+    assert set(made.record.graphs) == {"encoder", "decoder"}
+    assert any(
+        re.fullmatch(r"fused graphs: one call takes 0\.\d\d s, .*next to nothing", x) for x in made.record.absent
+    )
+    with vae_export.load(bundle, build=made.path) as vae:
+        assert vae.generate(2).shape[0] == 2
+
+
 def test_the_cache_is_used(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VAE_EXPORT_CACHE", str(tmp_path / "cache"))
     made = vae_export.build(bundle, "cpu")

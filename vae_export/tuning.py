@@ -41,8 +41,14 @@ Place = tuple[str, int]
 WORTH = 1.02
 #: The forms to try. Of those that are equally fast the first is taken: the one that multiplies least.
 _FORMS: Mapping[Runner, tuple[tuple[str, ...], ...]] = {
-    "onnxruntime": (("upsampling", "phases"), ()),
-    "openvino": (("upsampling", "channel_norm"), ("channel_norm",), ("upsampling",), ()),
+    "onnxruntime": (("upsampling", "phases", "winograd"), ("upsampling", "phases"), ()),
+    "openvino": (
+        ("upsampling", "channel_norm", "winograd"),
+        ("upsampling", "channel_norm"),
+        ("channel_norm",),
+        ("upsampling",),
+        (),
+    ),
 }
 #: Seconds of measuring for each candidate, graph and batch, unless asked for otherwise.
 SECONDS = 0.5
@@ -58,6 +64,9 @@ _CLOSE = 0.15
 _LONGEST = 8.0
 #: Where a call takes less than this, one thread may be faster than several, which have to wait for each other.
 _SHORT = 2e-3
+#: Where encoder and decoder together take longer, in seconds, fused graphs are not made: each would hold the weights
+#: once more, to save a millisecond.
+_LONG = 0.25
 #: What a graph with nodes that can be kept may use of its budget, measured alone, where float32 is there to fall back
 #: on: encoder and decoder share it. What was asked for may use it all; where the whole then does not hold, half is
 #: tried, and so on, down to the last.
@@ -198,14 +207,23 @@ class Tuner:
 
     def _run(self) -> Tuned:
         candidates = list(self._candidates())
-        for graph in (*GRAPHS, *sorted({name for c in candidates for name in c.graphs} - set(GRAPHS))):
+        for graph in GRAPHS:
             self.progress(f"measuring the {graph}")
-            having = [candidate for candidate in candidates if graph in candidate.graphs]
-            if graph not in GRAPHS:
-                # A fused graph is not fast where neither of its parts is.
-                best = {id(row.candidate) for part in GRAPHS for row in self._choose(part, {})}
-                having = [candidate for candidate in having if id(candidate) in best] or having[:1]
-            self.timed[graph] = self._time(graph, having)
+            self.timed[graph] = self._time(graph, candidates)
+        best: dict[int, Candidate] = {}
+        whole = sum(min(row.times.median for row in self.timed[part] if row.times) for part in GRAPHS)
+        if whole > _LONG:
+            self.absent.append(f"fused graphs: one call takes {whole:.2f} s, of which they would save next to nothing")
+        else:  # one is not fast where neither of its parts is
+            best = {id(row.candidate): row.candidate for part in GRAPHS for row in self._choose(part, {})}
+            for candidate in best.values():
+                self._fuse(candidate)
+            if not any("reconstruct" in candidate.graphs for candidate in best.values()):
+                self._fuse(candidates[0])
+                best[id(candidates[0])] = candidates[0]
+        for graph in sorted({name for candidate in best.values() for name in candidate.graphs} - set(GRAPHS)):
+            self.progress(f"measuring the {graph}")
+            self.timed[graph] = self._time(graph, [c for c in best.values() if graph in c.graphs])
         refused: dict[Place, str] = {}
         while True:
             chosen = {graph: self._choose(graph, refused) for graph in self.timed if self._left(graph, refused)}
@@ -292,16 +310,11 @@ class Tuner:
             if key in known:
                 continue
             known.add(key)
-            self._fuse(made, kinds)
-            for graph in made.keys() - set(GRAPHS):
-                parts = GRAPHS if graph != "generate" else ("decoder",)
-                changed[graph] = {k: sum(changed[p][k] for p in parts) for k in changed["decoder"]}
-                kept[graph] = {f"{p}.{node}": why for p in parts for node, why in kept.get(p, {}).items()}
-                kinds[graph] = next((kinds[p] for p in parts if kinds[p] != "fp32"), "fp32")
             yield Candidate(runner, kind, forms, made, changed, dict(kept), dict(kinds))
 
-    def _fuse(self, made: dict[str, bytes], kinds: Mapping[str, Precision]) -> None:
+    def _fuse(self, candidate: Candidate) -> None:
         """Add the fused graphs; not across two precisions of OpenVINO, which computes a whole graph in one."""
+        made, kinds, changed, kept = candidate.graphs, candidate.precisions, candidate.changed, candidate.kept
 
         def read() -> tuple[Any, Any]:
             return graphs.read(made["encoder"]), graphs.read(made["decoder"])
@@ -309,11 +322,15 @@ class Tuner:
         model = self.model
         if is_picture(model.data.shape):
             made["generate"] = graphs.write(compose.generate(read()[1], model))
-        if "bf16" in kinds.values() and len(set(kinds.values())) > 1:
-            return
-        made["reconstruct"] = graphs.write(compose.reconstruct(*read(), model))
-        if model.has_elbo:
-            made["score"] = graphs.write(compose.score(*read(), model))
+        if "bf16" not in kinds.values() or len(set(kinds.values())) == 1:
+            made["reconstruct"] = graphs.write(compose.reconstruct(*read(), model))
+            if model.has_elbo:
+                made["score"] = graphs.write(compose.score(*read(), model))
+        for graph in made.keys() - set(GRAPHS):
+            parts = GRAPHS if graph != "generate" else ("decoder",)
+            changed[graph] = {k: sum(changed[p][k] for p in parts) for k in changed["decoder"]}
+            kept[graph] = {f"{p}.{node}": why for p in parts for node, why in kept.get(p, {}).items()}
+            kinds[graph] = next((kinds[p] for p in parts if kinds[p] != "fp32"), "fp32")
 
     def _lowered(self, kind: Precision) -> dict[str, precision.Lowered] | None:
         """Encoder and decoder in a lower precision, as far as each by itself holds; None where neither does.

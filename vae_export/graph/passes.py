@@ -24,6 +24,7 @@ from vae_export.graph import (
     pointwise,
     scaling,
     upsampling,
+    winograd,
 )
 
 
@@ -48,6 +49,7 @@ PASSES: dict[str, Pass] = {
     for found in (
         Pass("upsampling", "make upsampling and a convolution one transposed convolution", upsampling.apply),
         Pass("phases", "make a transposed convolution convolutions, one for each phase", phases.apply),
+        Pass("winograd", "compute convolutions of many channels with 2.25 times fewer products", winograd.apply),
         Pass("fold", "compute what is constant, drop what does nothing or is not needed", fold.apply),
         Pass("group_norm", "write group normalization as one operator", group_norm.apply),
         Pass("channel_norm", "write group normalization by means of channels, without reshaping", channel_norm.apply),
@@ -60,7 +62,7 @@ PASSES: dict[str, Pass] = {
 
 
 #: Those that give another form of the same arithmetic: which form is faster depends on what runs it.
-FORMS = ("group_norm", "channel_norm", "upsampling", "phases")
+FORMS = ("group_norm", "channel_norm", "upsampling", "phases", "winograd")
 
 
 def select(text: str | None) -> tuple[str, ...]:
