@@ -945,7 +945,7 @@ def test_the_chosen_profile_is_the_smallest_that_fits(
 
 
 def test_build_on_the_command_line(run: Run, bundle: Path, tmp_path: Path, own_cache: Path) -> None:
-    said = succeeded(run("build", bundle, "--target", "cpu", "--precision", "fp16"))
+    said = succeeded(run("build", bundle, "--target", "cpu", "--precision", "fp16", "--seconds", "0.01"))
     place = builds.cached(Bundle(bundle).manifest, "cpu")
     assert f"{place} is written, and verified" in said
     assert "build for cpu" in said

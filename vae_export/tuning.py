@@ -595,7 +595,7 @@ class Tuner:
             step = 1.0 if one.dtype == np.uint8 else 0.0  # what lies between two levels may be rounded to either
             apart = np.abs(one.astype(np.float64) - other).max() - step
             shares.append(float(max(apart, 0.0) / max(np.abs(one.astype(np.float64)).max(), 1e-30)))
-        return max(shares)
+        return float(np.max(shares))  # not a number if one of them is none
 
     def _left(self, graph: str, refused: Mapping[Place, str]) -> bool:
         """Whether a graph has a candidate that was not refused."""
