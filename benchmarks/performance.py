@@ -86,8 +86,8 @@ def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resum
         print(f"{part}: {name}", flush=True)
         found[part][name] = step()
         found |= machine()
-        averaged = cases.MEANS & found["cases"].keys() or found["cases"].keys()
-        found["means"] = means([cell for case in averaged for cell in found["cases"][case]["cells"]])
+        averaged = [case for name, case in found["cases"].items() if name in cases.MEANS] or found["cases"].values()
+        found["means"] = means([cell for case in averaged for cell in case["cells"]])
         with files.atomic_file(out) as stage:
             stage.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found

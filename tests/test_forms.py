@@ -138,7 +138,7 @@ def test_phases_are_exact(shape: Any, added: bool) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans())
 def test_winograd_is_exact(batch: int, height: int, width: int, bias: bool) -> None:
-    """Weights are multiples of 4, so that their transforms are whole numbers, too."""
+    """Weights are multiples of 4, so that their transforms are whole numbers, too; few channels keep sums exact."""
     weights = {"w": 4 * _values(3, 2, 3, 3)} | ({"b": _values(3)} if bias else {})
     before = _model([helper.make_node("Conv", ["x", *weights], ["y"], pads=[1] * 4)], 2, 2, weights)
     x = _values(batch, 2, height, width)
@@ -172,6 +172,15 @@ def test_what_winograd_leaves(changed: dict[str, Any], channels: int, monkeypatc
     read = graph.read(before)
     assert winograd.apply(read) == 0
     assert graph.write(read) == graph.write(graph.read(before))
+
+
+def test_winograd_leaves_old_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "CHANNELS", 2)
+    before = _model([helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)], 2, 2, {"w": _values(2, 2, 3, 3)})
+    for version, count in ((14, 0), (15, 1)):
+        proto = onnx.ModelProto.FromString(before)
+        proto.opset_import[0].version = version
+        assert winograd.apply(graph.read(proto.SerializeToString())) == count
 
 
 def test_winograd_multiplies_less() -> None:

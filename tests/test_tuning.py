@@ -169,7 +169,7 @@ def test_a_shape_that_is_known_is_compiled_for(bundle: Path) -> None:
 def test_what_differs_when_it_is_compiled_for_its_shape_is_compiled_for_all(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alone(self: Any) -> list[str]:
+    def alone(self: Any) -> list[str]:  # whichever runner is faster here, this one's shapes are what is asked about
         self.capabilities = frozenset()
         return ["openvino"]
 
@@ -178,11 +178,39 @@ def test_what_differs_when_it_is_compiled_for_its_shape_is_compiled_for_all(
     for found in made.graphs.values():
         assert [shape for v in found.variants for shape in v.exact] == [{"batch": 1}, {"batch": 8}]
     assert "compiled for batch 1, batch 8" in report.as_text(report.build(tmp_path / "exact", made)).replace("\n", "")
-    monkeypatch.setattr(tuning.Tuner, "_apart", lambda self, graph, row: 1.0)
+    monkeypatch.setattr(tuning.Tuner, "_apart", lambda self, graph, row: 1.0)  # in truth they agree
     made = vae_export.build(bundle, "cpu", out=tmp_path / "all", batches=(1, 8)).record
     assert not any(v.exact for found in made.graphs.values() for v in found.variants)
     words = r"the decoder in fp32, compiled for batch 1, differs from itself by 1 of the largest, allowed \S+: it is "
     assert any(re.fullmatch(words + "compiled for all shapes only", line) for line in made.absent)
+
+
+@pytest.mark.parametrize(
+    ("for_all", "exactly", "share"),
+    [
+        ([1.0, -4.0], [1.0, -4.0], 0.0),
+        ([1.0, -4.0], [1.5, -4.0], 0.125),
+        ([1.0, -4.0], [math.nan, -4.0], math.nan),
+        (np.array([10, 200], np.uint8), np.array([11, 199], np.uint8), 0.0),  # a level is rounding
+        (np.array([10, 200], np.uint8), np.array([10, 203], np.uint8), 0.01),
+    ],
+)
+def test_how_far_apart(bundle: Path, monkeypatch: pytest.MonkeyPatch, for_all: Any, exactly: Any, share: float) -> None:
+    class Backend:
+        def __init__(self, ways: Any, *_: Any) -> None:
+            (self.way,) = ways["decoder"]
+
+        def run(self, *_: Any) -> list[Any]:
+            return [np.asarray(for_all), np.asarray(exactly if self.way.exact else for_all)]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(tuning, "CpuBackend", Backend)
+    monkeypatch.setattr(tuning.Tuner, "_inputs", lambda *_: {})
+    tuner = object.__new__(tuning.Tuner)
+    tuner.model, tuner.sizes = Bundle(bundle).manifest.model, {}
+    assert tuner._apart("decoder", _timed("fp32", 1, 1.0)) == pytest.approx(share, nan_ok=True)
 
 
 def test_signals_are_handled_after_sessions_were_closed(bundle: Path) -> None:
@@ -369,7 +397,7 @@ def test_a_fused_graph_that_loses_to_its_parts_is_left_out(
 
 
 def test_slow_models_have_no_fused_graphs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would hold the weights once more each."""
+    """They would hold the weights once more each. One that is slow by itself would take minutes to build."""
     monkeypatch.setattr(tuning, "_LONG", 0.0)
     made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
     assert set(made.record.graphs) == {"encoder", "decoder"}

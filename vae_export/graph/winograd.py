@@ -6,8 +6,8 @@ multiplications in place of 36 (Lavin, Gray: Fast Algorithms for Convolutional N
 pointwise convolution by weights that are transformed beforehand, and Aᵀ … A are sums of planes, whose four pixels are
 interleaved.
 
-Requires: constant float32 weights; 3 × 3 kernels with stride 1 and one zero around, no groups, and so many channels
-that what is saved outweighs the transforms.
+Requires: the operators of version 15 or later; constant float32 weights; 3 × 3 kernels with stride 1 and one zero
+around, no groups, and so many channels that what is saved outweighs the transforms.
 Ensures: the same function, but for rounding: weights are transformed in float64 and rounded once. Images of odd sizes
 are filled up with zeros, which only results take that are cut off again. The weights take 16 ninths of their memory.
 """
@@ -21,6 +21,8 @@ from vae_export.graph import edit
 
 #: Channels, of data and of result, from which on transforms cost less than they save, measured.
 CHANNELS = 256
+#: The first version in which Shape takes a part of a shape.
+_OPSET = 15
 
 _G = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
 _B = np.array([[1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, -1.0, 1.0, 0.0], [0.0, 1.0, 0.0, -1.0]])
@@ -28,6 +30,8 @@ _B = np.array([[1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, -1.0, 1.0, 0.0
 
 def apply(model: onnx_ir.Model) -> int:
     """Rewrite every such convolution, in place; how many there were."""
+    if model.graph.opset_imports.get("", 0) < _OPSET:
+        return 0
     return edit.rewrite(model, "Conv", _rewrite)
 
 
