@@ -144,7 +144,10 @@ def _model() -> str:
     if sys.platform == "darwin":
         name = (_sysctl("machdep.cpu.brand_string") or b"").rstrip(b"\0").decode(errors="replace")
     elif sys.platform == "win32":
-        name = _registry()
+        import winreg
+
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+            name = str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
     else:
         facts = _cpuinfo()
         name = facts.get("model name", "")
@@ -176,12 +179,3 @@ def _sysctl(key: str) -> bytes | None:
     value = ctypes.create_string_buffer(size.value)
     failed = library.sysctlbyname(key.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0))
     return None if failed else value.raw[: size.value]
-
-
-def _registry() -> str:
-    if sys.platform != "win32":
-        raise AssertionError("asked on Windows alone")
-    import winreg
-
-    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
-        return str(winreg.QueryValueEx(key, "ProcessorNameString")[0])

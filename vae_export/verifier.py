@@ -6,7 +6,7 @@ import datetime
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from vae_export.elbo import Array, Float64
 from vae_export.golden import EXTREMES, Reference
 from vae_export.manifest import Model
 from vae_export.pixels import to_uint8
-from vae_export.runtimes import VAE, Backend, Settings, open_bundle
+from vae_export.runtimes import VAE, Backend, BuildLike, Settings, open_bundle
 
 BATCHES = (1, 2, 7, 64)
 #: What the checks of splits and of bytes are called.
@@ -31,10 +31,11 @@ def verify(
     device: str = "auto",
     build: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    opened: Callable[[str], None] = lambda line: None,
 ) -> Certificate:
     """Measure a bundle again, on this machine, against the golden examples that it brought along.
 
-    What is measured is what `load` would use: with device `auto`, a build of the cache where there is one.
+    What is measured is the bundle's own graphs, whatever builds the cache has; or a build, where one is named.
 
     Nothing is written. The result may be out of budget: ask `Certificate.passed`, or call
     `Certificate.require`.
@@ -42,8 +43,9 @@ def verify(
     Args:
         path: the bundle's folder.
         device: as for `load`.
-        build: as for `load`.
+        build: the folder of a build of this bundle, to measure in place of the bundle's own graphs.
         threads: as for `load`.
+        opened: called with what is measured, in one line, before it is.
 
     Raises:
         InputError, BundleError, BackendError: as for `load`.
@@ -51,11 +53,13 @@ def verify(
     bundle = Bundle(path)
     manifest = bundle.manifest
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, manifest.model)
-    opened = open_bundle(bundle, device=device, build=build, settings=Settings(threads=threads))
+    source: BuildLike = False if build is None else build
+    runs = open_bundle(bundle, device=device, build=source, settings=Settings(threads=threads))
     try:
-        return measure(manifest.model, opened.backend, reference, manifest.name, opened.options.tolerance)
+        opened(runs.line())
+        return measure(manifest.model, runs.backend, reference, manifest.name, runs.tolerance)
     finally:
-        opened.backend.close()
+        runs.backend.close()
 
 
 def measure(
