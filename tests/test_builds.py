@@ -406,9 +406,6 @@ def test_other_kernels_for_other_batches_are_told(bundle: Path, copy: Any) -> No
     graph = record.graphs["decoder"]
     last = msgspec.structs.replace(graph.variants[-1], up_to=None, exact=())
     one = {**record.graphs, "decoder": msgspec.structs.replace(graph, variants=(last,))}
-    kernels = (
-        "decoder: other batches run other kernels. Noise and latents of the prior are the same bits at every batch"
-    )
     for ways in ((last,), (msgspec.structs.replace(last, up_to=2, threads=1), last)):
         rewrite(path, graphs=one | {"decoder": msgspec.structs.replace(graph, variants=ways)})
         with vae_export.load(bundle, build=path) as vae:
@@ -1248,6 +1245,57 @@ def test_build_on_the_command_line(run: Run, bundle: Path, tmp_path: Path, own_c
     (place / "encoder.onnx").write_bytes(b"")
     failed(run("verify", bundle, "--precision", "fp16"), 3, "It is truncated or was changed. Build it again")
     failed(run("inspect", place), 3, "It is truncated or was changed")
+
+
+@no_gpu
+def test_what_runs_is_said_first(run: Run, bundle: Path, made: Any, own_cache: Path, tmp_path: Path) -> None:
+    """On stderr: what is piped stays as it was."""
+    builds.check_cache()
+    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    shutil.copytree(made("cpu", precision="fp16").path, place)
+    own, low = "float32, the bundle's own graphs, onnxruntime ", f"float16, build {place}, "
+    with vae_export.load(bundle, build=False) as vae, vae_export.load(bundle, build=place) as half:
+        plain, rounded = vae.sample(3, seed=1), half.sample(3, seed=1)
+    sample = ("sample", bundle, "--out", "x.npy", "--n", 3, "--seed", 1)
+    for options, environment, line, expected in (
+        ((), {}, own, plain),
+        (("--precision", "fp16"), {}, low, rounded),
+        ((), {"VAE_EXPORT_PRECISION": "fp16"}, low, rounded),
+        (("--no-build",), {"VAE_EXPORT_PRECISION": "fp16"}, own, plain),
+        (("--precision", "fp32"), {"VAE_EXPORT_PRECISION": "fp16"}, own, plain),
+    ):
+        done = run(*sample, *options, **environment)
+        assert succeeded(done) == "x.npy: 3 samples, seed 1, from 0\n"
+        assert done.stderr.startswith(line)
+        assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
+    done = run("reconstruct", bundle, "x.npy", "--out", "r.npy", "--precision", "fp16")
+    assert (succeeded(done), done.stderr.startswith(low)) == ("r.npy: 3 reconstructions\n", True)
+    done = run("score", bundle, "x.npy", "--precision", "fp16")
+    assert succeeded(done).startswith("index,elbo,reconstruction,kl\n")
+    assert done.stderr.startswith(low)
+    failed(run(*sample, "--build", place, "--no-build"), 2, "sample: name one of --build and --no-build")
+    failed(run(*sample, "--precision", "int8"), 2, "load: precision is int8, and the cache has no build of")
+    failed(
+        run(*sample, "--precision", "fp32", "--build", place), 2, "is a build in fp16 (float16), and precision is fp32"
+    )
+
+
+@no_gpu
+def test_bench_after_a_build_in_a_lower_precision(run: Run, bundle: Path, made: Any, own_cache: Path) -> None:
+    """What is timed without being named is in float32, whatever is in the cache or the user's default."""
+    builds.check_cache()
+    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    shutil.copytree(made("cpu", precision="fp16").path, place)
+    few = ("--batches", 1, "--verbs", "decode", "--seconds", 0.02, "--json")
+    for options, name, line in (
+        ((), "vae_export", "vae_export: float32, the bundle's own graphs, "),
+        (("--no-build",), "vae_export", "vae_export: float32, the bundle's own graphs, "),
+        (("--precision", "fp16"), "vae_export fp16", f"vae_export fp16: float16, build {place}, "),
+    ):
+        done = run("bench", bundle, *few, *options, VAE_EXPORT_PRECISION="fp16")
+        assert json.loads(succeeded(done))["rows"][0]["runner"] == name
+        assert done.stderr.startswith(line)
+    failed(run("bench", bundle, "--no-build", "--precision", "fp16"), 2, "bench: --no-build takes none, and a build is")
 
 
 @no_gpu
