@@ -388,6 +388,21 @@ def test_what_needs_an_instruction_that_is_missing_is_refused(
         assert caught.value.exit_code == 4
 
 
+@pytest.mark.skipif(
+    not shutil.which("qemu-x86_64") or os.uname().machine != "x86_64", reason="there is no emulator qemu-x86_64 here"
+)
+def test_an_emulated_processor_refuses_eight_bits(bundle: Path, copy: Any, tmp_path: Path) -> None:
+    """A Haswell has no VNNI, whatever it is emulated on: no array is written."""
+    path = copy("cpu")
+    rewrite(path, graphs=lowered(path, "int8", requires=("vnni",)).graphs)
+    python = ["qemu-x86_64", "-cpu", "Haswell", os.path.realpath(sys.executable), "-m", "vae_export"]
+    command = [*python, "sample", str(bundle), "--build", str(path), "--out", "a.npy"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    failed(done, 4, "the decoder computes in int8 and needs vnni (sums of 8-bit products that do not overflow), which ")
+    assert not (tmp_path / "a.npy").exists()
+
+
 def test_records_of_earlier_versions_are_read(copy: Any) -> None:
     """They name neither a processor nor what they need."""
     path = copy("cpu")
