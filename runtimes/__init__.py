@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Literal, cast, get_args
 
 from vae_export import builds, onnx_reader
-from vae_export.builds import BuildFolder, Engine, Options
+from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Processor, Wanted
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError, VaeExportError
 from vae_export.manifest import Model
 from vae_export.onnx_reader import Weights
 
-from . import machine
+from . import machine, processor
 from .backend import Backend, Settings, Way
 from .cpu import CpuBackend
 from .memory import Budget, parse_bytes
@@ -24,6 +24,7 @@ from .vae import VAE
 __all__ = [
     "VAE",
     "Backend",
+    "BuildLike",
     "DevicePosterior",
     "Elbo",
     "Opened",
@@ -33,14 +34,21 @@ __all__ = [
     "load",
     "open_backend",
     "open_bundle",
+    "said",
 ]
+
+#: The environment variable that sets what `load` runs in where it is not told.
+DEFAULT_PRECISION = "VAE_EXPORT_PRECISION"
+#: The folder of a build; False for no build at all; None to choose.
+BuildLike = str | os.PathLike[str] | Literal[False] | None
 
 
 def load(
     path: str | os.PathLike[str],
     *,
     device: str = "auto",
-    build: str | os.PathLike[str] | None = None,
+    build: BuildLike = None,
+    precision: Wanted | None = None,
     micro_batch: int = 64,
     threads: int | None = None,
     lanes: int = 1,
@@ -51,15 +59,27 @@ def load(
 
     Every file of the bundle, and of the build that is used, is verified first.
 
+    What runs computes in float32, unless less is asked for: a build of the user's cache is used by itself only if it
+    holds float32's certificate, as the bundle's own graphs do. A lower precision is asked for by `precision`, by naming
+    a `build`, or by the environment variable `VAE_EXPORT_PRECISION`. What was asked for by an argument and is not there
+    is an error: who asked counts on its speed or its numbers, and would hear of neither from a substitute. The variable
+    is a preference for all bundles: one that has no such build runs in float32, and `VAE.describe` says why.
+
+    Noise and latents are the same bits on every machine, whatever runs them. What graphs make of them is the same to
+    the rounding of float32 (or of the precision that was asked for): another batch, build or processor may take
+    another kernel, which sums in another order.
+
     Args:
         path: the bundle's folder.
         device: `cpu`, `cuda`, or `auto`: the best that is there. On a GPU that is a build for TensorRT, for TensorRT
             for RTX or for CUDA from the user's cache, then ONNX Runtime on CUDA; on the CPU a build from the cache,
             then the bundle itself on ONNX Runtime. `VAE.describe` tells which, and what was passed over and why.
-        build: the folder of a build of this bundle, which is then used and no other. An engine in it is native code:
-            name only what you trust.
+        build: the folder of a build of this bundle, which is then used and no other, in whatever it computes. An engine
+            in it is native code: name only what you trust. False uses no build: the bundle's own graphs.
+        precision: `fp32`; or `auto`, `fp16`, `bf16`, `int8` or (on a GPU) `tf32`: the build of the cache that was asked
+            for with it (`vae-export build --precision`). None takes that of the environment variable, or `fp32`.
         micro_batch: the most examples that go through a graph at once; larger batches are cut into such
-            slices. It bounds memory and does not change results.
+            slices. It bounds memory and does not change results beyond rounding, as said above.
         threads: threads inside one call on the CPU; None leaves it to the backend.
         lanes: on a GPU, how many calls run at once, each with a stream and buffers of its own. Calls from more
             threads wait.
@@ -72,11 +92,13 @@ def load(
             counts in the manifest, times a factor for safety: it is an estimate, not a limit that is enforced.
 
     Raises:
-        InputError: there is no folder at `path` or `build`, or an option is not one of those above; or max_memory is
-            less than a model of fixed sizes needs, or the bundle is too old to say what it needs.
+        InputError: there is no folder at `path` or `build`, or an option is not one of those above; or the cache has no
+            build in the precision that was asked for, or `build` names one in another; or max_memory is less than a
+            model of fixed sizes needs, or the bundle is too old to say what it needs.
         BundleError: the bundle or the build is incomplete, damaged, tampered with, or newer than this version; or
             the build is of another bundle.
-        BackendError: the device or a package that it needs is not available, or the build is for another machine.
+        BackendError: the device or a package that it needs is not available, or the build is for another machine, or
+            it needs an instruction that this processor does not have.
     """
     limit = None if max_memory is None else parse_bytes(max_memory)
     bundle = Bundle(path)
@@ -84,7 +106,7 @@ def load(
     manifest = bundle.manifest
     costs = {name: graph.cost for name, graph in manifest.graphs.items() if graph.cost}
     budget = None if limit is None else Budget(limit, manifest.model, costs)
-    opened = open_bundle(bundle, device=device, build=build, settings=settings)
+    opened = open_bundle(bundle, device=device, build=build, precision=precision, settings=settings)
     return VAE(
         manifest.model, opened.backend, micro_batch=micro_batch, name=manifest.name, facts=opened.facts(), budget=budget
     )
@@ -95,56 +117,114 @@ class Opened:
 
     Attributes:
         backend: it has the graphs.
-        options: how they were built; the defaults where no build is used.
-        build: the build's folder, or None for the bundle's own graphs.
+        folder: the build that is used, or None for the bundle's own graphs.
         passed_over: what would have come first, and why it did not.
+        notes: what whoever reads results should know of the build.
     """
 
-    def __init__(self, backend: Backend, options: Options, build: Path | None, passed_over: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        folder: BuildFolder | None,
+        passed_over: Mapping[str, str],
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.backend = backend
-        self.options = options
-        self.build = build
+        self.folder = folder
         self.passed_over = dict(passed_over)
+        self.notes = notes
+
+    @property
+    def tolerance(self) -> str:
+        """The name of the tolerances that what runs is held to."""
+        return self.folder.record.tolerance if self.folder else Options().tolerance
 
     def facts(self) -> dict[str, object]:
         """For `VAE.describe`."""
         return {
-            "precision": builds.TOLERANCE_NAMES.get(self.options.precision, "mixed"),
-            "build": str(self.build) if self.build else None,
+            "precision": self.folder.record.in_words() if self.folder else "float32",
+            "build": str(self.folder.path) if self.folder else None,
             "passed_over": self.passed_over,
+            "notes": list(self.notes),
         }
+
+    def line(self) -> str:
+        """What runs, in one line for people."""
+        return said(self.facts() | dict(self.backend.describe()))
+
+
+def said(facts: Mapping[str, object]) -> str:
+    """What runs, in one line for people, of what `VAE.describe` gives."""
+    runs = f"build {facts['build']}" if facts["build"] else "the bundle's own graphs"
+    return f"{facts['precision']}, {runs}, {facts['backend']} {facts['version']}, {facts['provider']}"
 
 
 def open_bundle(
     bundle: Bundle,
     *,
     device: str = "auto",
-    build: str | os.PathLike[str] | None = None,
+    build: BuildLike = None,
+    precision: Wanted | None = None,
     settings: Settings | None = None,
 ) -> Opened:
     """Open a bundle's graphs, or those of a build of it, on the best backend. Arguments and errors: see `load`."""
     settings = settings or Settings()
-    _check_settings(device, settings)
+    _check_settings(device, build, settings)
+    asked = _checked("precision", precision)
     bundle.check()
-    if build is not None:
-        return _open_build(bundle, BuildFolder(build), device, settings, {})
+    if build is not None and build is not False:
+        return _open_named(bundle, BuildFolder(build), asked, device, settings)
+    if build is False and asked not in (None, "fp32"):
+        raise InputError(
+            f"load: build is False, which takes the bundle's own graphs in float32, and precision is {asked}. Drop one"
+        )
     passed_over: dict[str, str] = {}
-    for place in _places(bundle, device, passed_over):
+    places = _places(device, passed_over)
+    if build is None and (wanted := asked or _default() or "fp32") != "fp32":
         try:
-            if place in ("cuda", "cpu"):
-                graphs, weights = bundle.graphs()
-                model = bundle.manifest.model
-                backend = open_backend(graphs, model, device=place, settings=settings, weights=weights)
-                return Opened(backend, Options(), None, passed_over)
-            return _open_cached(bundle, place.removeprefix("build "), device, settings, passed_over)
-        except (BackendError, BundleError) as error:
-            if place == ("cuda" if device == "cuda" else "cpu"):
+            return _open_lower(bundle, wanted, places, settings, passed_over)
+        except (InputError, BackendError, BundleError) as error:
+            if asked:
                 raise
-            passed_over[place] = str(error)
-    raise AssertionError("the last place opens or raises")
+            passed_over[f"precision {wanted}"] = f"{DEFAULT_PRECISION} asks for it. {error}"
+    return _open_exact(bundle, places, settings, passed_over, with_builds=build is None)
 
 
-def _check_settings(device: str, settings: Settings) -> None:
+def _checked(name: str, precision: object) -> Wanted | None:
+    if precision is None or precision in get_args(Wanted):
+        return cast("Wanted | None", precision)
+    raise InputError(f"load: {name} is {precision!r}; expected {', '.join(get_args(Wanted))}")
+
+
+def _default() -> Wanted | None:
+    """What the user has set for all bundles."""
+    return _checked(f"the environment variable {DEFAULT_PRECISION}", os.environ.get(DEFAULT_PRECISION) or None)
+
+
+def _places(device: str, passed_over: dict[str, str]) -> list[str]:
+    """The devices to try, the best first."""
+    if device != "auto":
+        return [device]
+    if problem := machine.driver().problem:
+        passed_over["cuda"] = problem
+        return ["cpu"]
+    return ["cuda", "cpu"]
+
+
+def _open_named(bundle: Bundle, folder: BuildFolder, asked: Wanted | None, device: str, settings: Settings) -> Opened:
+    """The build that the caller named: with a precision beside it, it must be that."""
+    record = folder.record
+    if asked and not (record.exact if asked == "fp32" else record.options.wanted == asked):
+        raise InputError(
+            f"load: {folder.path} is a build in {record.options.wanted} ({record.in_words()}), and "
+            f"precision is {asked}. Drop one"
+        )
+    return _open_build(bundle, folder, device, settings, {})
+
+
+def _check_settings(device: str, build: object, settings: Settings) -> None:
+    if build is True:
+        raise InputError("load: build is True; expected the folder of a build, False for none, or None to choose")
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"load: device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
     threads, lanes = settings.threads, settings.lanes
@@ -156,25 +236,89 @@ def _check_settings(device: str, settings: Settings) -> None:
         raise InputError(f"load: cuda_graphs is {settings.cuda_graphs!r}; expected True, False or None")
 
 
-def _places(bundle: Bundle, device: str, passed_over: dict[str, str]) -> list[str]:
-    """What to try, the best first: `build TARGET` of the cache, `cuda`, `cpu`."""
-    there = [builds.target(name) for name in builds.cached_targets(bundle.manifest)]
+def _open_exact(
+    bundle: Bundle, places: list[str], settings: Settings, passed_over: dict[str, str], *, with_builds: bool
+) -> Opened:
+    """What holds float32's certificate: on each device a build of the cache, and then the bundle's own graphs."""
+    for place in places:
+        for name in _slots(bundle, "fp32", place) if with_builds else ():
+            try:
+                folder = _cached_folder(bundle, name)
+                if folder.record.exact:
+                    return _open_cached(bundle, folder, place, settings, passed_over)
+                passed_over[f"build {name}"] = _inexact(folder)
+            except (BackendError, BundleError) as error:
+                passed_over[f"build {name}"] = str(error)
+        try:
+            graphs, weights = bundle.graphs()
+            model = bundle.manifest.model
+            backend = open_backend(graphs, model, device=place, settings=settings, weights=weights)
+            return Opened(backend, None, passed_over)
+        except (BackendError, BundleError) as error:
+            if place == places[-1]:
+                raise
+            passed_over[place] = str(error)
+    raise AssertionError("the last place opens or raises")
+
+
+def _open_lower(
+    bundle: Bundle, wanted: Wanted, places: list[str], settings: Settings, passed_over: dict[str, str]
+) -> Opened:
+    """The best build of the cache that was asked for in a precision.
+
+    Raises:
+        InputError: there is none for these devices.
+        BackendError, BundleError: what there is cannot be used.
+    """
+    last: VaeExportError | None = None
+    for place in places:
+        for name in _slots(bundle, wanted, place):
+            try:
+                folder = _cached_folder(bundle, name)
+                if folder.record.options.wanted == wanted:
+                    return _open_cached(bundle, folder, place, settings, passed_over)
+            except (BackendError, BundleError) as error:
+                last, passed_over[f"build {name}"] = error, str(error)
+    if last:
+        raise last
+    options = "--tf32" if wanted == "tf32" else f"--precision {wanted}"
+    raise InputError(
+        f"load: precision is {wanted}, and the cache has no build of {bundle.path} in it for {' or '.join(places)}. "
+        f"Run: vae-export build {bundle.path} --target {places[-1]} {options}; or drop precision, for float32"
+    )
+
+
+def _slots(bundle: Bundle, wanted: Wanted, place: str) -> list[str]:
+    """The slots of the cache to look into, the best first: what a build computes in stands in its record."""
     rank = {"tensorrt": 0, "tensorrt-rtx": 1, None: 2}
-    on_gpu = sorted((t for t in there if t.device == "cuda"), key=lambda t: (rank[t.flavour], t.capability is None))
-    places = []
-    if device == "cuda" or (device == "auto" and not machine.driver().problem):
-        places += [*(f"build {target.name}" for target in on_gpu), "cuda"]
-    elif device == "auto":
-        passed_over["cuda"] = machine.driver().problem or ""
-    if device != "cuda":
-        places += [*(f"build {target.name}" for target in there if target.device == "cpu"), "cpu"]
-    return places
+    found = []
+    for name in builds.cached_slots(bundle.manifest):
+        target = builds.slot_target(name)
+        if target.device == place:
+            named_so = name == builds.slot(target.name, wanted)
+            found.append((rank[target.flavour], target.capability is None, not named_so, name))
+    return [name for *_, name in sorted(found)]
 
 
-def _open_cached(bundle: Bundle, name: str, device: str, settings: Settings, passed_over: dict[str, str]) -> Opened:
-    """A build of the cache; if it was made for what this machine had before, it is made again."""
+def _cached_folder(bundle: Bundle, name: str) -> BuildFolder:
     builds.check_cache()
-    folder = BuildFolder(builds.cached(bundle.manifest, name))
+    return BuildFolder(builds.cached(bundle.manifest, name))
+
+
+def _inexact(folder: BuildFolder) -> str:
+    """Why a build is not used where float32 is wanted."""
+    record = folder.record
+    if set(record.precisions.values()) != {"fp32"}:
+        return f"it computes in {record.in_words()}: precision={record.options.wanted!r} takes it"
+    if not record.measured:
+        return f"{_UNMEASURED}; build={str(folder.path)!r} takes it"
+    return f"its certificate is {record.tolerance}'s, not float32's: precision={record.options.wanted!r} takes it"
+
+
+def _open_cached(
+    bundle: Bundle, folder: BuildFolder, device: str, settings: Settings, passed_over: dict[str, str]
+) -> Opened:
+    """A build of the cache; if it was made for what this machine had before, it is made again."""
     record = folder.record
     engine = record.engine
     problem = builds.mismatch(engine, machine.this_machine(engine.flavour)) if engine else None
@@ -185,14 +329,15 @@ def _open_cached(bundle: Bundle, name: str, device: str, settings: Settings, pas
         if engine.flavour == "tensorrt-rtx" and here not in engine.capabilities:
             # Made again, it would be for the same GPUs again.
             raise BackendError(
-                f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(name)}"
+                f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(record.target)}"
+                f"{_option(record.options)}"
             )
         try:
             folder = BuildFolder(rebuild(bundle, record))
         except (VaeExportError, OSError) as error:
             raise BackendError(
                 f"{folder.path}: {problem}. Building it again failed: {error}. "
-                f"Run: vae-export build {bundle.path} --target {name}"
+                f"Run: vae-export build {bundle.path} --target {record.target}{_option(record.options)}"
             ) from None
     return _open_build(bundle, folder, device, settings, passed_over)
 
@@ -207,6 +352,12 @@ def _open_build(
     if device not in ("auto", wanted.device):
         raise InputError(f"load: device is {device!r}, and {folder.path} is a build for {record.target}. Drop one")
     if wanted.device == "cpu":
+        here = processor.processor()
+        if problem := builds.unfit(record, here):
+            raise BackendError(
+                f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target cpu"
+                f"{_option(record.options)}, or load without it"
+            )
         ways: dict[str, list[Way]] = {}
         for name, variants in folder.variants().items():
             ways[name] = []
@@ -214,17 +365,46 @@ def _open_build(
                 onnx_reader.check_operators(graph, name)
                 taken = variant.runner, variant.precision, variant.threads, variant.up_to, variant.exact
                 ways[name].append(Way(graph, *taken))
-        return Opened(CpuBackend(ways, bundle.manifest.model, settings), record.options, folder.path, passed_over)
+        return Opened(CpuBackend(ways, bundle.manifest.model, settings), folder, passed_over, _notes(record, here))
     graphs = folder.graphs()
     engine = record.engine
     if engine and (problem := builds.mismatch(engine, machine.this_machine(engine.flavour))):
         raise BackendError(
             f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(record.target)}"
+            f"{_option(record.options)}"
         )
     backend = open_backend(
         graphs, bundle.manifest.model, device=wanted.device, options=record.options, engine=engine, settings=settings
     )
-    return Opened(backend, record.options, folder.path, passed_over)
+    return Opened(backend, folder, passed_over, _notes(record, processor.processor()))
+
+
+_UNMEASURED = "it was made where it could not run, and never measured: vae-export verify --build measures it here"
+
+
+def _notes(record: Build, here: Processor) -> tuple[str, ...]:
+    """What whoever reads results of a build should know."""
+    notes = [note] if (note := builds.elsewhere(record, here)) else []
+    if not record.measured:
+        notes.append(_UNMEASURED)
+    several = sorted(name for name, graph in record.graphs.items() if _kernels(graph) > 1)
+    if several or len(record.options.profiles) > 1:
+        notes.append(
+            f"{', '.join(several or record.graphs)}: other batches run other kernels. Noise and latents of the prior "
+            "are the same bits at every batch, and what is computed of them is the same to rounding"
+        )
+    return tuple(notes)
+
+
+def _kernels(graph: BuiltGraph) -> int:
+    """In how many ways a graph runs, by its batch."""
+    return sum(1 + len(variant.exact) for variant in graph.variants)
+
+
+def _option(options: Options) -> str:
+    """How the command line asks for a precision."""
+    tf32 = " --tf32" if options.tf32 else ""
+    return (f" --precision {options.precision}" if options.precision != "fp32" else "") + tf32
 
 
 def _target_here(target: str) -> str:

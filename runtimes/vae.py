@@ -44,8 +44,10 @@ class OnGpu(Protocol):
 class VAE:
     """A trained variational autoencoder on a backend. Made by `load`; safe to use from many threads.
 
-    Every method that draws takes `seed` and `start`: example i of seed s is the same whatever the batch,
-    the micro-batch, the thread or the machine.
+    Every method that draws takes `seed` and `start`: the noise of example i of seed s, and so a latent of the prior, is
+    the same bits whatever the batch, the micro-batch, the thread or the machine. What graphs compute of it is the same
+    to rounding: another batch may take another kernel, which sums in another order (of float32, differences of about
+    1e-6 of the largest value); `describe` says where a build has other kernels for other batches.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class VAE:
             backend: has `encoder` and `decoder`, and may have fused graphs.
             micro_batch: as for `load`.
             name: of the bundle.
-            facts: for `describe`: the precision, and the build.
+            facts: for `describe`: as `Opened.facts`; None is that of a bundle's own graphs.
             budget: for the memory of intermediate results; None is no limit.
 
         Raises:
@@ -77,7 +79,8 @@ class VAE:
         self._backend = backend
         self._micro_batch = micro_batch
         self._budget = budget
-        self._facts = {"precision": "float32"} if facts is None else dict(facts)
+        own: Mapping[str, Any] = {"precision": "float32", "build": None, "passed_over": {}, "notes": []}
+        self._facts = dict(own if facts is None else facts)
         self._data = ArrayCheck("x", model, on_gpu=backend.on_gpu)
         self._latent = ArrayCheck("z", model, on_gpu=backend.on_gpu)
         # What each graph gives for one example, where that holds for every call: without named dimensions.
@@ -511,7 +514,12 @@ class VAE:
         self._backend.warm(graph, feed, [tensor.name for tensor in outputs], rows)
 
     def describe(self) -> dict[str, Any]:
-        """What this is and what it runs on, as plain values."""
+        """What this is and what it runs on, as plain values.
+
+        `precision` is what the graphs compute in, such as `float32` or `float32 encoder, int8 decoder`; `build` the
+        folder of the build that runs, or None for the bundle's own graphs; `passed_over` what would have come first,
+        and why it did not; `notes` what to know of the build: another processor, other kernels for other batches.
+        """
         model = self.model
         return {
             "bundle": self.name,

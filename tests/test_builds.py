@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from test_bundle import reseal
 from test_cli import Run, failed, succeeded
 from test_manifest import HASH, NAMED, SPATIAL, a_model
-from vae_export.runtimes import flavours, machine
+from vae_export.runtimes import flavours, machine, processor
 
 import vae_export
-from vae_export import builds, precision, records
+from vae_export import builds, precision, records, tuning
 from vae_export.builds import SEAL, Build, BuildFolder, BuiltGraph, Engine, Machine, Options, Profile
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError
@@ -135,19 +135,300 @@ def test_load_uses_the_build_that_it_is_given(bundle: Path, made: Any) -> None:
 
 @no_gpu
 def test_load_finds_the_build_in_the_cache(bundle: Path, own_cache: Path) -> None:
-    built = vae_export.build(bundle, "cpu", precision="fp16")
-    assert built.path == own_cache / "builds" / Bundle(bundle).manifest.digest / "cpu"
+    folder = own_cache / "builds" / Bundle(bundle).manifest.digest
+    built = vae_export.build(bundle, "cpu")
+    assert built.path == folder / "cpu"
     for device in ("auto", "cpu"):
         with vae_export.load(bundle, device=device) as vae:
             facts = vae.describe()
-        assert (facts["build"], facts["precision"]) == (str(built.path), "float16")
+        assert (facts["build"], facts["precision"]) == (str(built.path), "float32")
         assert facts["passed_over"] == ({"cuda": NO_GPU} if device == "auto" else {})
-    assert vae_export.verify(bundle).precision == "float16"
-    # One in the cache is replaced by the next.
+    # One in the cache is replaced by the next of its precision, and by no other.
     assert vae_export.build(bundle, "cpu").path == built.path
+    low = vae_export.build(bundle, "cpu", precision="fp16")
+    assert low.path == folder / "cpu-fp16"
+    assert builds.cached_slots(Bundle(bundle).manifest) == ["cpu", "cpu-fp16"]
     with vae_export.load(bundle) as vae:
+        assert vae.describe()["build"] == str(built.path)
+
+
+# What runs is what was asked for
+
+#: Those of `VAE.describe` that say what runs.
+RUNS = ("precision", "build", "passed_over")
+
+
+@no_gpu
+def test_a_lower_precision_is_used_where_it_is_asked_for(
+    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a build in a lower precision a plain load gives the bits that it gave before."""
+    with vae_export.load(bundle) as vae:
+        before = vae.sample(7, seed=1)
+    low = vae_export.build(bundle, "cpu", precision="fp16").path
+    why = "it computes in float16: precision='fp16' takes it"
+    for choice in ({}, {"build": False}, {"precision": "fp32"}):
+        with vae_export.load(bundle, device="cpu", **choice) as vae:
+            passed_over = {} if "build" in choice else {"build cpu-fp16": why}
+            assert [vae.describe()[name] for name in RUNS] == ["float32", None, passed_over]
+            assert np.array_equal(vae.sample(7, seed=1), before)
+    with vae_export.load(bundle, device="cpu", precision="fp16") as vae:
+        assert [vae.describe()[name] for name in RUNS] == ["float16", str(low), {}]
+        assert not np.array_equal(vae.sample(7, seed=1), before)
+    exact = vae_export.build(bundle, "cpu").path
+    with vae_export.load(bundle, device="cpu") as vae:
+        assert [vae.describe()[name] for name in RUNS] == ["float32", str(exact), {}]
+        with_build = vae.sample(7, seed=1)
+    vae_export.build(bundle, "cpu", precision="fp16")
+    with vae_export.load(bundle) as vae, vae_export.load(bundle, build=False) as own:
+        assert np.array_equal(vae.sample(7, seed=1), with_build)
+        assert own.describe()["build"] is None
+        assert np.array_equal(own.sample(7, seed=1), before)
+    # The bundle's own graphs are what verify measures, and a build where one is named.
+    assert vae_export.verify(bundle).precision == "float32"
+    assert vae_export.verify(bundle, build=low).precision == "float16"
+    # A user's default is a preference, and an argument goes before it.
+    monkeypatch.setenv("VAE_EXPORT_PRECISION", "fp16")
+    with vae_export.load(bundle) as vae, vae_export.load(bundle, precision="fp32") as plain:
+        assert (vae.describe()["build"], plain.describe()["build"]) == (str(low), str(exact))
+    with vae_export.load(bundle, build=exact) as vae:
+        assert vae.describe()["build"] == str(exact)
+    assert vae_export.verify(bundle).precision == "float32"
+    shutil.rmtree(low)
+    with vae_export.load(bundle) as vae:
+        assert vae.describe()["build"] == str(exact)
+        said = vae.describe()["passed_over"]["precision fp16"]
+    assert said.startswith("VAE_EXPORT_PRECISION asks for it. load: precision is fp16, and the cache has no build of ")
+
+
+@no_gpu
+def test_after_a_build_in_auto_a_plain_load_is_as_before(
+    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the fastest that holds is not float32."""
+
+    def fastest(tuner: Any, graph: str, refused: Any) -> Any:
+        low = [row for row in tuner.timed[graph] if row.candidate.precisions[graph] == "int8"]
+        assert low
+        return low[:1]
+
+    exact = vae_export.build(bundle, "cpu").path
+    with vae_export.load(bundle) as vae:
+        before = vae.sample(7, seed=1), vae.encode(vae.sample(3)).mean
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning.Tuner, "_choose", fastest)
+        built = vae_export.build(bundle, "cpu", precision="auto", batches=[8])
+    assert built.path == exact.with_name("cpu-auto")
+    assert (built.record.in_words(), built.record.exact, built.record.tolerance) == ("int8", False, "int8")
+    with vae_export.load(bundle) as vae:
+        assert [vae.describe()[name] for name in RUNS] == ["float32", str(exact), {"cuda": NO_GPU}]
+        after = vae.sample(7, seed=1), vae.encode(vae.sample(3)).mean
+    assert all(map(np.array_equal, before, after))
+    if "vnni" in processor.features():
+        with vae_export.load(bundle, precision="auto") as vae:
+            assert [vae.describe()[name] for name in RUNS] == ["int8", str(built.path), {"cuda": NO_GPU}]
+            assert not np.array_equal(vae.sample(7, seed=1), before[0])
+
+
+def test_an_auto_build_that_stayed_in_float32_holds_its_certificate(
+    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is headed by what runs, and a plain load may take it."""
+    none = "this runner has float32 alone"
+    monkeypatch.setattr(tuning.Tuner, "_cannot", lambda self, runner, kind: None if kind == "fp32" else none)
+    built = vae_export.build(bundle, "cpu", precision="auto", batches=[8])
+    assert built.certificate is not None
+    assert built.certificate.precision == "float32"
+    assert (built.record.holds, built.record.exact) == ("float32", True)
+    assert vae_export.verify(bundle, build=built.path).precision == "float32"
+    with vae_export.load(bundle, device="cpu") as vae:
+        assert vae.describe()["build"] == str(built.path)
+    # Without that certificate it is not taken by itself.
+    rewrite(built.path, holds=None)
+    with vae_export.load(bundle, device="cpu") as vae:
+        assert vae.describe()["passed_over"] == {
+            "build cpu-auto": "its certificate is int8's, not float32's: precision='auto' takes it"
+        }
+
+
+@pytest.mark.parametrize("place", ["cpu", "cpu-int8", "cpu-auto"])
+def test_what_a_build_computes_in_is_read_from_its_record(bundle: Path, made: Any, own_cache: Path, place: str) -> None:
+    """Builds of earlier versions lie in the slot of their target, whatever their precision."""
+    builds.check_cache()
+    path = builds.cached(Bundle(bundle).manifest, place)
+    shutil.copytree(made("cpu", precision="fp16").path, path)
+    with vae_export.load(bundle, device="cpu") as plain, vae_export.load(bundle, precision="fp16") as vae:
+        assert plain.describe()["build"] is None
+        assert vae.describe()["build"] == str(path)
+
+
+def test_an_unmeasured_build_is_not_used_by_itself(bundle: Path, made: Any, own_cache: Path) -> None:
+    """As engines are that were made where they could not run."""
+    builds.check_cache()
+    path = builds.cached(Bundle(bundle).manifest, "cpu")
+    shutil.copytree(made("cpu").path, path)
+    record = BuildFolder(path).record
+    rewrite(path, files={name: file for name, file in record.files.items() if name != builds.CERTIFICATE})
+    with vae_export.load(bundle, device="cpu") as vae:
+        assert vae.describe()["build"] is None
+        assert vae.describe()["passed_over"]["build cpu"].startswith(
+            "it was made where it could not run, and never measured: vae-export verify --build measures it here; build="
+        )
+    with vae_export.load(bundle, build=path) as vae:
+        assert vae.describe()["notes"][0].startswith("it was made where it could not run")
+
+
+def test_what_cannot_be_asked_for(bundle: Path, made: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = made("cpu", precision="fp16").path
+    nothing = (
+        rf"load: precision is int8, and the cache has no build of {bundle} in it for cpu\. Run: vae-export build "
+        rf"{bundle} --target cpu --precision int8; or drop precision, for float32"
+    )
+    for choice, message in (
+        ({"precision": "half"}, "load: precision is 'half'; expected auto, fp32, tf32, fp16, bf16, int8"),
+        ({"precision": "int8", "device": "cpu"}, nothing),
+        ({"build": True}, "load: build is True; expected the folder of a build, False for none, or None to choose"),
+        (
+            {"build": False, "precision": "auto"},
+            r"takes the bundle's own graphs in float32, and precision is auto\. Drop",
+        ),
+        ({"build": path, "precision": "fp32"}, r"is a build in fp16 \(float16\), and precision is fp32\. Drop one"),
+        ({"build": path, "precision": "auto"}, r"is a build in fp16 \(float16\), and precision is auto\. Drop one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            vae_export.load(bundle, **choice)
+    with vae_export.load(bundle, build=path, precision="fp16") as vae:
+        assert vae.describe()["build"] == str(path)
+    monkeypatch.setenv("VAE_EXPORT_PRECISION", "half")
+    with pytest.raises(
+        InputError, match="load: the environment variable VAE_EXPORT_PRECISION is 'half'; expected auto"
+    ):
+        vae_export.load(bundle)
+
+
+def test_a_broken_build_that_is_asked_for_is_an_error(bundle: Path, made: Any, own_cache: Path) -> None:
+    builds.check_cache()
+    path = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    shutil.copytree(made("cpu", precision="fp16").path, path)
+    (path / "decoder.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match="It is truncated or was changed"):
+        vae_export.load(bundle, device="cpu", precision="fp16")
+
+
+# Builds know their processor
+
+HASWELL = builds.Processor(model="Haswell", architecture="x86_64", features=("avx", "avx2", "f16c", "fma"), cores=4)
+ZEN = builds.Processor(
+    model="Zen", architecture="x86_64", features=("avx2", "avx512_bf16", "avx512_vnni", "bf16", "fma", "vnni"), cores=2
+)
+
+
+def lowered(path: Path, precision: str, **changes: Any) -> Build:
+    """The record of a build whose decoder is said to be in a precision."""
+    record = BuildFolder(path).record
+    graph = record.graphs["decoder"]
+    variants = tuple(msgspec.structs.replace(v, precision=precision, **changes) for v in graph.variants)
+    graphs = record.graphs | {"decoder": msgspec.structs.replace(graph, variants=variants)}
+    return msgspec.structs.replace(record, graphs=graphs, processor=ZEN)
+
+
+def test_a_build_has_its_processor(bundle: Path, made: Any, copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = made("cpu").record
+    assert record.processor == processor.processor()
+    assert builds.elsewhere(record, processor.processor()) is None
+    path = copy("cpu")
+    rewrite(path, processor=ZEN)
+    monkeypatch.setattr(processor, "processor", lambda: HASWELL)
+    with vae_export.load(bundle, build=path) as vae:  # float32 is right on every processor
+        (note, *_) = vae.describe()["notes"]
         assert vae.describe()["precision"] == "float32"
-    assert [path.name for path in built.path.parent.iterdir()] == ["cpu"]
+    assert note == (
+        "measured on Zen (x86_64, 2 cores), and this is Haswell (x86_64, 4 cores): its graphs are right here, too, but "
+        "its certificate is from there (vae-export verify --build measures it here), and another choice may be faster "
+        "(vae-export build makes it)"
+    )
+    more = msgspec.structs.replace(ZEN, cores=8, threads=16)
+    found = builds.elsewhere(BuildFolder(path).record, more)
+    assert found == "measured with 2 cores, 1 thread, and here are 8 cores, 16 threads: another choice may be faster"
+
+
+def test_what_needs_an_instruction_that_is_missing_is_refused(
+    bundle: Path, copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy("cpu")
+    monkeypatch.setattr(processor, "processor", lambda: HASWELL)
+    eight = lowered(path, "int8", requires=("vnni",))
+    assert builds.unfit(eight, ZEN) is None
+    assert builds.unfit(lowered(path, "int8"), HASWELL) is None  # 7 bits, which overflow nowhere
+    old = msgspec.structs.replace(lowered(path, "int8"), processor=None)  # versions that knew 8 bits alone
+    sums = (
+        "the decoder computes in int8 and needs vnni (sums of 8-bit products that do not overflow), which Haswell does"
+    )
+    for record in (eight, old):
+        assert builds.unfit(record, HASWELL) == f"{sums} not have"
+    half = "the decoder computes in bf16 and needs bf16 (products of bfloat16), which Haswell does not have"
+    assert builds.unfit(lowered(path, "bf16"), HASWELL) == half
+    unknown = builds.unfit(lowered(path, "fp32", requires=("amx2", "vnni")), HASWELL)
+    assert unknown is not None
+    assert "needs amx2 (not known here) and vnni (" in unknown
+    for record, words in ((eight, sums), (lowered(path, "bf16"), half)):
+        options = msgspec.structs.replace(record.options, precision="auto")
+        rewrite(path, graphs=record.graphs, processor=ZEN, options=options)
+
+        def opened(*_: Any) -> None:
+            raise AssertionError("no runner may open a graph that is refused")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vae_export.runtimes.CpuBackend", opened)
+            with pytest.raises(BackendError) as caught:
+                vae_export.load(bundle, build=path)
+        assert words in str(caught.value)
+        remedy = f"Run: vae-export build {bundle} --target cpu --precision auto, or load without it"
+        assert str(caught.value).endswith(remedy)
+        assert caught.value.exit_code == 4
+
+
+@pytest.mark.skipif(
+    not shutil.which("qemu-x86_64") or os.uname().machine != "x86_64", reason="there is no emulator qemu-x86_64 here"
+)
+def test_an_emulated_processor_refuses_eight_bits(bundle: Path, copy: Any, tmp_path: Path) -> None:
+    """A Haswell has no VNNI, whatever it is emulated on: no array is written."""
+    path = copy("cpu")
+    rewrite(path, graphs=lowered(path, "int8", requires=("vnni",)).graphs)
+    python = ["qemu-x86_64", "-cpu", "Haswell", os.path.realpath(sys.executable), "-m", "vae_export"]
+    command = [*python, "sample", str(bundle), "--build", str(path), "--out", "a.npy"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    failed(done, 4, "the decoder computes in int8 and needs vnni (sums of 8-bit products that do not overflow), which ")
+    assert not (tmp_path / "a.npy").exists()
+
+
+def test_records_of_earlier_versions_are_read(copy: Any) -> None:
+    """They name neither a processor nor what they need."""
+    path = copy("cpu")
+    rewrite(path, processor=None)
+    text = (path / SEAL.file).read_text()
+    assert "processor" not in text
+    assert "requires" not in text
+    assert "holds" not in text
+    assert BuildFolder(path).record.exact
+
+
+def test_other_kernels_for_other_batches_are_told(bundle: Path, copy: Any) -> None:
+    """Latents are the same bits, and what is decoded of them is to rounding."""
+    path = copy("cpu")
+    record = BuildFolder(path).record
+    graph = record.graphs["decoder"]
+    last = msgspec.structs.replace(graph.variants[-1], up_to=None, exact=())
+    one = {**record.graphs, "decoder": msgspec.structs.replace(graph, variants=(last,))}
+    for ways in ((last,), (msgspec.structs.replace(last, up_to=2, threads=1), last)):
+        rewrite(path, graphs=one | {"decoder": msgspec.structs.replace(graph, variants=ways)})
+        with vae_export.load(bundle, build=path) as vae:
+            said = [note for note in vae.describe()["notes"] if "kernels" in note]
+            assert any("decoder" in note for note in said) == (len(ways) > 1)
+            assert len(ways) == 1 or "are the same bits at every batch" in said[0]
+            whole, part = vae.sample(16), vae.sample(2, start=5)
+            np.testing.assert_allclose(whole[5:7], part, atol=4e-6 * np.abs(whole).max())
 
 
 def test_steps_are_told(bundle: Path, tmp_path: Path) -> None:
@@ -213,7 +494,7 @@ def test_an_engine_in_the_cache_is_no_reason_not_to_run(bundle: Path, made: Any,
     place = builds.cached(Bundle(bundle).manifest, RTX)
     builds.check_cache()
     shutil.copytree(made(RTX).path, place)
-    assert builds.cached_targets(Bundle(bundle).manifest) == [RTX]
+    assert builds.cached_slots(Bundle(bundle).manifest) == [RTX]
     with vae_export.load(bundle) as vae:
         assert vae.describe()["build"] is None
         assert vae.describe()["passed_over"] == {"cuda": NO_GPU}
@@ -379,7 +660,7 @@ def test_a_killed_build_leaves_none(member: Any, made: Any, step: str) -> None:
         assert step == "writing the build"
         BuildFolder(builds.cached(manifest, RTX)).graphs()
     else:
-        assert builds.cached_targets(manifest) == []
+        assert builds.cached_slots(manifest) == []
 
 
 # Damage
@@ -507,7 +788,7 @@ def test_a_build_of_another_bundle(member: Any, made: Any, tmp_path: Path) -> No
 @no_gpu
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_a_broken_build_in_the_cache_is_passed_over(bundle: Path, device: str) -> None:
-    path = vae_export.build(bundle, "cpu", precision="fp16").path
+    path = vae_export.build(bundle, "cpu").path
     (path / "decoder.onnx").write_bytes((path / "decoder.onnx").read_bytes()[:-1])
     with vae_export.load(bundle, device=device) as vae:
         facts = vae.describe()
@@ -946,28 +1227,90 @@ def test_the_chosen_profile_is_the_smallest_that_fits(
 
 def test_build_on_the_command_line(run: Run, bundle: Path, tmp_path: Path, own_cache: Path) -> None:
     said = succeeded(run("build", bundle, "--target", "cpu", "--precision", "fp16", "--seconds", "0.01"))
-    place = builds.cached(Bundle(bundle).manifest, "cpu")
+    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
     assert f"{place} is written, and verified" in said
+    assert "It computes in float16: load takes it with precision='fp16' (--precision fp16)" in said
     assert "build for cpu" in said
     assert "end to end" in said
     assert "FAILED" not in said
     assert "builds in the cache" in succeeded(run("inspect", bundle))
-    assert json.loads(succeeded(run("inspect", bundle, "--json")))["builds"] == ["cpu"]
+    assert json.loads(succeeded(run("inspect", bundle, "--json")))["builds"] == ["cpu-fp16"]
     shown = succeeded(run("inspect", place))
     assert all(part in shown for part in ("build for cpu", "fp16", f"{NAME}, manifest"))
     plain = json.loads(succeeded(run("inspect", place, "--json")))
     assert (plain["kind"], plain["target"], plain["unlisted"]) == ("build", "cpu", [])
-    assert json.loads(succeeded(run("verify", bundle, "--target", "cpu", "--json")))["precision"] == "float16"
-    both = run("verify", bundle, "--build", place, "--target", "cpu")
-    failed(both, 2, "verify: name one of --build and --target")
+    assert "measured on" in shown
+    low = run("verify", bundle, "--target", "cpu", "--precision", "fp16", "--json")
+    assert json.loads(succeeded(low))["precision"] == "float16"
+    assert low.stderr.startswith(f"float16, build {place}, ")
+    own = run("verify", bundle, "--json")
+    assert json.loads(succeeded(own))["precision"] == "float32"
+    assert own.stderr.startswith("float32, the bundle's own graphs, onnxruntime ")
+    both = run("verify", bundle, "--build", place, "--precision", "fp16")
+    failed(both, 2, "verify: name one of --build and --target (or --precision)")
     none = run("verify", bundle, "--target", "cuda")
-    failed(none, 2, "verify: the cache has no build for cuda. Run: vae-export build")
+    failed(
+        none, 2, f"the cache has no build for cuda in fp32. Run: vae-export build {bundle} --target cuda --precision"
+    )
+    none = run("verify", bundle, "--target", "cpu")
+    failed(none, 2, "verify: the cache has no build for cpu in fp32; it has one in fp16 (--precision). Run: vae-export")
     succeeded(run("sample", bundle, "--build", place, "--out", "a.npy", "--n", 3, "--seed", 1))
     with vae_export.load(bundle, build=place) as vae:
         assert np.array_equal(np.load(tmp_path / "a.npy"), vae.sample(3, seed=1))
     (place / "encoder.onnx").write_bytes(b"")
-    failed(run("verify", bundle, "--target", "cpu"), 3, "It is truncated or was changed. Build it again")
+    failed(run("verify", bundle, "--precision", "fp16"), 3, "It is truncated or was changed. Build it again")
     failed(run("inspect", place), 3, "It is truncated or was changed")
+
+
+@no_gpu
+def test_what_runs_is_said_first(run: Run, bundle: Path, made: Any, own_cache: Path, tmp_path: Path) -> None:
+    """On stderr: what is piped stays as it was."""
+    builds.check_cache()
+    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    shutil.copytree(made("cpu", precision="fp16").path, place)
+    own, low = "float32, the bundle's own graphs, onnxruntime ", f"float16, build {place}, "
+    with vae_export.load(bundle, build=False) as vae, vae_export.load(bundle, build=place) as half:
+        plain, rounded = vae.sample(3, seed=1), half.sample(3, seed=1)
+    sample = ("sample", bundle, "--out", "x.npy", "--n", 3, "--seed", 1)
+    for options, environment, line, expected in (
+        ((), {}, own, plain),
+        (("--precision", "fp16"), {}, low, rounded),
+        ((), {"VAE_EXPORT_PRECISION": "fp16"}, low, rounded),
+        (("--no-build",), {"VAE_EXPORT_PRECISION": "fp16"}, own, plain),
+        (("--precision", "fp32"), {"VAE_EXPORT_PRECISION": "fp16"}, own, plain),
+    ):
+        done = run(*sample, *options, **environment)
+        assert succeeded(done) == "x.npy: 3 samples, seed 1, from 0\n"
+        assert done.stderr.startswith(line)
+        assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
+    done = run("reconstruct", bundle, "x.npy", "--out", "r.npy", "--precision", "fp16")
+    assert (succeeded(done), done.stderr.startswith(low)) == ("r.npy: 3 reconstructions\n", True)
+    done = run("score", bundle, "x.npy", "--precision", "fp16")
+    assert succeeded(done).startswith("index,elbo,reconstruction,kl\n")
+    assert done.stderr.startswith(low)
+    failed(run(*sample, "--build", place, "--no-build"), 2, "sample: name one of --build and --no-build")
+    failed(run(*sample, "--precision", "int8"), 2, "load: precision is int8, and the cache has no build of")
+    failed(
+        run(*sample, "--precision", "fp32", "--build", place), 2, "is a build in fp16 (float16), and precision is fp32"
+    )
+
+
+@no_gpu
+def test_bench_after_a_build_in_a_lower_precision(run: Run, bundle: Path, made: Any, own_cache: Path) -> None:
+    """What is timed without being named is in float32, whatever is in the cache or the user's default."""
+    builds.check_cache()
+    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    shutil.copytree(made("cpu", precision="fp16").path, place)
+    few = ("--batches", 1, "--verbs", "decode", "--seconds", 0.02, "--json")
+    for options, name, line in (
+        ((), "vae_export", "vae_export: float32, the bundle's own graphs, "),
+        (("--no-build",), "vae_export", "vae_export: float32, the bundle's own graphs, "),
+        (("--precision", "fp16"), "vae_export fp16", f"vae_export fp16: float16, build {place}, "),
+    ):
+        done = run("bench", bundle, *few, *options, VAE_EXPORT_PRECISION="fp16")
+        assert json.loads(succeeded(done))["rows"][0]["runner"] == name
+        assert done.stderr.startswith(line)
+    failed(run("bench", bundle, "--no-build", "--precision", "fp16"), 2, "bench: --no-build takes none, and a build is")
 
 
 @no_gpu

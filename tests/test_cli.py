@@ -404,7 +404,11 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
         assert name in shown
     failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 8,64")
     failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
-    failed(run("bench", path, "--target", "cuda"), 2, "bench: the cache has no build for cuda. Run: vae-export build")
+    failed(
+        run("bench", path, "--target", "cuda"),
+        2,
+        "bench: the cache has no build for cuda in fp32. Run: vae-export build",
+    )
     failed(run("bench", path, "--source", source), 2, "are made of, and none are asked for. Add --peers")
     failed(run("bench", path, "--plot", "p.svg"), 2, "the plot's path is p.svg; expected a name that ends in .png")
     failed(run("bench", path, "--plot", path / "p.png"), 2, "lies inside the bundle, which is never changed")

@@ -81,7 +81,9 @@ def test_it_gives_what_the_bundle_gives(bundle: Path, built: dict[str, Any], pre
             assert np.abs(vae.encode(x).mean - plain.encode(x).mean).max() <= 2 * allowed * scale
             assert np.abs(vae.elbo(x).elbo - plain.elbo(x).elbo).max() <= max(allowed, 1e-3) * 1e3
         shown = vae.describe()
-        assert shown["precision"] == {"fp32": "float32", "int8": "int8", "auto": "mixed"}[precision]
+        assert shown["precision"] == built[precision].record.in_words()
+        assert (shown["precision"] == "float32") == built[precision].record.exact
+        assert precision != "int8" or "int8" in shown["precision"]
         assert set(shown["backend"].split(", ")) <= {"onnxruntime", "openvino"}
 
 

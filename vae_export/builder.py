@@ -33,7 +33,9 @@ from vae_export.manifest import Model
 from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
 from vae_export.runtimes import Settings, flavours, machine, open_backend
-from vae_export.runtimes.backend import Array
+from vae_export.runtimes import processor as here
+from vae_export.runtimes.backend import Array, Way
+from vae_export.runtimes.cpu import CpuBackend
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -85,7 +87,8 @@ def build(
     Args:
         path: the bundle's folder.
         target: `cpu` or `cuda` (ONNX Runtime), `tensorrt`, `tensorrt-rtx`, or `tensorrt-rtx-smNN`.
-        out: the build's folder; None puts it into the user's cache, where `load` finds it.
+        out: the build's folder; None puts it into the user's cache, where `load` finds it: by itself if it holds
+            float32's certificate, and with `precision` otherwise. Each precision has a place of its own there.
         precision: what convolutions and matrix products compute in: `fp32`, `fp16`, `bf16`; on the CPU also `int8`, or
             `auto`, the fastest of all that holds. Nodes that a type's range or the budget does not allow stay in
             float32; the build's record says which, and why.
@@ -103,7 +106,8 @@ def build(
         nhwc: let ONNX Runtime keep channels last on CUDA.
         refittable: of engines: keep weights replaceable, for `refit`.
         seconds: on the CPU: how long each candidate is measured for each graph and batch; None is `tuning.SECONDS`.
-        overwrite: replace a build that is at `out`. One in the cache is always replaced.
+        overwrite: replace a build that is at `out`. One in the cache for the same target and precision is always
+            replaced.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -217,7 +221,7 @@ def _make(
         require(module, _extra(target), "build")
     if out is None:
         builds.check_cache()
-    path = out or builds.cached(manifest, target.name)
+    path = out or builds.cached(manifest, builds.slot(target.name, options.wanted))
     if path.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     sealed.check_target(path, builds.SEAL, overwrite=overwrite or out is None)
@@ -246,11 +250,13 @@ def _make(
         ).run()
         contents = {variant.file: content for ways in tuned.variants.values() for variant, content in ways}
         variants = {name: tuple(variant for variant, _ in ways) for name, ways in tuned.variants.items()}
+        proven = _as_float32(variants, contents, tuned.certificate, model, reference)
         built = {name: _built(ways[-1][0].file, ways[-1][1], variants[name]) for name, ways in tuned.variants.items()}
         return _write(
-            *(bundle, path, target, options, contents, built, tuned.certificate, None, None, progress),
+            *(bundle, path, target, options, contents, built, proven, None, None, progress),
             measurements=tuned.measurements,
             absent=tuned.absent,
+            processor=here.processor(),
         )
     progress(f"graphs in {options.precision}")
     graphs, changed, kept, absent = _graphs(
@@ -293,6 +299,28 @@ def _make(
     )  # fmt: skip
 
 
+def _as_float32(
+    variants: Mapping[str, Sequence[Variant]],
+    contents: Mapping[str, bytes],
+    measured: Certificate,
+    model: Model,
+    reference: golden.Reference,
+) -> Certificate:
+    """What stayed in float32, whatever was asked for, is held to float32's tolerances, if it holds them."""
+    if measured.precision == "float32" or any(v.precision != "fp32" for ways in variants.values() for v in ways):
+        return measured
+    ways = {
+        name: [Way(contents[v.file], v.runner, v.precision, v.threads, v.up_to, v.exact) for v in chosen]
+        for name, chosen in variants.items()
+    }
+    backend = CpuBackend(ways, model, Settings())
+    try:
+        strict = verifier.measure(model, backend, reference, measured.bundle)
+    finally:
+        backend.close()
+    return strict if strict.passed else measured
+
+
 def _structure(graph: bytes) -> str:
     """See `graph.structure.digest`."""
     from vae_export.graph import structure
@@ -318,6 +346,7 @@ def _write(
     progress: _Progress,
     measurements: tuple[Measurement, ...] = (),
     absent: tuple[str, ...] = (),
+    processor: builds.Processor | None = None,
 ) -> Built:
     """Write a build, whole or not at all."""
     progress("writing the build")
@@ -343,6 +372,8 @@ def _write(
             tools=versions.tools(_TOOLS),
             measurements=measurements,
             absent=absent,
+            processor=processor,
+            holds=measured.precision if measured and measured.precision != options.tolerance else None,
             files=sealed.list_files(folder),
         )
         (folder / builds.SEAL.file).write_bytes(builds.SEAL.encode(record))

@@ -1,7 +1,9 @@
 """Builds: what was made from a bundle for one target, where it lies, and whether it may run here.
 
 `build.json` is a sealed record (see `records`) and the only record of an engine. A build lies in the user's own
-cache, `builds/<digest of the bundle's manifest>/<target>/`, or where it was asked to be. An engine is native code:
+cache, `builds/<digest of the bundle's manifest>/<slot>/`, or where it was asked to be. A slot is the target's name for
+float32, and for each other precision the target's name with its (`cpu-auto`, `cuda-fp16`): none replaces another. What
+a build in a slot computes in is read from its record. An engine is native code:
 it is opened from the cache, or from a folder that the caller names, never because a bundle brought it along; and
 only after everything that is said here of it was compared with the machine.
 """
@@ -15,7 +17,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import msgspec
 from platformdirs import user_cache_path
@@ -31,6 +33,8 @@ VERSION: Final = 1
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 #: What can be asked for: `auto` is the fastest of all that holds.
 Asked = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+#: What can be loaded: float32 whose products a GPU may round to TF32's 10 bits, too.
+Wanted = Literal["auto", "fp32", "tf32", "fp16", "bf16", "int8"]
 Runner = Literal["onnxruntime", "openvino"]
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 Range = tuple[int, int, int]
@@ -40,6 +44,7 @@ CERTIFICATE = "verification.json"
 #: The names of a precision in certificates.
 TOLERANCE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 _TARGET = re.compile(r"cpu|cuda|tensorrt|tensorrt-rtx(?:-sm(\d{1,2})(\d))?")
+_SLOT = re.compile(rf"({_TARGET.pattern})(?:-(?:{'|'.join(name for name in get_args(Wanted) if name != 'fp32')}))?")
 _TARGETS = "cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for a compute capability such as sm89"
 
 
@@ -183,6 +188,7 @@ class Variant(Part, frozen=True, kw_only=True):
             when it first meets them: it is faster where shapes are known.
         passes: what was done to the graph: for each pass the number of places that it changed.
         kept: nodes of a low-precision graph that stayed in float32, each with the reason.
+        requires: what a processor must have for the graph to be right, by the names of `processor.features`.
     """
 
     up_to: int | None = None
@@ -193,9 +199,10 @@ class Variant(Part, frozen=True, kw_only=True):
     exact: tuple[dict[str, int], ...] = ()
     passes: dict[str, int] = msgspec.field(default_factory=dict)
     kept: dict[str, str] = msgspec.field(default_factory=dict)
+    requires: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_text(*self.passes, *self.kept, *self.kept.values())
+        check_text(*self.passes, *self.kept, *self.kept.values(), *self.requires)
         if any("batch" not in shape or min(shape.values()) < 1 for shape in self.exact):
             raise ValueError("exact: a batch and sizes from 1 on expected")
         if any(number is not None and number < 1 for number in (self.up_to, self.threads)):
@@ -286,6 +293,32 @@ class Engine(Part, frozen=True, kw_only=True):
             raise ValueError("capabilities: one or more expected")
 
 
+class Processor(Part, frozen=True, kw_only=True):
+    """What a build for the CPU was measured on.
+
+    Attributes:
+        model: its name, as the system gives it.
+        architecture: such as `x86_64` or `aarch64`.
+        features: what it computes by itself, by the names of `processor.features`, sorted.
+        cores: that could be used.
+        threads: of these cores, that could be used.
+    """
+
+    model: str
+    architecture: str
+    features: tuple[str, ...] = ()
+    cores: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_text(self.model, self.architecture, *self.features)
+        if min(self.cores, self.threads) < 1:
+            raise ValueError("cores and threads: numbers from 1 on expected")
+
+    def __str__(self) -> str:
+        return f"{self.model} ({self.architecture}, {self.cores} core{'s' * (self.cores > 1)})"
+
+
 class Options(Part, frozen=True, kw_only=True):
     """How a build was asked for.
 
@@ -306,6 +339,11 @@ class Options(Part, frozen=True, kw_only=True):
     nhwc: bool = False
     refittable: bool = False
     profiles: tuple[Profile, ...] = ()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What to ask `load` for to get such a build."""
+        return "tf32" if self.precision == "fp32" and self.tf32 else self.precision
 
     @property
     def tolerance(self) -> str:
@@ -334,6 +372,9 @@ class Build(Part, frozen=True, kw_only=True):
         tools: versions of the packages that made the build.
         measurements: on the CPU, every way to run a graph that was measured, and what became of it.
         absent: what could not be measured there, and why.
+        processor: on the CPU, what it was measured on; null for builds of versions that did not look.
+        holds: the name of the tolerances that its certificate passed, where they are not those of its options: an
+            `auto` build that stayed in float32 may hold float32's.
         files: every file of the build but the record, by its path with forward slashes.
     """
 
@@ -351,10 +392,13 @@ class Build(Part, frozen=True, kw_only=True):
     tools: dict[str, str]
     measurements: tuple[Measurement, ...] = ()
     absent: tuple[str, ...] = ()
+    processor: Processor | None = None
+    holds: str | None = None
     files: dict[str, File]
 
     def __post_init__(self) -> None:
         check_text(self.bundle, self.created, self.target, *self.tools, *self.tools.values(), *self.absent)
+        check_text(self.holds or "")
         check_paths(self.files)
         named = {graph.file for graph in self.graphs.values()}
         named |= {variant.file for graph in self.graphs.values() for variant in graph.variants}
@@ -376,6 +420,46 @@ class Build(Part, frozen=True, kw_only=True):
             raise ValueError("variants belong to the target cpu")
         if flavour != (self.engine.flavour if self.engine else None):
             raise ValueError(f"target {self.target}: its engine is of another flavour")
+
+    @property
+    def tolerance(self) -> str:
+        """The name of the tolerances that its certificate is held to."""
+        return self.holds or self.options.tolerance
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has a certificate: it ran where it was made."""
+        return CERTIFICATE in self.files
+
+    @property
+    def exact(self) -> bool:
+        """Whether it holds float32's certificate."""
+        return self.measured and self.tolerance == TOLERANCE_NAMES["fp32"] and set(self.precisions.values()) == {"fp32"}
+
+    @property
+    def precisions(self) -> dict[str, Precision | Literal["tf32"]]:
+        """What the heavy nodes of each graph compute in, but those that were kept in float32."""
+        asked: Precision | Literal["tf32"] = "tf32" if self.options.wanted == "tf32" else _one(self.options.precision)
+        return {
+            name: min((variant.precision for variant in graph.variants), key=_RANK.index) if graph.variants else asked
+            for name, graph in self.graphs.items()
+        }
+
+    def in_words(self) -> str:
+        """What the graphs compute in, such as `float32` or `float32 encoder, int8 decoder`."""
+        names = {name: TOLERANCE_NAMES.get(kind, kind) for name, kind in self.precisions.items() if name in GRAPHS}
+        if len(set(names.values())) == 1:
+            return names["decoder"]
+        return ", ".join(f"{names[graph]} {graph}" for graph in GRAPHS)
+
+
+#: The least exact first.
+_RANK: Final[Sequence[Precision]] = ("int8", "bf16", "fp16", "fp32")
+
+
+def _one(asked: Asked) -> Precision:
+    """What all graphs without variants are in: `auto` is the CPU's, whose builds have variants."""
+    return "fp32" if asked == "auto" else asked
 
 
 SEAL = Seal(
@@ -483,6 +567,46 @@ def mismatch(engine: Engine, machine: Machine) -> str | None:
     return None
 
 
+def unfit(record: Build, here: Processor) -> str | None:
+    """What keeps a build for the CPU from being right on a processor, in words, or None.
+
+    It is asked before a runner opens a graph: what runs without the instruction may be wrong without any error.
+    """
+    for name, graph in record.graphs.items():
+        for variant in graph.variants:
+            if missing := sorted(_required(variant, record) - set(here.features)):
+                words = " and ".join(f"{feature} ({_FEATURES.get(feature, 'not known here')})" for feature in missing)
+                return f"the {name} computes in {variant.precision} and needs {words}, which {here.model} does not have"
+    return None
+
+
+def elsewhere(record: Build, here: Processor) -> str | None:
+    """For a build for the CPU that was measured on another processor: what that means here, in words."""
+    there = record.processor
+    if there is None or there == here:
+        return None
+    if (there.model, there.architecture, there.features) == (here.model, here.architecture, here.features):
+        return f"measured with {_cores(there)}, and here are {_cores(here)}: another choice may be faster"
+    return (
+        f"measured on {there}, and this is {here}: its graphs are right here, too, but its certificate is from there "
+        "(vae-export verify --build measures it here), and another choice may be faster (vae-export build makes it)"
+    )
+
+
+def _cores(has: Processor) -> str:
+    return f"{has.cores} core{'s' * (has.cores > 1)}, {has.threads} thread{'s' * (has.threads > 1)}"
+
+
+def _required(variant: Variant, record: Build) -> set[str]:
+    """What a variant needs; builds that do not know their processor do not say it, and have 8-bit weights."""
+    required = set(variant.requires)
+    if record.processor is None and variant.precision == "int8":
+        required.add("vnni")
+    return required | ({"bf16"} if variant.precision == "bf16" else set())
+
+
+_FEATURES = {"vnni": "sums of 8-bit products that do not overflow", "bf16": "products of bfloat16"}
+
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 
@@ -497,16 +621,28 @@ def cache() -> Path:
     return Path(named) if named else user_cache_path("vae_export", appauthor=False)
 
 
+def slot(target: str, wanted: Wanted = "fp32") -> str:
+    """The name under which the cache keeps a bundle's build for a target in a precision."""
+    return target if wanted == "fp32" else f"{target}-{wanted}"
+
+
 def cached(manifest: Manifest, name: str) -> Path:
-    """Where the cache keeps a bundle's build for a target, whether it is there or not."""
+    """Where the cache keeps a bundle's build of a slot, whether it is there or not."""
     return cache() / "builds" / manifest.digest / name
 
 
-def cached_targets(manifest: Manifest) -> list[str]:
-    """The targets for which the cache holds a build of this bundle."""
+def cached_slots(manifest: Manifest) -> list[str]:
+    """The slots in which the cache holds a build of this bundle."""
     folder = cache() / "builds" / manifest.digest
     found = sorted(path.name for path in folder.iterdir() if (path / SEAL.file).is_file()) if folder.is_dir() else []
-    return [name for name in found if _TARGET.fullmatch(name)]
+    return [name for name in found if _SLOT.fullmatch(name)]
+
+
+def slot_target(name: str) -> Target:
+    """The target of a slot that `cached_slots` gave."""
+    found = _SLOT.fullmatch(name)
+    assert found is not None
+    return target(found[1])
 
 
 def check_cache() -> Path:

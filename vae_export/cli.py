@@ -10,16 +10,18 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
 from vae_export.cli_train import numbers, train
-from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, VaeExportError, require
+from vae_export.errors import EXPORT_NEEDS, BackendError, BundleError, InputError, VaeExportError, require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vae_export.builds import Wanted
+    from vae_export.runtimes import VAE
     from vae_export.sources import Described
 
 app = typer.Typer(
@@ -49,6 +51,17 @@ class Precision(enum.StrEnum):
     int8 = "int8"
 
 
+class RunPrecision(enum.StrEnum):
+    """What to run in: that of a build of the cache, as it was asked for."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    tf32 = "tf32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 class Budget(enum.StrEnum):
     """Whose tolerances `--precision auto` is held to."""
 
@@ -62,6 +75,17 @@ Input = Annotated[str, typer.Argument(metavar="INPUT", help="A picture, a folder
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
 BuildOption = Annotated[
     Path | None, typer.Option("--build", help="Run this build of the bundle. Name only what you trust: it is code.")
+]
+NoBuildOption = Annotated[
+    bool, typer.Option("--no-build", help="Run the bundle's own graphs, whatever is in the cache.")
+]
+PrecisionOption = Annotated[
+    RunPrecision | None,
+    typer.Option(help="Run the cache's build in this precision; if not said, in VAE_EXPORT_PRECISION or fp32."),
+]
+BuiltPrecisionOption = Annotated[
+    RunPrecision | None,
+    typer.Option(help="Take the cache's build in this precision, for the CPU without --target."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
@@ -247,17 +271,19 @@ def verify(
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
     target: Annotated[str | None, typer.Option(help="Measure the cache's build for this target.")] = None,
+    precision: BuiltPrecisionOption = None,
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write the certificate as JSON.")] = None,
 ) -> None:
-    """Measure the certificate of a bundle, or of a build of it, again, on this machine, without PyTorch."""
+    """Measure the certificate of a bundle's own graphs, or of a build, again, on this machine, without PyTorch."""
     from vae_export import certificate, files, report
     from vae_export.verifier import verify as run
 
     place = _place(out, bundle) if out else None
-    if build and target:
-        raise InputError("verify: name one of --build and --target")
-    measured = run(bundle, device=device.value, build=_cached("verify", bundle, target) if target else build)
+    cached = _cached("verify", bundle, target, precision)
+    if build and cached:
+        raise InputError("verify: name one of --build and --target (or --precision)")
+    measured = run(bundle, device=device.value, build=cached or build, opened=_say)
     if place:
         with files.atomic_file(place) as stage:
             stage.write_bytes(certificate.encode(measured))
@@ -369,6 +395,11 @@ def build(
         console.print(report.certificate(built.certificate))
     proven = f"not executed here, so without a certificate: {built.unmeasured}"
     typer.echo(f"{built.path} is written, {'and verified' if built.certificate else proven}")
+    if not (out or refit or built.record.exact):
+        wanted = built.record.options.wanted
+        typer.echo(
+            f"It computes in {built.record.in_words()}: load takes it with precision={wanted!r} (--precision {wanted})"
+        )
 
 
 @app.command()
@@ -430,7 +461,7 @@ def inspect(
     model.latent_shape(at)  # refuses a size that the model does not take
     costs = report.costs(model, counted, at)
     unlisted = opened.unlisted()
-    cached = builds.cached_targets(opened.manifest)
+    cached = builds.cached_slots(opened.manifest)
     if json:
         plain = {**msgspec.to_builtins(opened.manifest), "certificate": measured.to_dict(), "builds": cached}
         plain["costs"] = costs
@@ -472,13 +503,14 @@ def sample(
     size: Annotated[str | None, typer.Option(help="For models with named sizes, such as height=64,width=96.")] = None,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
+    no_build: NoBuildOption = False,
+    precision: PrecisionOption = None,
 ) -> None:
     """Decode draws from the prior."""
     from vae_export import images
-    from vae_export.runtimes import load
 
     sizes = _sizes("sample", size) if size else None
-    with load(bundle, device=device.value, build=build) as vae:
+    with _load("sample", bundle, device, build, no_build, precision) as vae:
         images.check_target(_place(out, bundle), vae.model.data)
         images.write(out, vae.sample(n, seed, start, draw=draw, size=sizes), vae.model.data)
     typer.echo(f"{out}: {n} samples, seed {seed}, from {start}")
@@ -494,12 +526,13 @@ def reconstruct(
     resize: Resize = False,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
+    no_build: NoBuildOption = False,
+    precision: PrecisionOption = None,
 ) -> None:
     """Encode and decode examples."""
     from vae_export import images
-    from vae_export.runtimes import load
 
-    with load(bundle, device=device.value, build=build) as vae:
+    with _load("reconstruct", bundle, device, build, no_build, precision) as vae:
         data = vae.model.data
         images.check_target(_place(out, bundle), data)
         x = images.read(input, data, resize=resize)
@@ -520,13 +553,14 @@ def score(
     resize: Resize = False,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
+    no_build: NoBuildOption = False,
+    precision: PrecisionOption = None,
 ) -> None:
     """Each example's ELBO in nats, or a tighter bound on its evidence, as CSV or JSON."""
     from vae_export import files, images, scoring
-    from vae_export.runtimes import load
 
     place = _place(out, bundle) if out else None
-    with load(bundle, device=device.value, build=build) as vae:
+    with _load("score", bundle, device, build, no_build, precision) as vae:
         x = images.read(input, vae.model.data, resize=resize)
         columns = scoring.score(vae, x, k=k, seed=seed, start=start)
     text = scoring.to_json(columns) if json else scoring.to_csv(columns)
@@ -545,6 +579,10 @@ def bench(
         list[Path] | None,
         typer.Option("--build", help="Time this build of the bundle; may be repeated. Name only what you trust."),
     ] = None,
+    no_build: Annotated[
+        bool, typer.Option("--no-build", help="Time the bundle's own graphs, not a build in float32 of the cache.")
+    ] = False,
+    precision: BuiltPrecisionOption = None,
     source: Annotated[
         str | None, typer.Option(help="What it was exported from, as for export, to time PyTorch. It is then run.")
     ] = None,
@@ -564,22 +602,27 @@ def bench(
 ) -> None:
     """Time verbs and batches: our runtime, a bare ONNX Runtime session, and other ways to run the model, in turns."""
     from vae_export import bench as module
+    from vae_export.bench.runners import Ours
+    from vae_export.runtimes import said
 
     wanted = numbers("bench: batches", batches)
     place = _place(plot, bundle) if plot else None
     if place:
         module.check_plot(place)
     console = _console()
+    cached = _cached("bench", bundle, target, precision)
+    builds = [*(build or ()), *([cached] if cached else ())]
+    if no_build and builds:
+        raise InputError("bench: --no-build takes none, and a build is asked for. Drop one")
     with (
         module.candidates(
-            bundle,
-            builds=[*(build or ()), *([_cached("bench", bundle, target)] if target else ())],
-            source=source,
-            with_peers=peers,
-            threads=threads,
+            bundle, builds=builds, source=source, with_peers=peers, threads=threads, own=no_build
         ) as selection,
         console.status("bench") as status,
     ):
+        for runner in selection.runners:
+            if isinstance(runner, Ours):
+                _say(f"{runner.name}: {said(runner.vae.describe())}")
         report = module.run(
             bundle,
             selection.runners,
@@ -619,6 +662,7 @@ def doctor(json: Json = False) -> None:
         basics["providers"] = ", ".join(runtime.get("providers", [])) or "none"
         basics["NVIDIA driver"] = f"CUDA {found['driver']['cuda']}" if found["driver"]["cuda"] else "none"
         gpus = (f"{gpu['name']}, compute capability {gpu['capability']}" for gpu in found["driver"]["gpus"])
+        basics["processor"] = found["processor"]
         basics["GPUs"] = "\n".join(gpus) or found["driver"]["problem"]
         basics |= {title: state.get("version") or state["problem"] for title, state in found["tensorrt"].items()}
         basics["noise on the GPU"] = found["kernels"].get("problem") or "its kernels compile"
@@ -637,17 +681,52 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(BackendError.exit_code)
 
 
-def _cached(verb: str, bundle: Path, target: str) -> Path:
-    """The cache's build for a target."""
+def _say(line: str) -> None:
+    """What runs, before anything else is printed: not on stdout, which may be CSV or JSON."""
+    typer.echo(line, err=True)
+
+
+def _load(
+    verb: str, bundle: Path, device: Device, build: Path | None, no_build: bool, precision: RunPrecision | None
+) -> VAE:
+    """Open a bundle as the options say, and say what runs."""
+    from vae_export.runtimes import load, said
+
+    if build and no_build:
+        raise InputError(f"{verb}: name one of --build and --no-build")
+    chosen: Path | Literal[False] | None = False if no_build else build
+    vae = load(bundle, device=device.value, build=chosen, precision=precision.value if precision else None)
+    facts = vae.describe()
+    _say("; ".join([said(facts), *facts["notes"]]))
+    return vae
+
+
+def _cached(verb: str, bundle: Path, target: str | None, precision: RunPrecision | None) -> Path | None:
+    """The cache's build for a target in a precision; None where neither is said."""
     from vae_export import builds
     from vae_export.bundle import Bundle
 
-    path = builds.cached(Bundle(bundle).manifest, builds.target(target).name)
-    if not path.is_dir():
-        raise InputError(
-            f"{verb}: the cache has no build for {target}. Run: vae-export build {bundle} --target {target}"
-        )
-    return path
+    if target is None and precision is None:
+        return None
+    manifest, name = Bundle(bundle).manifest, builds.target(target or "cpu").name
+    wanted: Wanted = precision.value if precision else "fp32"
+    found: dict[str, Path] = {}
+    for slot in builds.cached_slots(manifest):
+        if builds.slot_target(slot).name == name:
+            path = builds.cached(manifest, slot)
+            with contextlib.suppress(BundleError):  # who asks for this one hears it when it is opened
+                found.setdefault(builds.BuildFolder(path).record.options.wanted, path)
+    canonical = builds.cached(manifest, builds.slot(name, wanted))
+    if canonical.is_dir() and canonical not in found.values():
+        return canonical
+    if wanted in found:
+        return found[wanted]
+    others = f"; it has one in {', '.join(found)} (--precision)" if found else ""
+    asked = "--tf32" if wanted == "tf32" else f"--precision {wanted}"
+    raise InputError(
+        f"{verb}: the cache has no build for {name} in {wanted}{others}. "
+        f"Run: vae-export build {bundle} --target {name} {asked}"
+    )
 
 
 def _sizes(verb: str, text: str) -> dict[str, int]:

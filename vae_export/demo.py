@@ -50,7 +50,7 @@ def demo(out: Path, console: Console) -> None:
     export(checkpoint, path, overwrite=True, progress=lambda step: console.print(f"  {step}"))
 
     console.rule("verify: measured again, without PyTorch")
-    certificate = verify(path)
+    certificate = verify(path, opened=lambda line: console.print(f"  {line}"))
     table = report.certificate(certificate)
     console.print(table)
     (out / "certificate.txt").write_text(report.as_text(table), encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 
 from vae_export import __version__, builds, versions
 from vae_export.errors import BackendError, require
-from vae_export.runtimes import flavours, machine
+from vae_export.runtimes import flavours, machine, processor
 from vae_export.runtimes.gpu import compile_kernels
 
 #: Our extras that a person installs by name, and what each is for.
@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
     """Look around.
 
     Returns:
-        Plain values: `python`, `platform`, `cores`, `extras` (for each what it is for, the packages with
+        Plain values: `python`, `platform`, `cores`, `processor`, `extras` (for each what it is for, the packages with
         their versions or null, and the command that installs what is missing), `onnxruntime` (version and
         providers, or the reason that it cannot be loaded), `driver` (NVIDIA's: the CUDA that it runs, its GPUs or
         why there are none), `tensorrt` (for each flavour its version, or why it cannot be loaded), `kernels` (whether
@@ -65,11 +65,13 @@ def examine() -> dict[str, Any]:
     if "problem" in runtime:
         problems.append(runtime["problem"])
     driver = machine.driver()
+    here = processor.processor()
     return {
         "vae-export": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        "processor": f"{here}: {', '.join(here.features)}",
         "onnxruntime": runtime,
         "driver": {
             "cuda": driver.cuda,

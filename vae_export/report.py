@@ -158,12 +158,15 @@ def build(path: Path, record: Build) -> Table:
         "target": record.target,
         "created": record.created,
         "precision": ", ".join([options.precision, *flags]),
+        "computes in": record.in_words(),
         "graphs": ", ".join(f"{name} ({record.files[g.file].size:,} bytes)" for name, g in record.graphs.items()),
         "made with": ", ".join(f"{name} {version}" for name, version in record.tools.items()),
     }
     for name, graph in record.graphs.items():
         if graph.variants or graph.passes or graph.kept:
             values[name] = "\n".join(_variants(graph))
+    if record.processor:
+        values["measured on"] = f"{record.processor}: {', '.join(record.processor.features)}"
     if record.absent:
         values["not possible here"] = "\n".join(record.absent)
     if engine:

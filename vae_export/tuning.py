@@ -71,6 +71,8 @@ _LONG = 0.25
 #: on: encoder and decoder share it. What was asked for may use it all; where the whole then does not hold, half is
 #: tried, and so on, down to the last.
 _SHARE, _LAST_SHARE = 0.5, 0.1
+#: What a processor must have, by the names of `processor.features`: weights of 8 bits overflow without VNNI.
+_REQUIRES: Mapping[Precision, tuple[str, ...]] = {"bf16": ("bf16",), "int8": ("vnni",)}
 #: Rows on which lowered graphs are measured; all where that many take less than so many seconds.
 _ROWS, _QUICK = 24, 0.5
 
@@ -691,6 +693,7 @@ class Tuner:
                     exact=tuple(dict(shape) for shape in way.exact),
                     passes={name: count for name, count in candidate.changed[graph].items() if count},
                     kept=candidate.kept.get(graph, {}),
+                    requires=_REQUIRES.get(way.precision, ()),
                 )
                 found[graph].append((variant, way.graph))
         return found

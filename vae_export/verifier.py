@@ -6,7 +6,7 @@ import datetime
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from vae_export.golden import Reference, Rows
 from vae_export.manifest import Model
 from vae_export.pixels import to_uint8
 from vae_export.progress import Progress, silent
-from vae_export.runtimes import VAE, Backend, Settings, open_bundle
+from vae_export.runtimes import VAE, Backend, BuildLike, Settings, open_bundle
 
 BATCHES = (1, 2, 7, 64)
 #: Rows at all batch sizes but the largest; there all of them are run.
@@ -61,10 +61,11 @@ def verify(
     build: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress = silent,
+    opened: Callable[[str], None] = lambda line: None,
 ) -> Certificate:
     """Measure a bundle again, on this machine, against the golden examples that it brought along.
 
-    What is measured is what `load` would use: with device `auto`, a build of the cache where there is one.
+    What is measured is the bundle's own graphs, whatever builds the cache has; or a build, where one is named.
 
     Nothing is written. The result may be out of tolerance: ask `Certificate.passed`, or call
     `Certificate.require`.
@@ -72,9 +73,10 @@ def verify(
     Args:
         path: the bundle's folder.
         device: as for `load`.
-        build: as for `load`.
+        build: the folder of a build of this bundle, to measure in place of the bundle's own graphs.
         threads: as for `load`.
         progress: told how far it is.
+        opened: called with what is measured, in one line, before it is.
 
     Raises:
         InputError, BundleError, BackendError: as for `load`.
@@ -82,13 +84,13 @@ def verify(
     bundle = Bundle(path)
     manifest = bundle.manifest
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, manifest.model)
-    opened = open_bundle(bundle, device=device, build=build, settings=Settings(threads=threads))
+    source: BuildLike = False if build is None else build
+    runs = open_bundle(bundle, device=device, build=source, settings=Settings(threads=threads))
     try:
-        return measure(
-            manifest.model, opened.backend, reference, manifest.name, opened.options.tolerance, progress=progress
-        )
+        opened(runs.line())
+        return measure(manifest.model, runs.backend, reference, manifest.name, runs.tolerance, progress=progress)
     finally:
-        opened.backend.close()
+        runs.backend.close()
 
 
 def measure(

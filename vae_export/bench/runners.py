@@ -14,7 +14,7 @@ from vae_export.builds import BuildFolder
 from vae_export.bundle import Bundle
 from vae_export.errors import require
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model
-from vae_export.runtimes import load
+from vae_export.runtimes import BuildLike, load
 from vae_export.runtimes.ort import session_options
 
 from .cells import VERBS, Array, Cell, Results, Values
@@ -32,7 +32,8 @@ class Recipe:
         kind: a name of `select.KINDS`.
         bundle: its folder.
         threads: of one call.
-        build: the folder of a build, for `ours`; None takes what `load` takes.
+        build: the folder of a build, for `ours`; None takes what `load` takes in float32.
+        own: for `ours`: the bundle's own graphs and no build.
         source: what `sources.resolve` takes, for the kinds that run PyTorch; text or a path for another process.
     """
 
@@ -41,6 +42,7 @@ class Recipe:
     threads: int | None = None
     build: str | None = None
     source: Any = None
+    own: bool = False
 
 
 class Runner(Protocol):
@@ -81,17 +83,31 @@ class Ours:
     addressed, peer = True, False
     verbs = frozenset(VERBS)
 
-    def __init__(self, bundle: str | Path, *, build: str | Path | None = None, threads: int | None = None) -> None:
-        """Load on the CPU, or where the build is for. Errors: as for `load`."""
-        self.recipe: Recipe | None = Recipe("ours", str(bundle), threads, None if build is None else str(build))
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        build: str | Path | None = None,
+        threads: int | None = None,
+        own: bool = False,
+    ) -> None:
+        """Load on the CPU in float32, or where the build is for in what it computes. Errors: as for `load`."""
+        folder = None if build is None else str(build)
+        self.recipe: Recipe | None = Recipe("ours", str(bundle), threads, folder, own=own)
         self.name, self.precision = "vae_export", "fp32"
-        if build is not None:
-            record = BuildFolder(build).record
-            self.precision = record.options.precision
-            on = "" if record.target == "cpu" else f" {record.target}"
-            self.name = f"vae_export{on} {self.precision}"
-        device = "cpu" if build is None else builds.target(record.target).device
-        self.vae = load(bundle, device=device, build=build, micro_batch=1024, threads=threads)
+        micro_batch = 1024
+        if build is None:
+            chosen: BuildLike = False if own else None
+            self.vae = load(
+                bundle, device="cpu", build=chosen, precision="fp32", micro_batch=micro_batch, threads=threads
+            )
+            return
+        record = BuildFolder(build).record
+        self.precision = "fp32" if record.exact else record.options.precision
+        on = "" if record.target == "cpu" else f" {record.target}"
+        self.name = f"vae_export{on} {record.options.precision}"
+        device = builds.target(record.target).device
+        self.vae = load(bundle, device=device, build=build, micro_batch=micro_batch, threads=threads)
 
     def prepare(self, cell: Cell) -> Call:
         """The public methods."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, InputError, require
+from vae_export.runtimes.processor import cores
 
 from . import peers
 from .report import Absent, reason
-from .roof import cores
 from .runners import Bare, Ours, Recipe, Runner
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Opener = Callable[[Recipe, "Trained | None"], Runner]
 
 #: What a recipe of each kind opens. Those of PyTorch need the resolved source.
 KINDS: Mapping[str, Opener] = {
-    "ours": lambda recipe, trained: Ours(recipe.bundle, build=recipe.build, threads=recipe.threads),
+    "ours": lambda recipe, trained: Ours(recipe.bundle, build=recipe.build, threads=recipe.threads, own=recipe.own),
     "onnxruntime": lambda recipe, trained: Bare(recipe.bundle, threads=recipe.threads),
     "openvino-fp32": lambda recipe, trained: peers.OpenVino(recipe.bundle, threads=recipe.threads),
     "openvino-bf16": lambda recipe, trained: peers.OpenVino(recipe.bundle, precision="bf16", threads=recipe.threads),
@@ -81,15 +81,17 @@ def candidates(
     source: Any = None,
     with_peers: bool = False,
     threads: int | None = None,
+    own: bool = False,
 ) -> Selection:
     """Open all that is asked for.
 
     Args:
         bundle: its folder.
-        builds: folders of builds of it, each timed; none times what `load` takes on the CPU.
+        builds: folders of builds of it, each timed; none times what `load` takes on the CPU in float32.
         source: what the bundle was exported from: what `sources.resolve` takes. PyTorch's peers are made of it.
         with_peers: PyTorch eager and compiled, diffusers, and OpenVINO, too.
         threads: of every call, for all alike; None takes one for each core that this process may use.
+        own: where no builds are named: time the bundle's own graphs, not a build of the cache.
 
     Raises:
         InputError: threads is below 1, there is a source and no peers are wanted, or as for `load`.
@@ -103,7 +105,8 @@ def candidates(
     shared = Recipe("ours", str(bundle), selection.threads, source=source)
     try:
         for build in builds or (None,):
-            _open(selection, replace(shared, build=None if build is None else str(build), source=None), None)
+            recipe = replace(shared, build=None if build is None else str(build), source=None, own=own)
+            _open(selection, recipe, None)
         _distinguish(selection)
         _open(selection, replace(shared, kind="onnxruntime", source=None), None)
         if with_peers:
