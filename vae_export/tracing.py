@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vae_export.errors import InputError
-from vae_export.graph import write
+from vae_export.graph import exact_norm, write
 from vae_export.graph.weights import apart
 from vae_export.manifest import Graph, Model
 from vae_export.sources.adapter import advice
@@ -97,6 +97,7 @@ def trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) ->
     ends = zip((*graph.graph.inputs, *graph.graph.outputs), (*inputs, *outputs), strict=True)
     for value, tensor in ends:
         value.shape = onnx_ir.Shape(tensor.shape)
+    exact_norm.apply(graph)
     _forget_origin(graph)
     data = apart(graph, WEIGHTS)
     record = Graph(
@@ -225,8 +226,6 @@ def _check_every_size(kind: str, program: Any, named: Mapping[int, str], traced:
     conditions = [guard.expr for guard in environment.guards]
     conditions += [one.expr for many in environment.deferred_runtime_asserts.values() for one in many]
     for symbol, limits in program.range_constraints.items():
-        if limits.lower > 1:
-            conditions.append(symbol >= limits.lower)
         if limits.upper.is_number and limits.upper.is_finite:
             conditions.append(symbol <= limits.upper)
     broken = _broken(list(dict.fromkeys(conditions)), symbols, list(_places(kind, model)))
