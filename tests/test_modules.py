@@ -511,6 +511,11 @@ REFUSED: dict[str, tuple[Callable[[], vae_export.Source], str, bool]] = {
         r"decode gave probabilities from -.*; expected values in \[0, 1\]\. If they are logits, give outputs=",
         False,
     ),
+    "a sigmoid said to give logits": (
+        lambda: user("pair", "sigmoid", "bernoulli", outputs="logits"),
+        r'outputs is "logits", and User\.decode ends in a sigmoid: what it returns are probabilities\. Give outputs=',
+        False,
+    ),
     "another sigmoid": (
         lambda: decoding(lambda m, v: (torch.sigmoid(v), m), "bernoulli"),
         "gave two tensors, and the first is not the sigmoid of the second: they differ by",
