@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import nn
 

@@ -204,7 +204,7 @@ class _LinearAttention:
         query, key = attention.nonlinearity(query), attention.nonlinearity(key)
         sums = nn.functional.pad(value, (0, 0, 0, 1), value=1.0) @ key.transpose(-1, -2) @ query
         attended = (sums[:, :, :-1] / (sums[:, :, -1:] + attention.eps)).reshape(batch, -1, height, width)
-        result = attention.to_out(attended.movedim(1, -1))
+        result: Tensor = attention.to_out(attended.movedim(1, -1))
         if attention.norm_type == "rms_norm":
             result = attention.norm_out(result).movedim(-1, 1)
         else:
