@@ -206,7 +206,7 @@ def session_options(ort: ModuleType, arrays: Arrays, threads: int | None = None)
     Their memory must outlive the session. `threads` are those inside one call; None leaves it to ONNX Runtime.
     """
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # a failed call raises: what it logs beside that is for no user
     if threads is not None:
         settings.intra_op_num_threads = threads
     # Bytes of its own format would be taken for what they are: unchecked by us.

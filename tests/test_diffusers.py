@@ -219,6 +219,55 @@ def test_costs_are_those_of_pytorch(folder: Path) -> None:
         assert counted["decoder"].at({"height": height, "width": width})[0] == flops.get_total_flops() // 2
 
 
+#: As published: stride 32 and heads of 32; narrow.
+_STAGES = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+PUBLISHED_DC = zoo_diffusers.CONFIGS["dc"] | {
+    "latent_channels": 8, "attention_head_dim": 32, "encoder_block_types": _STAGES, "decoder_block_types": _STAGES,
+    "encoder_block_out_channels": [8, 8, 16, 32, 64, 64], "decoder_block_out_channels": [8, 8, 16, 32, 64, 64],
+    "encoder_layers_per_block": [1] * 6, "decoder_layers_per_block": [1] * 6,
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]], "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[sources.Trained, Any]:
+    """The published topology of AutoencoderDC as a source, and diffusers' own module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(zoo_diffusers.CONFIGS, "dc-published", PUBLISHED_DC)
+        folder = zoo_diffusers.write(tmp_path_factory.mktemp("dc") / "m", "dc-published")
+        return sources.resolve(folder), zoo_diffusers.model("dc-published")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (64, 192), (256, 128)])
+def test_linear_attention_equals_both_forms(deep: tuple[sources.Trained, Any], size: tuple[int, int]) -> None:
+    """On both sides of diffusers' switch; the small ones have its quadratic form in every stage, or in some."""
+    source, module = deep
+    x = torch.from_numpy(zoo.pictures(1, (3, *size)) * 2 - 1)
+    with torch.no_grad():
+        latent = module.encode(x)[0]
+        pairs = [(source.module.encode(x), latent), (source.module.decode(latent), module.decode(latent).sample)]
+    for got, expected in pairs:
+        assert (got - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_memory_of_deep_compression_is_linear(deep: tuple[sources.Trained, Any]) -> None:
+    counted = cost.count(deep[0])
+    for one in counted.values():
+        small, large = (one.at({"height": side, "width": side})[1] for side in (1024, 2048))
+        assert large <= 4.4 * small
+
+
+def test_another_attention_is_found_out(deep: tuple[sources.Trained, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+
+    linear = SanaMultiscaleLinearAttention.apply_linear_attention
+    monkeypatch.setattr(
+        SanaMultiscaleLinearAttention, "apply_linear_attention", lambda self, q, k, v: 1.01 * linear(self, q, k, v)
+    )
+    with pytest.raises(InputError, match=r"the installed diffusers computes .* of AutoencoderDC otherwise"):
+        diffusers_folder._DeepCompression(deep[1])
+
+
 def test_fewer_rows_for_what_costs_more() -> None:
     """256 rows for a model of a million multiply-adds, never fewer than the largest batch of every certificate."""
 

@@ -18,7 +18,7 @@ import zoo
 from PIL import Image
 
 import vae_export
-from vae_export import exporter, golden
+from vae_export import golden, tracing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError, VerificationError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
@@ -34,7 +34,7 @@ def test_graphs_are_as_the_manifest_says(member: Callable[[str], Any], name: str
     for kind, graph in manifest.graphs.items():
         model = onnx.load(case.bundle / graph.file)
         onnx.checker.check_model(model, full_check=True)
-        assert graph.opset == model.opset_import[0].version == exporter.OPSET
+        assert graph.opset == model.opset_import[0].version == tracing.OPSET
         for listed, real in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
             assert [t.name for t in listed] == [v.name for v in real]
             for tensor, value in zip(listed, real, strict=True):
@@ -312,16 +312,16 @@ def test_claims_that_the_outputs_contradict(tmp_path: Path) -> None:
 
 def test_a_graph_that_differs_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exported graph is changed on the way, as a defect of the exporter would: export must not pass it."""
-    original = exporter._forget_origin
+    original = tracing._forget_origin
 
     def corrupt(model: Any) -> None:
         original(model)
         for value in model.graph.initializers.values():
             array = value.const_value.numpy()
             if array.dtype == np.float32 and array.ndim == 2:
-                value.const_value = exporter.onnx_ir.tensor(array * np.float32(1.01), name=value.name)
+                value.const_value = tracing.onnx_ir.tensor(array * np.float32(1.01), name=value.name)
 
-    monkeypatch.setattr(exporter, "_forget_origin", corrupt)
+    monkeypatch.setattr(tracing, "_forget_origin", corrupt)
     with pytest.raises(VerificationError, match=r"decoder: sample, worst is .* of the largest, allowed 5e-06"):
         vae_export.export(zoo.plain(), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

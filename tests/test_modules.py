@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import size_dependent
 import torch
 import zoo
 from torch import Tensor, nn
@@ -510,6 +511,11 @@ REFUSED: dict[str, tuple[Callable[[], vae_export.Source], str, bool]] = {
         r"decode gave probabilities from -.*; expected values in \[0, 1\]\. If they are logits, give outputs=",
         False,
     ),
+    "a sigmoid said to give logits": (
+        lambda: user("pair", "sigmoid", "bernoulli", outputs="logits"),
+        r'outputs is "logits", and User\.decode ends in a sigmoid: what it returns are probabilities\. Give outputs=',
+        False,
+    ),
     "another sigmoid": (
         lambda: decoding(lambda m, v: (torch.sigmoid(v), m), "bernoulli"),
         "gave two tensors, and the first is not the sigmoid of the second: they differ by",
@@ -604,6 +610,56 @@ def test_an_undecided_decoder_is_refused_when_it_is_called() -> None:
 def test_values_that_decide_the_way(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"could not trace the encoder.*Control flow that depends on values"):
         vae_export.export(module.resolve(user(module=zoo.fill(Branching()))), tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", size_dependent.KINDS)
+def test_what_depends_on_the_size(tmp_path: Path, name: str) -> None:
+    """Each is right at sizes that were not traced, or refused with the dimension and what to write instead."""
+    function, refused = size_dependent.KINDS[name]
+    decoding = zoo.fill(size_dependent.Decoding(function))
+    height, width = (2 * size for size in size_dependent.TRACED)
+    source = user(module=decoding, example=zoo.pictures(1, (1, height, width)), multiple_of=8)
+    if refused is not None:
+        with pytest.raises(InputError, match=f"^export: (?s:.)*{refused}"):
+            vae_export.export(source, tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+        return
+    vae_export.export(source, tmp_path / "b")
+    with vae_export.load(tmp_path / "b") as vae, torch.no_grad():
+        for size in ((8, 8), (24, 40), (64, 72)):
+            z = zoo.pictures(2, (2, size[0] // 2, size[1] // 2))
+            np.testing.assert_allclose(vae.decode(z), decoding.decode(torch.from_numpy(z)), rtol=1e-4, atol=1e-5)
+
+
+class Reflecting(Spatial):
+    """Padding by reflection needs more pixels than it adds."""
+
+    def encode(self, x: Tensor) -> Any:
+        padded = nn.functional.pad(x, (0, 0, 9, 9), mode="reflect")
+        return super().encode(padded[:, :, 9:-9])
+
+
+def test_the_smallest_size_is_found() -> None:
+    model = module.resolve(
+        user(module=zoo.fill(Reflecting()), example=zoo.pictures(1, (1, 24, 24)), multiple_of=4)
+    ).model
+    assert {name: dim.min for name, dim in model.data.named().items()} == {"height": 12, "width": 4}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_old_norms_of_weights(tmp_path: Path) -> None:
+    """They keep the weight that they computed, after a training step with the graph of its gradients."""
+    normed = zoo.fill(User())
+    nn.utils.weight_norm(normed.into)
+    nn.utils.spectral_norm(normed.back)
+    x = torch.from_numpy(zoo.pictures(2, SHAPE))
+    normed.decode(normed.encode(x)[0]).sum().backward()
+    trained = module.resolve(user(module=normed))
+    normed.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trained.module.encode(x), normed.encode(x))
+        torch.testing.assert_close(trained.module.decode(x[:, 0, 0, :3])[0], normed.decode(x[:, 0, 0, :3]))
+    assert vae_export.export(trained, tmp_path / "b").passed
 
 
 FACTORIES = """

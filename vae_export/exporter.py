@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
 import msgspec
 import numpy as np
-import onnx_ir
 import safetensors.numpy
-import torch
 from torch import nn
 
 from vae_export import (
@@ -29,32 +23,25 @@ from vae_export import (
     onnx_reader,
     sealed,
     sources,
+    tracing,
     verifier,
     versions,
 )
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
-from vae_export.graph import write
-from vae_export.graph.weights import apart
-from vae_export.manifest import Graph, Manifest, Model, SizeDim
+from vae_export.manifest import Graph, Manifest, SizeDim
 from vae_export.onnx_reader import Weights
 from vae_export.pixels import is_picture
 from vae_export.progress import Progress, silent
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import Described, cost
 from vae_export.sources import reference as references
-from vae_export.sources.adapter import advice
 from vae_export.sources.module import Source
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 
-#: The newest version of the ONNX operators that PyTorch's exporter writes by default; every backend that
-#: is built for has kernels for it.
-OPSET = 20
 _CALIBRATION_ROWS = 512
 _CALIBRATION_LIMIT = 16 << 20
-_WEIGHTS = "model.onnx_data"  # beside a graph, as Optimum calls it
-_TRACE_BATCH = 3  # not 1, which tracing would take for a constant
 _TOOLS = (
     "vae-export",
     "torch",
@@ -114,9 +101,9 @@ def export(
     for kind, wrapper, shape in (("encoder", Encoder, source.example_shape), ("decoder", Decoder, latent)):
         progress(f"tracing the {kind}")
         module = wrapper(source.module, model).eval()
-        graphs[kind], data, records[kind] = _trace(kind, module, shape, model)
+        graphs[kind], data, records[kind] = tracing.trace(kind, module, shape, model)
         if data is not None:
-            weights[kind] = Weights(_WEIGHTS, data)
+            weights[kind] = Weights(tracing.WEIGHTS, data)
         try:
             onnx_reader.check_operators(graphs[kind], kind, weights.get(kind))
         except BundleError as error:
@@ -140,7 +127,7 @@ def export(
             file.parent.mkdir()
             file.write_bytes(graph)
             if kind in weights:
-                (file.parent / _WEIGHTS).write_bytes(weights[kind].data)
+                (file.parent / tracing.WEIGHTS).write_bytes(weights[kind].data)
         (folder / "config.json").write_bytes(source.config)
         (folder / golden.FILE).write_bytes(rows)
         (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
@@ -174,91 +161,6 @@ def export(
     return measured
 
 
-def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -> tuple[bytes, bytes | None, Graph]:
-    """One graph as ONNX bytes, with dynamic batch and named dimensions; weights to lie beside it; and its record."""
-    inputs, outputs = model.ends(kind)
-    into = inputs[0].shape
-    example = torch.zeros(_TRACE_BATCH, *shape)
-    names = {i: re.sub(r"\W", "_", d) for i, d in enumerate(into) if isinstance(d, str)}
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                input_names=[tensor.name for tensor in inputs],
-                output_names=[tensor.name for tensor in outputs],
-                dynamic_shapes=(names,),
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-            if isinstance(cause, InputError):
-                raise cause from None
-        raise InputError(
-            f"export: PyTorch could not trace the {kind} as one graph that is the same for every input. "
-            "Control flow that depends on values is the usual reason. PyTorch says: "
-            f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}\n"
-            f"Replace branches on values by torch.where, or leave them out. {advice(model.likelihood.kind)}"
-        ) from error
-    assert program is not None
-    graph = program.model
-    _rename_inner(graph)
-    ends = zip((*graph.graph.inputs, *graph.graph.outputs), (*inputs, *outputs), strict=True)
-    for value, tensor in ends:
-        value.shape = onnx_ir.Shape(tensor.shape)
-    _forget_origin(graph)
-    data = apart(graph, _WEIGHTS)
-    record = Graph(
-        file=f"vae_{kind}/model.onnx",
-        opset=graph.opset_imports[""],
-        inputs=inputs,
-        outputs=outputs,
-        weights=None if data is None else f"vae_{kind}/{_WEIGHTS}",
-    )
-    return write(graph), data, record
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what PyTorch's exporter says about itself: its own deprecations, and missing torchvision."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _rename_inner(model: onnx_ir.Model) -> None:
-    """Keep the names of inputs and outputs for them: PyTorch may call an inner value `mean`, too."""
-    ends = [*model.graph.inputs, *model.graph.outputs]
-    names = {value.name for value in ends}
-    inner = [value for node in model.graph.all_nodes() for value in node.outputs]
-    for index, value in enumerate([*inner, *model.graph.initializers.values()]):
-        if value.name in names and not any(value is end for end in ends):
-            value.name = f"{value.name}_inner_{index}"
-
-
-def _forget_origin(model: onnx_ir.Model) -> None:
-    """Drop the stack traces and paths of the exporting machine that PyTorch writes beside every node."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.doc_string = None
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
 
 
 def _check_size(source: Trained) -> None:

@@ -2,8 +2,9 @@
 
 Requires: the operators of version 18 or later, and a runtime that knows those of version 21.
 Ensures: what PyTorch's exporter writes for it, Reshape to groups, InstanceNormalization, Reshape back, and Mul and Add
-by channel where they follow, is one GroupNormalization that keeps its sums in float32. Where one was found, the graph's
-operators are those of version 21 at least; where none was, nothing is changed. A batch and sizes that vary stay so.
+by channel where they follow, or what `exact_norm` makes of that, is one GroupNormalization that keeps its sums in
+float32. Where one was found, the graph's operators are those of version 21 at least; where none was, nothing is
+changed. A batch and sizes that vary stay so.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Found:
         groups: of channels beside each other.
         epsilon: is added to variances.
         scale, shift: by channel, in the type of the data.
+        nodes: all that compute it, where it is in the form of `exact_norm`.
     """
 
     data: onnx_ir.Value
@@ -44,6 +46,7 @@ class Found:
     epsilon: float
     scale: npt.NDArray[Any]
     shift: npt.NDArray[Any]
+    nodes: tuple[onnx_ir.Node, ...] = ()
 
 
 def apply(model: onnx_ir.Model) -> int:
@@ -64,8 +67,11 @@ def apply(model: onnx_ir.Model) -> int:
 
 
 def find(graph: onnx_ir.Graph) -> list[Found]:
-    """What PyTorch's exporter writes for a group normalization, everywhere in a graph."""
-    return [match for node in graph if (match := _match(node)) is not None]
+    """Every group normalization of a graph, as PyTorch's exporter writes it or as `exact_norm` does."""
+    from vae_export.graph import exact_norm  # which writes what is found here
+
+    matches = [_match(node) or exact_norm.match(node) for node in graph]
+    return [match for match in matches if match is not None]
 
 
 def _match(norm: onnx_ir.Node) -> Found | None:

@@ -19,6 +19,7 @@ import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vae_export.errors import InputError
+from vae_export.graph import group_norm
 
 Lower = Literal["fp16", "bf16"]
 
@@ -72,7 +73,8 @@ def lower(model: onnx_ir.Model, precision: Lower, name: str, kept: Collection[st
     _infer_types(model)
     low, kind = _TYPES[precision]
     graph = model.graph
-    chosen = {node for node in _lower_nodes(graph) if node.name not in kept}
+    norms = {node for norm in group_norm.find(graph) for node in norm.nodes}
+    chosen = {node for node in _lower_nodes(graph) - norms if node.name not in kept}
     casts: dict[tuple[int, onnx_ir.DataType], onnx_ir.Value] = {}
     for node in list(graph):
         for index, value in enumerate(node.inputs):

@@ -192,9 +192,14 @@ class Adapter(nn.Module):
         roles = _LOGISTIC if self.likelihood == "discretized_logistic" else _DECODED
         parts = self._read("decode", value, roles, _PLACES[self.likelihood])
         tensors = dict(parts.tensors)
-        if bernoulli and "logits" not in tensors and self.outputs != "logits":
+        if bernoulli and "logits" not in tensors:
             given = tensors.get("probabilities", tensors.get("mean"))
             if given is not None and sigmoids and (logits := sigmoids.logits(given)) is not None:
+                if self.outputs == "logits":
+                    raise InputError(
+                        f'export: outputs is "logits", and {self.called("decode")} ends in a sigmoid: what it returns '
+                        'are probabilities. Give outputs="probabilities", or leave outputs away'
+                    )
                 tensors = {"probabilities": given, "logits": logits}
         if bernoulli and self.outputs is not None and set(tensors) == {"mean"}:
             tensors = {self.outputs: tensors["mean"]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,8 @@ _CONVERT = (
 _RANGE = (-1.0, 1.0)
 #: diffusers clamps the log-variance to these limits (its DiagonalGaussianDistribution).
 _CLAMP = (-30.0, 20.0)
+#: Of the largest, how far rounding may bring the forms of AutoencoderDC's attention apart: its sums may be near 0.
+_LINEAR = 1e-3
 #: What is told of classes that are no autoencoders of pictures with a Gaussian or no posterior.
 _REFUSED = {
     "VQModel": "its latents are discrete",
@@ -162,12 +165,69 @@ class _Tiny(_Family):
 
 
 class _DeepCompression(_Family):
+    """AutoencoderDC, whose attention takes another form where the image is small: see `_LinearAttention`."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae)
+        library = require("diffusers", "diffusers", "export")
+        processor = library.models.attention_processor.SanaMultiscaleAttnProcessor2_0
+        for name, part in vae.named_modules():
+            if isinstance(getattr(part, "processor", None), processor):
+                _check_linear(name, part)
+                part.processor = _LinearAttention()
+
     @property
     def stride(self) -> int:
         return int(self.vae.spatial_compression_ratio)
 
     def encode(self, x: Tensor) -> Any:
         return self.vae.encode(x).latent
+
+
+class _LinearAttention:
+    """The attention of AutoencoderDC in its linear form, v (kᵀ q) as (v kᵀ) q, at every size.
+
+    diffusers takes the quadratic form where height · width ≤ attention_head_dim. In exact arithmetic the two are equal,
+    the epsilon in the divisor included; a graph can hold one of them, and the quadratic one's memory grows with the
+    square of the pixels.
+    """
+
+    def __call__(self, attention: Any, hidden_states: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W); as diffusers' SanaMultiscaleAttnProcessor2_0, in the type of the input."""
+        x = hidden_states
+        batch, _, height, width = x.shape
+        last = x.movedim(1, -1)
+        projected = torch.cat([attention.to_q(last), attention.to_k(last), attention.to_v(last)], dim=3).movedim(-1, 1)
+        scales = torch.cat([projected, *(block(projected) for block in attention.to_qkv_multiscale)], dim=1)
+        heads = scales.reshape(batch, -1, 3 * attention.attention_head_dim, height * width)
+        query, key, value = heads.chunk(3, dim=2)
+        query, key = attention.nonlinearity(query), attention.nonlinearity(key)
+        sums = nn.functional.pad(value, (0, 0, 0, 1), value=1.0) @ key.transpose(-1, -2) @ query
+        attended = (sums[:, :, :-1] / (sums[:, :, -1:] + attention.eps)).reshape(batch, -1, height, width)
+        result: Tensor = attention.to_out(attended.movedim(1, -1))
+        if attention.norm_type == "rms_norm":
+            result = attention.norm_out(result).movedim(-1, 1)
+        else:
+            result = attention.norm_out(result.movedim(-1, 1))
+        return result + x if attention.residual_connection else result
+
+
+def _check_linear(name: str, attention: Any) -> None:
+    """Hold the linear form against what this version of diffusers computes, on both sides of its switch.
+
+    Raises:
+        InputError: they differ.
+    """
+    channels = attention.to_q.in_features
+    with torch.no_grad():
+        for side in (1, math.isqrt(attention.attention_head_dim) + 1):
+            x = torch.sin(torch.arange(channels * side * side, dtype=torch.float32)).reshape(1, channels, side, side)
+            expected, got = attention(x), _LinearAttention()(attention, x)
+            if not (got - expected).abs().max() <= _LINEAR * expected.abs().max():
+                raise InputError(
+                    f"export: the installed diffusers computes {name} of AutoencoderDC otherwise than is known here. "
+                    "Install the version that vae-export[diffusers] asks for"
+                )
 
 
 _FAMILIES: Mapping[str, type[_Family]] = {

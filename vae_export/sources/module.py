@@ -10,7 +10,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from vae_export.errors import InputError
 from vae_export.manifest import (
@@ -59,8 +61,8 @@ class Source:
         likelihood: p(x|z): `bernoulli`, `gaussian`, `gaussian_fixed`, `discretized_logistic`, or `none`.
         data_range: the smallest and the largest value of the data, such as (0, 1).
         variance: the one variance of `gaussian_fixed`.
-        multiple_of: for pictures (C, H, W): any height and width that is a multiple of this will do. Without it, only
-            the example's own.
+        multiple_of: for pictures (C, H, W): any height and width that is a multiple of this will do, from the smallest
+            that the module takes. Without it, only the example's own.
         held_out: (M, *data), data that the module was not trained on, to verify the bundle with; or None.
         name: what the model is called; the class's name if None.
         outputs: `logits` or `probabilities`, where a Bernoulli decoder leaves open which of them it returns.
@@ -292,13 +294,17 @@ def checked_rows(name: str, value: Any, data_range: tuple[float, float]) -> npt.
 def _copied(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, on the CPU, in float32."""
     try:
-        result = copy.deepcopy(module)
+        result = copy.deepcopy(module, _computed(module))
     except Exception as error:  # their code, as above
         raise InputError(
             f"export: {type(module).__name__} cannot be copied: {_said(error)}. What is exported is a copy: drop what "
             "the module keeps besides its weights, such as results of an earlier call"
         ) from error
     result = result.to("cpu", torch.float32).eval()
+    for part in result.modules():
+        for key, hook in _old_norms(part).items():
+            hook.remove(part)
+            del part._forward_pre_hooks[key]
     still = [f"{name or 'itself'} ({type(part).__name__})" for name, part in result.named_modules() if part.training]
     if still:
         raise InputError(
@@ -306,6 +312,25 @@ def _copied(module: nn.Module) -> nn.Module:
             "eval() of its own does not reach them; let it call super().train(mode)"
         )
     return result
+
+
+def _computed(module: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`: copies of what old `weight_norm` and `spectral_norm` keep as a layer's `weight`.
+
+    It is computed from other weights before each call, with the graph of its gradients, which cannot be copied. What
+    else a module keeps of earlier calls stays refused.
+    """
+    found: dict[int, Any] = {}
+    for part in module.modules():
+        for hook in _old_norms(part).values():
+            value = vars(part)[hook.name]
+            found[id(value)] = value.detach().clone()
+    return found
+
+
+def _old_norms(part: nn.Module) -> dict[int, WeightNorm | SpectralNorm]:
+    """The hooks of a layer's old `weight_norm` and `spectral_norm`."""
+    return {k: hook for k, hook in part._forward_pre_hooks.items() if isinstance(hook, (WeightNorm, SpectralNorm))}
 
 
 def _try(adapter: Adapter, example: Tensor, data_range: tuple[float, float]) -> tuple[tuple[int, ...], bool]:
@@ -496,18 +521,54 @@ def _sizes(
         )
     # One size says nothing of another: the next one is tried, too.
     other = (shape[0], shape[1] + unit, shape[2] + 2 * unit)
-    x = torch.full((1, *other), sum(source.data_range) / 2)
     expected = (latent[0], other[1] // divided[0], other[2] // divided[1])
-    z = _call(adapter, "encode", adapter.encode, x)[0]
-    back = _call(adapter, "decode", adapter.decode, z)[0]
-    if tuple(z.shape[1:]) != expected or tuple(back.shape[1:]) != other:
+    z, back = _at_size(source, adapter, other)
+    if z != expected or back != other:
         raise InputError(
-            f"export: multiple_of={unit}, and for pictures {other} the module gave latents {tuple(z.shape[1:])} and "
-            f"reconstructions {tuple(back.shape[1:])}; expected {expected} and {other}"
+            f"export: multiple_of={unit}, and for pictures {other} the module gave latents {z} and "
+            f"reconstructions {back}; expected {expected} and {other}"
         )
-    height, width = (SizeDim(name=name, multiple_of=unit) for name in ("height", "width"))
+    height, width = (
+        SizeDim(name=name, multiple_of=unit, min=_smallest(source, adapter, shape, axis, divided))
+        for axis, name in ((1, "height"), (2, "width"))
+    )
     h, w = (LatentDim(name=n, divided_by=by) for n, by in zip(("height", "width"), divided, strict=True))
     return (shape[0], height, width), (latent[0], h, w)
+
+
+def _at_size(source: Source, adapter: Adapter, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of latents and reconstruction for a picture of another size than the example's."""
+    x = torch.full((1, *shape), sum(source.data_range) / 2)
+    try:
+        z = _call(adapter, "encode", adapter.encode, x)[0]
+        return tuple(z.shape[1:]), tuple(_call(adapter, "decode", adapter.decode, z)[0].shape[1:])
+    except InputError as error:
+        raise InputError(
+            f"{str(error).rstrip('.')}. It was tried at another size than the example's, because multiple_of is "
+            f"{source.multiple_of}: something in the module was made for one size, as an embedding of positions or a "
+            "number in reshape is. Interpolate it to x.shape[-2:], write -1, or leave multiple_of away"
+        ) from error
+
+
+def _smallest(source: Source, adapter: Adapter, shape: tuple[int, ...], axis: int, divided: Sequence[int]) -> int:
+    """The smallest height or width that the module takes: padding by reflection, for instance, needs some.
+
+    It is searched for by halves, the other side as in the example: what takes a size takes all above it.
+    """
+    unit = source.multiple_of
+    assert unit is not None
+    low, high = 1, shape[axis] // unit
+    while low < high:
+        middle = (low + high) // 2
+        tried = (*shape[:axis], middle * unit, *shape[axis + 1 :])
+        latent = tuple(size // by for size, by in zip(tried[1:], divided, strict=True))
+        try:
+            z, back = _at_size(source, adapter, tried)
+            fits = z[1:] == latent and back == tried
+        except InputError:
+            fits = False
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return low * unit
 
 
 def _digest(module: nn.Module) -> str:
