@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cards
 import numpy as np
 import pytest
 import safetensors.torch
@@ -55,6 +56,15 @@ def test_every_family(exported: Callable[[str], Any], name: str) -> None:
                 for got, expected in pairs:
                     # DC's linear attention divides by sums that may be near 0, in PyTorch as well.
                     assert np.abs(got - expected).max() <= (2e-4 if name == "dc" else 5e-5) * np.ptp(expected)
+
+
+@pytest.mark.parametrize("name", zoo_diffusers.CONFIGS)
+def test_the_card_is_right(exported: Callable[[str], Any], name: str) -> None:
+    """Nothing of them is a sample: they were not trained to have a prior, and no held-out data is known."""
+    card = cards.check(exported(name)[0])
+    assert "vae.encode(x)" in card
+    assert "sample" not in card.partition("## Certificate")[0]
+    assert "![" not in card
 
 
 def test_deterministic_encoders_say_so(exported: Callable[[str], Any]) -> None:
