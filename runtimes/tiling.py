@@ -71,7 +71,7 @@ class Seams:
         """Take the figures of those graphs that have any."""
         self._untold = {graph: one for graph, one in measured.items() if one.worst > VISIBLE}
         #: For `VAE.describe`: what is seen of tiles, by graph.
-        self.facts = {graph: self._words(one) for graph, one in self._untold.items()}
+        self.facts = {graph: str(one) for graph, one in self._untold.items()}
 
     def tell(self, graph: str) -> None:
         """Warn, the first time, of a graph whose tiles are seen. Any thread may call it."""
@@ -82,14 +82,6 @@ class Seams:
                 TileWarning,
                 stacklevel=2,
             )
-
-    @staticmethod
-    def _words(one: Tiled) -> str:
-        tile, size = (f"{height} × {width}" for height, width in (one.tile, one.size))
-        return (
-            f"in tiles of {tile}, pixels of pictures of {size} are off by up to {one.worst:.0f} of 255 from the "
-            f"untiled ones, {one.off1:.0%} of them by more than 1"
-        )
 
 
 #: What callers may give for a tile.

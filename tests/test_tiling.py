@@ -23,7 +23,7 @@ from vae_export.runtimes import VAE, Tile, open_bundle, tiling
 from vae_export.runtimes.memory import SAFETY, Budget, parse_bytes
 
 import vae_export
-from vae_export import golden, noise, tiles_check
+from vae_export import certificate, golden, noise, report, tiles_check
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
 from vae_export.manifest import Cost, Data, Model, SizeDim, Tiled
@@ -578,7 +578,12 @@ def test_tiles_that_are_seen_are_told_once(patches: dict[bool, Path]) -> None:
 
 
 def test_figures_of_tiles(patches: dict[bool, Path]) -> None:
-    graphs = Bundle(patches[True]).manifest.graphs
+    bundle = Bundle(patches[True])
+    graphs = bundle.manifest.graphs
+    measured = certificate.decode(bundle.read("verification.json"))
+    counted = report.costs(bundle.manifest.model, {}, {"height": 32, "width": 48})
+    shown = report.as_text(*report.bundle(bundle.path, bundle.manifest, measured, [], [], counted), width=400)
+    assert f"tiles in the decoder │ {graphs['decoder'].tiled} " in shown
     found = tiles_check.figures({name: graph.tiled for name, graph in graphs.items()})
     assert [figure.id for figure in found] == [
         f"tiles.{graph}.pixel.{name}" for graph in ("encoder", "decoder") for name in ("max", "off1", "off2", "psnr")

@@ -387,6 +387,13 @@ class Tiled(Part, frozen=True, kw_only=True):
         if not (sizes and 0 <= self.worst <= 255 and shares and 0 <= self.psnr <= 300):
             raise ValueError("tiled: sizes from 1, levels from 0 to 255, shares from 0 to 1 and 0 to 300 dB expected")
 
+    def __str__(self) -> str:
+        tile, size = (f"{height} × {width}" for height, width in (self.tile, self.size))
+        return (
+            f"in tiles of {tile}, pixels of pictures of {size} are off by up to {self.worst:.0f} of 255 from the "
+            f"untiled ones, {self.off1:.0%} of them by more than 1"
+        )
+
 
 class Graph(Part, frozen=True, kw_only=True):
     """One ONNX graph.

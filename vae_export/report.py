@@ -128,6 +128,9 @@ def bundle(
             f"nearest to its budget: {worst}. `vae-export verify` measures it here"
         ),
     }
+    for name, graph in manifest.graphs.items():
+        if graph.tiled:
+            overview[f"tiles in the {name}"] = graph.tiled
     if cached:
         overview["builds in the cache"] = ", ".join(cached)
     if unlisted:
