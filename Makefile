@@ -9,7 +9,19 @@ EXTRAS ?= dev
 # Processes of the tests.
 JOBS ?= 2
 
-.PHONY: demo test test-gpu setup lint types bench performance overhead passes figures sources trainer throughput kills gpu record clean
+# A processor with AVX2 and neither AVX-512, VNNI nor bfloat16; what its emulator lacks is named, or it would warn.
+AVX2_CPU := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
+# What runs on it: an export and its certificate, and tests that failed on such a processor once.
+AVX2_TESTS := \
+	tests/test_export.py::test_graphs_are_as_the_manifest_says[mlp-bernoulli] \
+	tests/test_export.py::test_graphs_are_as_the_manifest_says[conv-gaussian] \
+	tests/test_runtime.py::test_a_bundle_that_contradicts_itself \
+	tests/test_latents.py::test_as_pipelines_do \
+	tests/test_tiling.py::test_as_diffusers_does
+# What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
+AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
+
+.PHONY: demo test test-avx2 test-gpu setup lint types bench performance overhead passes figures sources trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -17,6 +29,15 @@ demo: setup
 # Files are dealt out to processes: what a file's tests share is made once.
 test: lint types
 	$(BIN)/pytest -p no:cacheprovider -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# A part of the tests as on a processor with AVX2 alone: PyTorch by its libraries' switches, then everything emulated.
+# ONNX Runtime and OpenVINO have no such switch. Processes that a test starts are not emulated.
+test-avx2: setup
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/pytest -p no:cacheprovider $(AVX2_TORCH_TESTS)
+	@if command -v qemu-x86_64 >/dev/null; then set -x; \
+		OMP_NUM_THREADS=1 qemu-x86_64 -cpu $(AVX2_CPU) $(BIN)/python -m pytest -p no:cacheprovider $(patsubst %,'%',$(AVX2_TESTS)); \
+	else echo "skipped: the emulated part needs qemu-x86_64, which is not installed (Debian: apt-get install qemu-user)"; fi
 
 # On a machine with a GPU: make test-gpu EXTRAS=gpu,export,train,test,rtx
 test-gpu: setup

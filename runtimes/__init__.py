@@ -108,7 +108,13 @@ def load(
     budget = None if limit is None else Budget(limit, manifest.model, costs)
     opened = open_bundle(bundle, device=device, build=build, precision=precision, settings=settings)
     return VAE(
-        manifest.model, opened.backend, micro_batch=micro_batch, name=manifest.name, facts=opened.facts(), budget=budget
+        manifest.model,
+        opened.backend,
+        micro_batch=micro_batch,
+        name=manifest.name,
+        facts=opened.facts(),
+        budget=budget,
+        tiled={name: graph.tiled for name, graph in manifest.graphs.items() if graph.tiled},
     )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from vae_export.errors import InputError
-from vae_export.manifest import LatentDim, Model, SizeDim
+from vae_export.errors import InputError, TileWarning
+from vae_export.manifest import LatentDim, Model, SizeDim, Tiled
 
 from .backend import Array
 
@@ -57,6 +58,30 @@ class Tile:
         """Height and width."""
         height, width = self.size if isinstance(self.size, (tuple, list)) else (self.size, self.size)
         return operator.index(height), operator.index(width)
+
+
+#: A difference of so many levels of 255 is seen.
+VISIBLE = 8.0
+
+
+class Seams:
+    """What the export measured of tiles, told once for each graph when a call is first cut."""
+
+    def __init__(self, measured: Mapping[str, Tiled]) -> None:
+        """Take the figures of those graphs that have any."""
+        self._untold = {graph: one for graph, one in measured.items() if one.worst > VISIBLE}
+        #: For `VAE.describe`: what is seen of tiles, by graph.
+        self.facts = {graph: str(one) for graph, one in self._untold.items()}
+
+    def tell(self, graph: str) -> None:
+        """Warn, the first time, of a graph whose tiles are seen. Any thread may call it."""
+        if self._untold.pop(graph, None):
+            warnings.warn(
+                f"tile: the {graph} sees more of a picture than a tile has: {self.facts[graph]}, as measured at the "
+                "export. Leave tile and max_memory out, or use larger tiles, where that matters",
+                TileWarning,
+                stacklevel=2,
+            )
 
 
 #: What callers may give for a tile.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vae_export import elbo, likelihoods, noise
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_OUTPUTS, Model, shape_text
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_OUTPUTS, Model, Tiled, shape_text
 from vae_export.noise import Normals
 from vae_export.pixels import is_picture, to_uint8
 
@@ -20,7 +20,7 @@ from .backend import Array, Backend, Value, slices
 from .inputs import ArrayCheck, check_out
 from .memory import Budget
 from .posterior import NO_SCALING, DevicePosterior, Elbo, Float64, Posterior, channels
-from .tiling import Axis, Tile, TileLike, grid, run_tiled, tile_of
+from .tiling import Axis, Seams, Tile, TileLike, grid, run_tiled, tile_of
 
 if TYPE_CHECKING:
     from .gpu import DeviceArray
@@ -59,6 +59,7 @@ class VAE:
         name: str = "",
         facts: Mapping[str, Any] | None = None,
         budget: Budget | None = None,
+        tiled: Mapping[str, Tiled] | None = None,
     ) -> None:
         """Join a model's description and a backend that has its graphs.
 
@@ -69,6 +70,7 @@ class VAE:
             name: of the bundle.
             facts: for `describe`: as `Opened.facts`; None is that of a bundle's own graphs.
             budget: for the memory of intermediate results; None is no limit.
+            tiled: what was measured of tiles, by graph: where they are seen, the first tiled call warns.
 
         Raises:
             InputError: micro_batch is below 1.
@@ -81,6 +83,7 @@ class VAE:
         self._budget = budget
         own: Mapping[str, Any] = {"precision": "float32", "build": None, "passed_over": {}, "notes": []}
         self._facts = dict(own if facts is None else facts)
+        self._seams = Seams(tiled or {})
         self._data = ArrayCheck("x", model, on_gpu=backend.on_gpu)
         self._latent = ArrayCheck("z", model, on_gpu=backend.on_gpu)
         # What each graph gives for one example, where that holds for every call: without named dimensions.
@@ -534,6 +537,7 @@ class VAE:
             "likelihood": model.likelihood.kind,
             "micro_batch": self._micro_batch,
             "max_memory": self._budget.limit if self._budget else None,
+            "tiles": self._seams.facts,
             **self._facts,
             **self._backend.describe(),
         }
@@ -669,6 +673,8 @@ class VAE:
                 f"max_memory holds no example of this size in the {graph}, and tiles are joined on the host. Pass "
                 "NumPy arrays and drop on_device, or load with a larger max_memory"
             )
+
+        self._seams.tell(graph)
 
         def run(tile: Array) -> list[Any]:
             return self._run(graph, {name: tile}, outputs, rows=rows)

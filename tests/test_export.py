@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cards
 import msgspec
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ import zoo
 from PIL import Image
 
 import vae_export
-from vae_export import golden, tracing
+from vae_export import golden, images, model_card, tracing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError, VerificationError
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
@@ -45,6 +46,36 @@ def test_graphs_are_as_the_manifest_says(member: Callable[[str], Any], name: str
         outputs = ENCODER_OUTPUTS if kind == "encoder" else DECODER_OUTPUTS
         wanted = manifest.model.posterior.kind if kind == "encoder" else manifest.model.likelihood.kind
         assert tuple(t.name for t in graph.outputs) == outputs[wanted]
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MEMBERS))
+def test_the_card_is_right(member: Callable[[str], Any], name: str) -> None:
+    case = member(name)
+    card = cards.check(case.bundle)
+    assert ("![" in card) == ("samples from the prior](samples.png)" in card) == (name not in ("plain",))
+    if case.source.model.posterior.kind == "diagonal_gaussian":
+        assert r"KL(reference \|\| exported)" in card
+    assert ('size={"height": 16, "width": 24})' in card) == (name == "spatial-named")
+
+
+def test_the_picture_says_what_it_shows(member: Callable[[str], Any]) -> None:
+    """Samples of what has a prior of its own; of others held-out data above their reconstructions, or nothing."""
+    case = member("spatial")
+    x = zoo.pictures(3, (3, 16, 24)) * 2 - 1
+    with vae_export.load(case.bundle) as vae:
+        shown = model_card.picture(vae, x, {}, 4)
+        assert (shown.file, shown.caption) == ("samples.png", "samples from the prior")
+        expected = images.grid(vae.sample(4), vae.model.data.range, columns=8)
+        assert np.array_equal(shown.image, expected)
+        nominal = msgspec.structs.replace(vae.model.likelihood, nominal=True)
+        vae.model = msgspec.structs.replace(vae.model, likelihood=nominal)
+        shown = model_card.picture(vae, x, {}, 64)
+        assert (shown.file, shown.caption) == ("reconstructions.png", "held-out data above their reconstructions")
+        expected = images.pairs(x, vae.reconstruct(x), vae.model.data.range, columns=3)
+        assert np.array_equal(shown.image, expected)
+        assert model_card.picture(vae, x[:0], {}, 64) is None
+    with vae_export.load(member("plain").bundle) as vae:
+        assert model_card.picture(vae, zoo.pictures(3, (12,)), {}, 64) is None
 
 
 def test_a_bundle_is_portable(digits: dict[str, Path]) -> None:

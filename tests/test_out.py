@@ -77,6 +77,7 @@ def test_vectors_and_encoders_without_variance(member: Any) -> None:
             check("plain", call)
 
 
+@pytest.mark.filterwarnings("ignore::vae_export.TileWarning")
 def test_tiles_and_padding(member: Any) -> None:
     bundle = member("spatial-named").bundle
     with vae_export.load(bundle, device="cpu", micro_batch=2) as vae:
@@ -259,6 +260,7 @@ def test_every_graph_is_run_at_every_batch(member: Any, placed: Callable[..., An
     assert sorted(backend.warmed) == [("decoder", (1, *z)), ("encoder", (1, *x))]
 
 
+@pytest.mark.filterwarnings("ignore::vae_export.TileWarning")
 def test_named_sizes_and_tiles_are_warmed(member: Any, placed: Callable[..., Any]) -> None:
     """Where max_memory holds no example, one tile of it, and no fused graph: the methods use none."""
     bundle = member("spatial-named").bundle

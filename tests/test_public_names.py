@@ -28,7 +28,7 @@ def modules() -> list[ModuleType]:
 def test_names() -> None:
     assert set(vae_export.__all__) == {
         *("BackendError", "Built", "Bundle", "BundleError", "Certificate", "Elbo", "InputError", "Manifest"),
-        *("Posterior", "Source", "Tile", "VAE", "VaeExportError", "VerificationError", "__version__"),
+        *("Posterior", "Source", "Tile", "TileWarning", "VAE", "VaeExportError", "VerificationError", "__version__"),
         *("build", "export", "load", "refit", "verify"),
     }
     for name in vae_export.__all__:

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from vae_export.builder import Built, build, refit
     from vae_export.bundle import Bundle
     from vae_export.certificate import Certificate
-    from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, VerificationError
+    from vae_export.errors import (
+        BackendError,
+        BundleError,
+        InputError,
+        TileWarning,
+        VaeExportError,
+        VerificationError,
+    )
     from vae_export.exporter import export
     from vae_export.manifest import Manifest
     from vae_export.runtimes import VAE, Elbo, Posterior, Tile, load
@@ -37,6 +44,7 @@ _HOMES = {
     "Posterior": "vae_export.runtimes",
     "Source": "vae_export.sources.module",
     "Tile": "vae_export.runtimes",
+    "TileWarning": "vae_export.errors",
     "VAE": "vae_export.runtimes",
     "VaeExportError": "vae_export.errors",
     "VerificationError": "vae_export.errors",
@@ -59,6 +67,7 @@ __all__ = [
     "Posterior",
     "Source",
     "Tile",
+    "TileWarning",
     "VaeExportError",
     "VerificationError",
     "__version__",

@@ -237,8 +237,9 @@ class Certificate(Record, frozen=True, kw_only=True):
         if example is None or any(check.size == example for check in failed):
             return ""
         return (
-            f"\nIt holds at {example}: the graph depends on the size that it was traced at. Write sizes as x.shape[2] and "
-            "x.shape[3] of the tensor at hand, without int() or len(), and branches on a size so that both give the same"
+            f"\nIt holds at {example}: the graph depends on the size that it was traced at. Write sizes as x.shape[2] "
+            "and x.shape[3] of the tensor at hand, without int() or len(), and branches on a size so that both give the "
+            "same"
         )
 
     def to_dict(self) -> dict[str, Any]:

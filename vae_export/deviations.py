@@ -13,7 +13,7 @@ encoder in those of the latent over the data |
 | `encoder.kl.dimension` | KL(reference ‖ measured) of the worst latent dimension, nats |
 | `prior.OUTPUT.max` | the largest absolute error of an output of the decoder, on draws from the prior |
 | `decoder.OUTPUT.max` | the same, on latents of data |
-| `end_to_end.sample.max` | the same of the decoded mean, for data that are encoded, drawn from the posterior and decoded |
+| `end_to_end.sample.max` | the same of the decoded mean, of data that are encoded, drawn and decoded |
 | `….pixel.max`, `.off1`, `.off2`, `.mse` | of the decoded mean as a share of the data's range: the largest error, the \
 shares of values that are off by more than 1/255 and 2/255, the mean squared error |
 | `elbo.bound.max`, `elbo.reconstruction.max`, `elbo.kl.max` | the absolute error of the ELBO and of its terms, nats |

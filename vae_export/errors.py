@@ -1,4 +1,4 @@
-"""Every error that a user can meet: one base, four leaves, each with its exit code on the command line."""
+"""What a user can be told: errors, of one base and four leaves, each with its exit code; and a warning."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class BackendError(VaeExportError):
     """A backend, a package or the hardware that was asked for is not available (exit code 4)."""
 
     exit_code = 4
+
+
+class TileWarning(UserWarning):
+    """A call is cut into tiles, and the export measured that this visibly changes what the model gives."""
 
 
 #: What an export needs: each module and the extra that brings it.

@@ -17,12 +17,12 @@ from vae_export import (
     bundle,
     certificate,
     golden,
-    images,
     model_card,
     noise,
     onnx_reader,
     sealed,
     sources,
+    tiles_check,
     tracing,
     verifier,
     versions,
@@ -32,7 +32,6 @@ from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
 from vae_export.manifest import Graph, Manifest, SizeDim
 from vae_export.onnx_reader import Weights
-from vae_export.pixels import is_picture
 from vae_export.progress import Progress, silent
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import Described, cost
@@ -115,6 +114,9 @@ def export(
     backend = open_backend(graphs, model, device="cpu", weights=weights)
     measured = verifier.measure(model, backend, reference, name, progress=progress)
     measured.require()
+    tiled = tiles_check.measure_tiles(model, backend, reference.tensors["x"][golden.EXTREMES :], costs)
+    measured = msgspec.structs.replace(measured, checks=(*measured.checks, *tiles_check.checks(tiled)))
+    records = {kind: msgspec.structs.replace(record, tiled=tiled.get(kind)) for kind, record in records.items()}
 
     progress("writing the bundle")
     kept = reference.shrunk()
@@ -132,17 +134,17 @@ def export(
         (folder / golden.FILE).write_bytes(rows)
         (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
         (folder / "verification.json").write_bytes(certificate.encode(measured))
-        picture = is_picture(model.data.shape)
+        held_out = kept.tensors["x"][golden.EXTREMES :][: kept.record.held_out]
+        picture = model_card.picture(vae, held_out, source.sizes(), min(64, kept.record.prior))
         if picture:
-            examples = vae.sample(min(64, kept.record.prior), size=source.sizes())
-            images.grid(examples, model.data.range, columns=16 if len(examples) > 16 else 8).save(
-                folder / model_card.PICTURE
-            )
+            picture.image.save(folder / picture.file)
         if source.training and source.training.pictures:
             (folder / model_card.TRAINING).mkdir()
             for file_name, (_, content) in source.training.pictures.items():
                 (folder / model_card.TRAINING / file_name).write_bytes(content)
-        card = model_card.write(path.resolve().name, model, source.origin, measured, source.training, picture=picture)
+        card = model_card.write(
+            path.resolve().name, model, source.origin, measured, source.training, source.sizes(), picture
+        )
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
         manifest = Manifest(
             format=manifests.FORMAT,
@@ -159,8 +161,6 @@ def export(
         )
         bundle.write_manifest(folder, manifest)
     return measured
-
-
 
 
 def _check_size(source: Trained) -> None:

@@ -13,7 +13,7 @@ Tensors of `golden.safetensors`, N examples and M draws from the prior:
 | sample | (N, *data) float64 | the decoded mean at the drawn latent, which is rounded to float32 |
 | reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and S = Σ|terms|; where there is a likelihood |
 | prior.NAME | (M, *data) float64 | the decoder's outputs for draws from the prior |
-| spread.ID | (N,) or (M,) float64 | how far float32 rounding moves a quantity of `deviations` (see `sources.rounding`) |
+| spread.ID | (N,) or (M,) float64 | how far float32 rounding moves a quantity of `deviations`: see `sources.rounding` |
 | float32.ID | (N,) or (M,) float64 | how far it is off in PyTorch in float32 |
 
 The same tensors at further sizes of the data's named dimensions have the prefix `size.K.`, K from 0 on.

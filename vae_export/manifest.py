@@ -359,6 +359,42 @@ class Cost(Part, frozen=True, kw_only=True):
         return first, second
 
 
+class Tiled(Part, frozen=True, kw_only=True):
+    """How far tiles move what a graph gives, in pixels of the picture: tiled against untiled, measured at the export.
+
+    For the decoder these are its own pixels; for the encoder those of the untiled decoder, given the latents that were
+    encoded in tiles and the ones that were not. Pixels are clamped to the data's range.
+
+    Attributes:
+        tile: height and width of the tiles, with an overlap of a quarter.
+        size: height and width of the pictures.
+        worst: the largest difference, in levels of 255.
+        off1: the share of values off by more than 1 of 255.
+        off2: the share of values off by more than 2 of 255.
+        psnr: dB of the range; 300 where nothing differs.
+    """
+
+    tile: tuple[int, int]
+    size: tuple[int, int]
+    worst: float
+    off1: float
+    off2: float
+    psnr: float
+
+    def __post_init__(self) -> None:
+        shares = all(0 <= share <= 1 for share in (self.off1, self.off2))
+        sizes = min(*self.tile, *self.size) >= 1
+        if not (sizes and 0 <= self.worst <= 255 and shares and 0 <= self.psnr <= 300):
+            raise ValueError("tiled: sizes from 1, levels from 0 to 255, shares from 0 to 1 and 0 to 300 dB expected")
+
+    def __str__(self) -> str:
+        tile, size = (f"{height} × {width}" for height, width in (self.tile, self.size))
+        return (
+            f"in tiles of {tile}, pixels of pictures of {size} are off by up to {self.worst:.0f} of 255 from the "
+            f"untiled ones, {self.off1:.0%} of them by more than 1"
+        )
+
+
 class Graph(Part, frozen=True, kw_only=True):
     """One ONNX graph.
 
@@ -369,6 +405,7 @@ class Graph(Part, frozen=True, kw_only=True):
         outputs: in the graph's order.
         cost: of one example; null where it was not counted.
         weights: the file beside it that has its large weights, where one file would be too large; or null.
+        tiled: how far tiles move what it gives; null where it takes none, or where it was not measured.
     """
 
     file: str
@@ -377,6 +414,7 @@ class Graph(Part, frozen=True, kw_only=True):
     outputs: tuple[Tensor, ...]
     cost: Cost | None = None
     weights: str | None = None
+    tiled: Tiled | None = None
 
 
 class GoldenSize(Part, frozen=True, kw_only=True):

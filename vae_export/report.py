@@ -36,7 +36,7 @@ def certificate(measured: Certificate) -> Table:
         caption=escape(
             f"{measured.reference} against {ran.get('backend')} {ran.get('version')} {ran.get('provider')}; "
             f"{kinds}; over batches {', '.join(map(str, measured.batches))}"
-            f"{'; at ' + '; '.join(measured.sizes) if measured.sizes else ''}. Shown: the row nearest to its tolerance. "
+            f"{'; at ' + '; '.join(measured.sizes) if measured.sizes else ''}. Shown: the row nearest to it. "
             f"Batch splits bit-identical: {'yes' if measured.splits_identical else 'no'}"
             + "".join(f". Not measured: {reason}" for reason in measured.absent)
         ),
@@ -128,6 +128,9 @@ def bundle(
             f"nearest to its tolerance: {worst}. `vae-export verify` measures it here"
         ),
     }
+    for name, graph in manifest.graphs.items():
+        if graph.tiled:
+            overview[f"tiles in the {name}"] = graph.tiled
     if cached:
         overview["builds in the cache"] = ", ".join(cached)
     if unlisted:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vae_export import certificate as certificates
 from vae_export import deviations, elbo, golden, likelihoods, noise
 from vae_export.bundle import Bundle
 from vae_export.certificate import TOLERANCES, Certificate, Check, GraphName, Tolerance, rounding_tolerance
@@ -124,8 +123,8 @@ def measure(
     record = reference.record
     if record.draws == 0:
         raise BundleError(
-            f"{name}: its golden examples do not say how far rounding may move them, as a version before 0.6 wrote them: "
-            "there is nothing to hold a certificate to. Export the model again"
+            f"{name}: its golden examples do not say how far rounding may move them, as versions before 0.6 wrote "
+            "them: there is nothing to hold a certificate to. Export the model again"
         )
     kinds = dict.fromkeys(("encoder", "decoder"), precision) if isinstance(precision, str) else dict(precision)
     affordable = [batch for batch in batches if batch <= max(record.examples, record.prior)]
@@ -178,8 +177,8 @@ def _size(sizes: Mapping[str, int]) -> str | None:
 
 def _fails_at(error: BackendError, example: Mapping[str, int], sizes: Mapping[str, int]) -> BackendError:
     return BackendError(
-        f"the graph runs at {_size(example)} and fails at {_size(sizes)}, which the model is said to take: it depends on "
-        "the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without int() "
+        f"the graph runs at {_size(example)} and fails at {_size(sizes)}, which the model is said to take: it depends "
+        "on the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without int() "
         f"or len(), and no constants in split, view or kernel sizes. {error}"
     )
 
@@ -403,7 +402,7 @@ class _Meter:
         """What is tolerated of each row, in the deviations' own unit; None of what is only reported."""
         if quantity == PICTURE:
             return self._levels(rows)[places]
-        prefix, _, rest = quantity.partition(".")
+        prefix = quantity.partition(".")[0]
         if self._in_float32(quantity):
             if quantity not in deviations.conditioned(self.model):
                 return None

@@ -71,7 +71,7 @@ def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = sil
 
     Args:
         source: the model.
-        costs: of its encoder and decoder; they decide how many rows there are, of which sizes, and how many run at once.
+        costs: of its encoder and decoder; they decide how many rows there are, of which sizes.
         progress: told the share of the multiply-adds that are done.
 
     Raises:
@@ -79,7 +79,7 @@ def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = sil
     """
     model = source.model
     base = _base(source, costs)
-    draws = DRAWS - (_each(costs, base.sizes) > _COSTLY)
+    draws = base.draws
     plans, recorded = [base], []
     for sizes in _further_sizes(source, base.sizes):
         plan = _further(source, costs, sizes, draws)
@@ -170,9 +170,8 @@ def _base(source: Trained, costs: Mapping[str, Cost]) -> _Plan:
         chosen = noise.permutation(SEED, noise.VERIFIER, 0, len(source.held_out))[:count]
         held_out = _resized(np.asarray(source.held_out[np.sort(chosen)], np.float32), data)
     multiply_adds = float((EXTREMES + 2 * count) * _each(costs, sizes))
-    return _Plan(
-        sizes, held_out, EXTREMES + count, count, _batch(costs, sizes), multiply_adds, DRAWS - (_each(costs, sizes) > _COSTLY)
-    )
+    draws = DRAWS - (_each(costs, sizes) > _COSTLY)
+    return _Plan(sizes, held_out, EXTREMES + count, count, _batch(costs, sizes), multiply_adds, draws)
 
 
 def _further(source: Trained, costs: Mapping[str, Cost], sizes: Mapping[str, int], draws: int) -> _Plan:
@@ -181,9 +180,8 @@ def _further(source: Trained, costs: Mapping[str, Cost], sizes: Mapping[str, int
     exact = 2 * _FURTHER * _each(costs, sizes) <= _WORK_OF_A_SIZE
     count = _FURTHER if exact else 1
     multiply_adds = float(2 * count * _each(costs, sizes))
-    return _Plan(
-        sizes, np.zeros((0, *data), np.float32), count, count, _batch(costs, sizes), multiply_adds, draws if exact else 0
-    )
+    none = np.zeros((0, *data), np.float32)
+    return _Plan(sizes, none, count, count, _batch(costs, sizes), multiply_adds, draws if exact else 0)
 
 
 def _further_sizes(source: Trained, base: Mapping[str, int]) -> list[dict[str, int]]:
