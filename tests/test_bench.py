@@ -346,7 +346,6 @@ def test_the_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = roof.Roof(1)
     bare.sample()
     assert set(bare.rates()) == {"float32_gflops", "copy_gb_per_second"}
-    assert 1 <= roof.cores() <= 4096
 
 
 def test_the_report(report: bench.Report) -> None:

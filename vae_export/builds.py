@@ -183,6 +183,7 @@ class Variant(Part, frozen=True, kw_only=True):
             when it first meets them: it is faster where shapes are known.
         passes: what was done to the graph: for each pass the number of places that it changed.
         kept: nodes of a low-precision graph that stayed in float32, each with the reason.
+        requires: what a processor must have for the graph to be right, by the names of `processor.features`.
     """
 
     up_to: int | None = None
@@ -193,9 +194,10 @@ class Variant(Part, frozen=True, kw_only=True):
     exact: tuple[dict[str, int], ...] = ()
     passes: dict[str, int] = msgspec.field(default_factory=dict)
     kept: dict[str, str] = msgspec.field(default_factory=dict)
+    requires: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_text(*self.passes, *self.kept, *self.kept.values())
+        check_text(*self.passes, *self.kept, *self.kept.values(), *self.requires)
         if any("batch" not in shape or min(shape.values()) < 1 for shape in self.exact):
             raise ValueError("exact: a batch and sizes from 1 on expected")
         if any(number is not None and number < 1 for number in (self.up_to, self.threads)):
@@ -286,6 +288,32 @@ class Engine(Part, frozen=True, kw_only=True):
             raise ValueError("capabilities: one or more expected")
 
 
+class Processor(Part, frozen=True, kw_only=True):
+    """What a build for the CPU was measured on.
+
+    Attributes:
+        model: its name, as the system gives it.
+        architecture: such as `x86_64` or `aarch64`.
+        features: what it computes by itself, by the names of `processor.features`, sorted.
+        cores: that could be used.
+        threads: of these cores, that could be used.
+    """
+
+    model: str
+    architecture: str
+    features: tuple[str, ...] = ()
+    cores: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_text(self.model, self.architecture, *self.features)
+        if min(self.cores, self.threads) < 1:
+            raise ValueError("cores and threads: numbers from 1 on expected")
+
+    def __str__(self) -> str:
+        return f"{self.model} ({self.architecture}, {self.cores} core{'s' * (self.cores > 1)})"
+
+
 class Options(Part, frozen=True, kw_only=True):
     """How a build was asked for.
 
@@ -334,6 +362,7 @@ class Build(Part, frozen=True, kw_only=True):
         tools: versions of the packages that made the build.
         measurements: on the CPU, every way to run a graph that was measured, and what became of it.
         absent: what could not be measured there, and why.
+        processor: on the CPU, what it was measured on; null for builds of versions that did not look.
         files: every file of the build but the record, by its path with forward slashes.
     """
 
@@ -351,6 +380,7 @@ class Build(Part, frozen=True, kw_only=True):
     tools: dict[str, str]
     measurements: tuple[Measurement, ...] = ()
     absent: tuple[str, ...] = ()
+    processor: Processor | None = None
     files: dict[str, File]
 
     def __post_init__(self) -> None:

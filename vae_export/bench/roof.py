@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vae_export import versions
+from vae_export.runtimes import processor
 
 _PACKAGES = ("vae-export", "onnxruntime", "openvino", "torch", "diffusers", "numpy")
 _SIDE = 1024
@@ -76,32 +76,14 @@ def _limited(threads: int | None) -> AbstractContextManager[Any]:
     return limits
 
 
-def cores() -> int:
-    """The cores that this process may use; threads of one core count once, where Linux tells which they are."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed, found = os.sched_getaffinity(0), set()
-    for cpu in allowed:
-        try:
-            found.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            return len(allowed)
-    return len(found)
-
-
 def machine() -> dict[str, Any]:
     """For the head of a recorded result: `date`, `machine` and `versions`. Nothing in it names the machine."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "processor": processor.processor().model,
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
         "versions": {name: found for name in _PACKAGES if (found := versions.of(name))},
     }
-
-
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,0 +1,175 @@
+"""The processor that this process runs on: its name, what it computes by itself, how many cores may be used."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from vae_export.builds import Processor
+
+#: What matters to graphs, by Linux' names. All else that a processor has is left out of records.
+_X86 = (
+    *("avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert"),
+    *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+)
+_ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
+#: NumPy's names of what it asks the processor for. The last are of no use to graphs: an emulator is known by them.
+_NUMPY: Mapping[str, str] = {
+    **{"AVX": "avx", "F16C": "f16c", "FMA3": "fma", "AVX2": "avx2"},
+    **{"AVX512F": "avx512f", "AVX512BW": "avx512bw", "AVX512VL": "avx512vl"},
+    **{"AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16", "AVX512FP16": "avx512_fp16"},
+    **{"ASIMD": "asimd", "ASIMDHP": "asimdhp", "ASIMDDP": "asimddp", "SVE": "sve"},
+    **{"BMI2": "bmi2", "GFNI": "gfni", "VAES": "vaes"},
+}
+_APPLE: Mapping[str, str] = {
+    "hw.optional.AdvSIMD": "asimd",
+    "hw.optional.arm.FEAT_FP16": "asimdhp",
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+    "hw.optional.arm.FEAT_SME": "sme",
+}
+
+
+def features() -> frozenset[str]:
+    """What this processor computes by itself, as far as it matters to graphs.
+
+    Linux' names (`avx2`, `avx512_vnni`, `amx_bf16`, `asimddp`, …) and two that hold on every architecture, which
+    `Variant.requires` uses:
+
+    - `vnni`: products of 8-bit integers are summed in 32 bits at once (AVX512-VNNI, AVX-VNNI, ARM's dot product).
+      Without it, x86 adds pairs of them in 16 bits first, which overflow.
+    - `bf16`: products of bfloat16 (AVX512-BF16, AMX, AVX2 with NE-CONVERT and VNNI-INT8, ARM's BF16).
+
+    Under an emulator Linux tells of the machine below: what it says is then dropped, and only what NumPy has asked the
+    processor itself for is left.
+    """
+    return _features()
+
+
+def processor() -> Processor:
+    """This processor, for the record of a build."""
+    return Processor(
+        model=_model(),
+        architecture=_architecture(),
+        features=tuple(sorted(features())),
+        cores=cores(),
+        threads=len(_allowed()),
+    )
+
+
+def cores() -> int:
+    """The cores that this process may use; threads of one core count once, where Linux tells which they are."""
+    allowed, found = _allowed(), set()
+    for cpu in allowed:
+        try:
+            found.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            return len(allowed)
+    return len(found)
+
+
+def general(known: frozenset[str]) -> frozenset[str]:
+    """The names that hold on every architecture, of what a processor has: see `features`."""
+    found = set()
+    if known & {"avx512_vnni", "avx_vnni", "asimddp"}:
+        found.add("vnni")
+    if known & {"avx512_bf16", "amx_bf16", "bf16"} or {"avx_ne_convert", "avx_vnni_int8"} <= known:
+        found.add("bf16")
+    return frozenset(found)
+
+
+def _allowed() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+@functools.cache
+def _features() -> frozenset[str]:
+    return _joined(_told(), _asked())
+
+
+def _joined(told: frozenset[str], asked: Mapping[str, bool]) -> frozenset[str]:
+    """What the system tells of, unless the processor itself, when asked, denies a part of it."""
+    has = {name for name, there in asked.items() if there}
+    denied = set(asked) - has
+    known = frozenset((has | (frozenset() if told & denied else told)) & {*_X86, *_ARM})
+    return known | general(known)
+
+
+def _asked() -> dict[str, bool]:
+    """What NumPy found when it asked the processor, by Linux' names."""
+    for module in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):  # 1.26 has it in the second
+        try:
+            found: Mapping[str, bool] = getattr(importlib.import_module(module), "__cpu_features__", {})
+        except ImportError:
+            continue
+        if found:
+            # NumPy lists the names of all architectures: those of others are no denial.
+            ours = {*_ARM} if _architecture() == "aarch64" else {*_NUMPY.values()} - {*_ARM}
+            return {_NUMPY[name]: there for name, there in found.items() if _NUMPY.get(name) in ours}
+    return {}
+
+
+def _told() -> frozenset[str]:
+    """What the system tells of the processor; nothing where it does not."""
+    if sys.platform == "darwin":
+        return frozenset(name for key, name in _APPLE.items() if _sysctl(key) == b"\1\0\0\0")
+    facts = _cpuinfo()
+    return frozenset((facts.get("flags") or facts.get("Features") or "").split())
+
+
+def _model() -> str:
+    if sys.platform == "darwin":
+        name = (_sysctl("machdep.cpu.brand_string") or b"").rstrip(b"\0").decode(errors="replace")
+    elif sys.platform == "win32":
+        name = _registry()
+    else:
+        facts = _cpuinfo()
+        name = facts.get("model name", "")
+        if not name and "CPU part" in facts:
+            name = f"ARM, implementer {facts.get('CPU implementer')}, part {facts['CPU part']}"
+    return " ".join((name or platform.processor() or platform.machine() or "unknown").split())
+
+
+def _architecture() -> str:
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine) or "unknown"
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing on other systems."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _sysctl(key: str) -> bytes | None:
+    """A value of macOS' kernel, as it lies in memory."""
+    library = ctypes.CDLL(ctypes.util.find_library("c"))
+    size = ctypes.c_size_t(256)
+    value = ctypes.create_string_buffer(size.value)
+    failed = library.sysctlbyname(key.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0))
+    return None if failed else value.raw[: size.value]
+
+
+def _registry() -> str:
+    if sys.platform != "win32":
+        raise AssertionError("asked on Windows alone")
+    import winreg
+
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+        return str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
