@@ -72,7 +72,7 @@ def same(got: np.ndarray, expected: np.ndarray) -> None:
     ],
 )
 def test_each_operator_rounds_as_numpy_does(kind: str, operator: str, exact: Callable[..., Any]) -> None:
-    low, dtype = KINDS[kind]
+    _, dtype = KINDS[kind]
     taken = ["x.low", "y.low"][: exact.nin if isinstance(exact, np.ufunc) else 1]
     x, y = wide(0, 40_000, -18.0, 11.5), wide(1, 40_000, -18.0, 11.5)
     feed = {"x": x, "y": y} if len(taken) == 2 else {"x": x}
