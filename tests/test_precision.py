@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import zoo
 from hypothesis import given, settings
@@ -405,6 +408,84 @@ def test_a_build_keeps_what_would_overflow(overflowing: Path, tmp_path: Path) ->
         low, full = vae.sample(5, seed=0), plain.sample(5, seed=0)
         assert np.isfinite(low).all()
         assert np.abs(low - full).max() <= 1e-2 * np.abs(full).max()
+
+
+# Large sizes
+
+
+def attention(positions: str = "n") -> bytes:
+    """A sum over all positions, as linear attention has it, brought back behind: (1, 4, n) in and out."""
+    net = Net((1, 4, positions))
+    net.add("Transpose", "x", perm=[0, 2, 1])
+    net.add("MatMul", "x", net.value)
+    net.add("MatMul", net.value, "x")
+    return net.raw()
+
+
+def test_largest_is_what_record_finds() -> None:
+    raw = products().raw()
+    feed = feeds(raw, np.float32, batch=3)
+    exact = {name: activation.largest for name, activation in precision.record(raw, [feed]).items()}
+    assert precision.largest(raw, [feed]) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("usual", "there", "times", "farther", "expected"),
+    [
+        (1.0, 1.5, 16.0, 64.0, 1.5),  # not more than pictures differ
+        (100.0, 1600.0, 16.0, 4.0, 6400.0),  # a sum over positions
+        (100.0, 400.0, 16.0, 16.0, 1600.0),  # its square root
+        (0.0, 5.0, 16.0, 4.0, 5.0),
+        (3.0, np.inf, 16.0, 4.0, np.inf),
+        (3.0, 1.0, 16.0, 4.0, 3.0),
+    ],
+)
+def test_how_a_value_grows(usual: float, there: float, times: float, farther: float, expected: float) -> None:
+    assert precision._grown(usual, there, times, farther) == pytest.approx(expected)
+
+
+def test_a_large_size(member: Callable[[str], Any]) -> None:
+    """Within the model's limits, four times as large in each direction, and values there count."""
+    bundle = Bundle(member("spatial-named").bundle)
+    model = bundle.manifest.model
+    reference = decode(bundle.read(FILE), bundle.manifest.golden, model)
+    graphs, _ = bundle.graphs()
+    assert precision.large_sizes(model, (3, 16, 24)) == {"height": 64, "width": 96}
+    assert precision.large_sizes(model, (3, 1024, 1024)) is None  # a larger one would take long
+    found = precision.large(graphs, model, reference)
+    assert found is not None
+    assert {graph: rows.shape[1:] for graph, (_, rows) in found.inputs.items()} == {
+        "encoder": (3, 64, 96),
+        "decoder": (4, 16, 24),
+    }
+    for name, raw in graphs.items():
+        assert found.problem(name, raw, model) is None
+        broken = graph.read(raw)
+        last = [v for v in broken.graph.initializers.values() if v.dtype == 1 and len(v.shape) == 4][-1]
+        last.const_value = onnx_ir.tensor(np.full(last.shape.numpy(), 3e38, np.float32), name=last.name)
+        words = rf"{name}: \d+ of \d+ values of \w+ are not finite at height 64, width 96"
+        assert re.fullmatch(words, str(found.problem(name, graph.write(broken), model)))
+
+
+def test_sums_over_positions_stay_in_float32() -> None:
+    """In range where they were recorded, and not at the size at which they were looked at."""
+    raw = attention()
+    seen = precision.record(raw, [{"x": np.ones((1, 4, 1024), np.float32)}])
+    assert seen["v1"].largest == 1024.0
+    low = precision.choose("net", raw, "fp16", seen, None)
+    assert low is not None
+    assert low.kept == {}
+    grown = seen | {"v1": dataclasses.replace(seen["v1"], largest=65536.0, where="height 256, width 256")}
+    low = precision.choose("net", raw, "fp16", grown, None)
+    assert low is not None
+    assert set(low.kept) == {"nv1", "nv2"}
+    words = "values up to 6.55e+04 (it grows with the size: measured at height 256, width 256) with 4 times to spare"
+    assert all(why.startswith(words) for why in low.kept.values())
+    everything = precision.rounding(graph.write(lower(graph.read(raw), "fp16", "net")))
+    x = np.ones((1, 4, 65536), np.float32)
+    assert not np.isfinite(ran(everything, {"x": x})[0]).all()
+    assert np.isfinite(ran(everything, {"x": x[..., :1024]})[0]).all()
+    assert np.isfinite(ran(precision.rounding(low.graph), {"x": x})[0]).all()
 
 
 def test_bfloat16_holds_them(overflowing: Path) -> None:

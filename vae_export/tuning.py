@@ -286,7 +286,8 @@ class Tuner:
             reasons = "; ".join(self.absent)
             if not able:
                 raise BackendError(
-                    f"build: nothing here computes in {asked}: {reasons}. Build with --precision fp32 or auto"
+                    f"build: nothing computes in {asked} on this processor, {self.processor.model}: {reasons}. "
+                    "Build with --precision fp32 or auto"
                 )
             raise VerificationError(
                 f"build: nothing of {self.name} holds in {asked}: {reasons}. Build with --precision fp32 or auto"
@@ -298,7 +299,7 @@ class Tuner:
             if runner == "onnxruntime":
                 return "ONNX Runtime has no bf16 convolutions on the CPU"
             if "BF16" not in self.capabilities:
-                return f"this processor, {self.processor.model}, has no bfloat16"
+                return f"{self.processor.model} has no bfloat16"
         if kind == "fp16" and runner == "openvino":
             return "OpenVINO computes a graph in float16 as one in float32"
         return None
@@ -387,7 +388,7 @@ class Tuner:
         """That 8-bit graphs have weights of 7 bits here, and why."""
         if kind != "int8" or self.bits == 8:
             return ""
-        return f", with weights of 7 bits as this processor, {self.processor.model}, has no VNNI"
+        return f", with weights of 7 bits, as this processor, {self.processor.model}, has no VNNI"
 
     def _seen(self, graph: str) -> Mapping[str, precision.Activation]:
         """Activations of a graph in float32; recorded once."""
