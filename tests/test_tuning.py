@@ -290,6 +290,21 @@ def test_what_cannot_hold_is_measured_once(bundle: Path, monkeypatch: pytest.Mon
     assert max(map(asked.count, asked)) <= 4  # one bisection for each graph
 
 
+def test_the_certificate_is_headed_by_what_runs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = _tuner(Bundle(bundle), precision="auto", budget="int8")
+    full = {graph: [Way(raw)] for graph, raw in tuner.base.items()}
+    low = full | {"decoder": [*full["decoder"], Way(tuner.base["decoder"], precision="int8")]}
+    fused = full | {"generate": [Way(b"", precision="bf16")]}
+    assert tuner._precisions(full) == {"encoder": "fp32", "decoder": "fp32"}
+    assert tuner._precisions(low) == {"encoder": "fp32", "decoder": "int8"}
+    assert tuner._precisions(fused) == {"encoder": "fp32", "decoder": "bf16"}
+    assert tuner._quickly(full).precision == "float32"
+    assert tuner._quickly(low).precision == "int8"
+    tuner = _tuner(Bundle(bundle), precision="auto", budget="fp16")
+    assert tuner._precisions(low) == {"encoder": "fp32", "decoder": "fp16"}
+    assert tuner._precisions(full) == {"encoder": "fp32", "decoder": "fp32"}
+
+
 def test_however_few_golden_rows_there_are(bundle: Path) -> None:
     """A large picture leaves room for a few of them: fewer than the batch at which lowered graphs are measured."""
     opened = Bundle(bundle)

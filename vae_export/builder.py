@@ -395,9 +395,9 @@ def _graphs(
         seen: Mapping[str, Mapping[str, precisions.Activation]] = {}
         judge: _Rounded | None = None
         try:
-            judge = _Rounded(base, model, reference, options, name)
             if options.precision == "fp16":  # bfloat16 has float32's range
                 seen = precisions.record_both(base, model, reference, calibration)
+            judge = _Rounded(base, model, reference, options, name)
         except BackendError as error:  # engines can be built without ONNX Runtime all the same
             absent.append(
                 f"{options.precision} was not evaluated on the CPU, and no value is known to overflow: "

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from vae_export import graph as graphs
 from vae_export import noise, precision, timing, verifier
-from vae_export.builds import Measurement, Options, Precision, Runner, Variant
+from vae_export.builds import TOLERANCE_NAMES, Measurement, Options, Precision, Runner, Variant
 from vae_export.certificate import Certificate
 from vae_export.errors import BackendError, VaeExportError, VerificationError
 from vae_export.golden import Reference
@@ -38,6 +38,8 @@ Progress = Callable[[str], None]
 #: A graph and the identity of a candidate for it.
 Place = tuple[str, int]
 
+#: Precisions from the most exact to the least.
+_RANK: Mapping[Precision, int] = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 #: A fused graph is left out where its parts are more than so many times as fast.
 WORTH = 1.02
 #: The forms to try. Of those that are equally fast the first is taken: the one that multiplies least.
@@ -450,9 +452,24 @@ class Tuner:
     ) -> Certificate:
         backend = CpuBackend(ways, self.model, Settings())
         try:
-            return verifier.measure(self.model, backend, reference, self.name, self.options.tolerance, batches=batches)
+            held_to = max(self._precisions(ways).values(), key=_RANK.__getitem__)
+            tolerance = TOLERANCE_NAMES[held_to]
+            return verifier.measure(self.model, backend, reference, self.name, tolerance, batches=batches)
         finally:
             backend.close()
+
+    def _precisions(self, ways: Mapping[str, Sequence[Way]]) -> dict[str, Precision]:
+        """The precision whose tolerances the encoder and the decoder are held to: what runs, fused graphs included.
+
+        Under `auto` it is no looser than the budget.
+        """
+        found: dict[str, Precision] = {}
+        for part in GRAPHS:
+            kinds = [way.precision for graph, each in ways.items() if part in _parts(graph) for way in each]
+            found[part] = max(kinds, key=_RANK.__getitem__)
+            if self.options.precision == "auto":
+                found[part] = min(found[part], self.options.budget, key=_RANK.__getitem__)
+        return found
 
     def _time(self, graph: str, candidates: Sequence[Candidate]) -> list[Timed]:
         """Time candidates at every batch, those with equal graphs once."""
@@ -596,7 +613,6 @@ class Tuner:
         Raises:
             VerificationError: a graph would have no candidate left.
         """
-        rank = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
         failed = next(check for check in measured.checks if not check.passed)
         blamed = {verifier.PICTURE: "generate"}.get(failed.quantity, failed.graph)
         if blamed == "end to end":
@@ -604,7 +620,7 @@ class Tuner:
         places = [(graph, row.candidate) for graph, rows in chosen.items() for row in rows if graph == blamed] or [
             (graph, row.candidate) for graph in GRAPHS for row in chosen[graph]
         ]
-        graph, worst = max(places, key=lambda place: (rank[place[1].precisions[place[0]]], len(place[1].forms)))
+        graph, worst = max(places, key=lambda place: (_RANK[place[1].precisions[place[0]]], len(place[1].forms)))
         alike = [worst]
         if graph not in GRAPHS:
             kind = (worst.runner, worst.precision)
