@@ -19,8 +19,9 @@ from onnx import numpy_helper
 from test_passes import Net, evaluated, feeds, ran
 
 import vae_export
-from vae_export import graph, precision, report
+from vae_export import builder, graph, precision, report
 from vae_export.bundle import Bundle
+from vae_export.errors import VerificationError
 from vae_export.golden import FILE, decode
 from vae_export.graph import edit, quantize
 from vae_export.graph.precision import lower
@@ -408,6 +409,38 @@ def test_a_build_keeps_what_would_overflow(overflowing: Path, tmp_path: Path) ->
         low, full = vae.sample(5, seed=0), plain.sample(5, seed=0)
         assert np.isfinite(low).all()
         assert np.abs(low - full).max() <= 1e-2 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_a_build_for_a_gpu_is_judged_on_the_cpu(
+    overflowing: Path, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By arithmetic that rounds, whether there is a GPU or not: what overflows there is found here."""
+    steps: list[str] = []
+    built = vae_export.build(overflowing, "cuda", out=tmp_path / "b", precision=kind, progress=steps.append)
+    assert [step for step in steps if "rounded" in step] == [
+        f"{kind}: the {graph}, evaluated with every value rounded" for graph in ("encoder", "decoder")
+    ]
+    for name in ("encoder", "decoder"):
+        kept = built.record.graphs[name].kept
+        assert any("leave float16's range" in why for why in kept.values()) == (kind == "fp16")
+    # Without the activations, nothing but the evaluation knows: ONNX Runtime's own arithmetic finds nothing wrong.
+    monkeypatch.setattr(precision, "_overflowing", lambda plain, seen: {})
+    if kind == "bf16":
+        vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
+        return
+    with pytest.raises(VerificationError, match=r"nothing of overflow holds in fp16: the encoder in fp16: it stays in"):
+        vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
+
+
+def test_where_nothing_holds_for_a_gpu(overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder._Rounded, "_problem", lambda self, graph, made: f"{graph}: PSNR is 9 dB")
+    words = (
+        r"nothing of overflow.* holds in fp16: the encoder in fp16: it stays in float32: encoder: PSNR is 9 dB; "
+        r"the decoder in fp16: .*decoder: PSNR is 9 dB\. Build with --precision fp32"
+    )
+    with pytest.raises(VerificationError, match=words):
+        vae_export.build(overflowing, "cuda", out=tmp_path / "b", precision="fp16")
 
 
 # Large sizes

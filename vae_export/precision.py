@@ -157,8 +157,7 @@ def largest(graph: bytes, feeds: Sequence[Feed]) -> dict[str, float]:
         seen = dict(zip(names.values(), session.run(list(names), dict(feed)), strict=True))
         seen |= {name: np.abs(value).max() for name, value in feed.items()}
         for name, value in seen.items():
-            size = math.inf if np.isnan(value) else float(value)
-            found[name] = max(found.get(name, 0.0), size)
+            found[name] = max(found.get(name, 0.0), math.inf if np.isnan(value) else float(value))
     return found
 
 
