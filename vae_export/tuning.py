@@ -23,7 +23,7 @@ import numpy.typing as npt
 from vae_export import graph as graphs
 from vae_export import noise, precision, timing, verifier
 from vae_export.builds import TOLERANCE_NAMES, Measurement, Options, Precision, Runner, Variant
-from vae_export.certificate import Certificate
+from vae_export.certificate import Certificate, Check, output_tolerance
 from vae_export.errors import BackendError, VaeExportError, VerificationError
 from vae_export.golden import Reference
 from vae_export.graph import compose, edit, passes, quantize
@@ -244,7 +244,7 @@ class Tuner:
             measured = self._judged(ways)
             if not measured.passed:
                 self._refuse(measured, chosen, refused)
-            elif not self._take_back_exact(measured, chosen):
+            elif not self._take_back_exact(chosen):
                 break
         dropped = self._fusions(chosen)
         if dropped:
@@ -413,9 +413,7 @@ class Tuner:
                     return problem
         except VaeExportError as error:
             return _line(error)
-        budgets = ((check, check.allowed) for check in measured.checks if check.allowed is not None)
-        # What is not a number is not within a budget either.
-        wrong = [check for check, allowed in budgets if not check.got <= share * allowed]
+        wrong = [check for check in measured.checks if not _within(check, share)]
         return str(wrong[0]) if wrong else None
 
     def _rounding(self, way: Way) -> Way:
@@ -452,9 +450,8 @@ class Tuner:
     ) -> Certificate:
         backend = CpuBackend(ways, self.model, Settings())
         try:
-            held_to = max(self._precisions(ways).values(), key=_RANK.__getitem__)
-            tolerance = TOLERANCE_NAMES[held_to]
-            return verifier.measure(self.model, backend, reference, self.name, tolerance, batches=batches)
+            held_to = {part: TOLERANCE_NAMES[kind] for part, kind in self._precisions(ways).items()}
+            return verifier.measure(self.model, backend, reference, self.name, held_to, batches=batches)
         finally:
             backend.close()
 
@@ -613,10 +610,10 @@ class Tuner:
         Raises:
             VerificationError: a graph would have no candidate left.
         """
-        failed = next(check for check in measured.checks if not check.passed)
-        blamed = {verifier.PICTURE: "generate"}.get(failed.quantity, failed.graph)
+        failed = measured.nearest
+        blamed = {verifier.PICTURE: "generate"}.get(failed.id, failed.graph)
         if blamed == "end to end":
-            blamed = "reconstruct" if failed.quantity.startswith("pixel") else "score"
+            blamed = "score" if failed.id.startswith("elbo.") else "reconstruct"
         places = [(graph, row.candidate) for graph, rows in chosen.items() for row in rows if graph == blamed] or [
             (graph, row.candidate) for graph in GRAPHS for row in chosen[graph]
         ]
@@ -629,17 +626,17 @@ class Tuner:
         if not all(self._left(graph, refused) for graph in GRAPHS):
             measured.require()
 
-    def _take_back_exact(self, measured: Certificate, chosen: Mapping[str, list[Timed]]) -> bool:
+    def _take_back_exact(self, chosen: Mapping[str, list[Timed]]) -> bool:
         """Compile for no shape of its own what computes something else there: the certificate may have other shapes.
 
-        What is allowed is what the certificate allows between two splits of a batch: another order of sums.
+        What is allowed is what rounding explains: another order of sums.
 
         Returns:
             Whether there was any.
         """
-        allowed = max(check.allowed or 0.0 for check in measured.checks if check.quantity == verifier.SPLIT)
         found = False
         for graph, rows in chosen.items():
+            allowed = output_tolerance(graph, self.reference.groups(self.model)[0])
             for row in rows:
                 place = (graph, id(row.candidate))
                 if row.candidate.runner == "openvino" and place not in self._inexact:
@@ -878,6 +875,18 @@ def _why_not(graph: str, candidate: Candidate, refused: Mapping[Place, str]) -> 
     """Why a candidate is out for a graph: by itself, or because a graph is that this one has in it."""
     places = [(name, id(candidate)) for name in (graph, *_parts(graph))]
     return next((refused[place] for place in places if place in refused), None)
+
+
+def _within(check: Check, share: float) -> bool:
+    """Whether a check uses no more than a share of its tolerance. Not-a-number never does.
+
+    Of a ratio in decibels, which must be at least so large, half the tolerance is 6 dB more.
+    """
+    if check.tolerance is None:
+        return True
+    if check.at_least:
+        return check.measured >= check.tolerance - 20 * math.log10(share)
+    return check.measured <= share * check.tolerance
 
 
 def _median(row: Timed) -> float:
