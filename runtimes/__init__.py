@@ -10,7 +10,7 @@ from vae_export import builds, onnx_reader
 from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Processor, Wanted
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError, VaeExportError
-from vae_export.manifest import Model
+from vae_export.manifest import GRAPHS, Model
 from vae_export.onnx_reader import Weights
 
 from . import machine, processor
@@ -141,9 +141,9 @@ class Opened:
         self.notes = notes
 
     @property
-    def tolerance(self) -> str:
-        """The name of the tolerances that what runs is held to."""
-        return self.folder.record.tolerance if self.folder else Options().tolerance
+    def held_to(self) -> dict[str, str]:
+        """The precision whose tolerances encoder and decoder are held to, by its name in certificates."""
+        return self.folder.record.held_to if self.folder else dict.fromkeys(GRAPHS, "float32")
 
     def facts(self) -> dict[str, object]:
         """For `VAE.describe`."""
@@ -316,9 +316,7 @@ def _inexact(folder: BuildFolder) -> str:
     record = folder.record
     if set(record.precisions.values()) != {"fp32"}:
         return f"it computes in {record.in_words()}: precision={record.options.wanted!r} takes it"
-    if not record.measured:
-        return f"{_UNMEASURED}; build={str(folder.path)!r} takes it"
-    return f"its certificate is {record.tolerance}'s, not float32's: precision={record.options.wanted!r} takes it"
+    return f"{_UNMEASURED}; build={str(folder.path)!r} takes it"
 
 
 def _open_cached(

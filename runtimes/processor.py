@@ -23,23 +23,11 @@ _X86 = (
 _ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
 #: NumPy's names of what it asks the processor for. The last are of no use to graphs: an emulator is known by them.
 _NUMPY: Mapping[str, str] = {
-    "AVX": "avx",
-    "F16C": "f16c",
-    "FMA3": "fma",
-    "AVX2": "avx2",
-    "AVX512F": "avx512f",
-    "AVX512BW": "avx512bw",
-    "AVX512VL": "avx512vl",
-    "AVX512VNNI": "avx512_vnni",
-    "AVX512BF16": "avx512_bf16",
-    "AVX512FP16": "avx512_fp16",
-    "ASIMD": "asimd",
-    "ASIMDHP": "asimdhp",
-    "ASIMDDP": "asimddp",
-    "SVE": "sve",
-    "BMI2": "bmi2",
-    "GFNI": "gfni",
-    "VAES": "vaes",
+    "AVX": "avx", "F16C": "f16c", "FMA3": "fma", "AVX2": "avx2",
+    "AVX512F": "avx512f", "AVX512BW": "avx512bw", "AVX512VL": "avx512vl",
+    "AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16", "AVX512FP16": "avx512_fp16",
+    "ASIMD": "asimd", "ASIMDHP": "asimdhp", "ASIMDDP": "asimddp", "SVE": "sve",
+    "BMI2": "bmi2", "GFNI": "gfni", "VAES": "vaes",
 }
 _APPLE: Mapping[str, str] = {
     "hw.optional.AdvSIMD": "asimd",
@@ -144,10 +132,7 @@ def _model() -> str:
     if sys.platform == "darwin":
         name = (_sysctl("machdep.cpu.brand_string") or b"").rstrip(b"\0").decode(errors="replace")
     elif sys.platform == "win32":
-        import winreg
-
-        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
-            name = str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
+        name = _registry()
     else:
         facts = _cpuinfo()
         name = facts.get("model name", "")
@@ -179,3 +164,12 @@ def _sysctl(key: str) -> bytes | None:
     value = ctypes.create_string_buffer(size.value)
     failed = library.sysctlbyname(key.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0))
     return None if failed else value.raw[: size.value]
+
+
+def _registry() -> str:
+    if sys.platform != "win32":
+        raise AssertionError("asked on Windows alone")
+    import winreg
+
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+        return str(winreg.QueryValueEx(key, "ProcessorNameString")[0])

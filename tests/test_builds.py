@@ -462,9 +462,7 @@ def test_a_build_that_differs_too_much_is_not_written(member: Any, tmp_path: Pat
     reseal(path)
     with pytest.raises(vae_export.VerificationError, match="differs from its reference"):
         vae_export.build(path, "cpu", out=tmp_path / "out")
-    nothing = (
-        r"nothing runs .* in fp16 here: .*the decoder .*every node would have to stay in.* Build with --precision "
-    )
+    nothing = r"nothing of .* holds in fp16: .*the decoder .*every node would have to stay in.* Build with --precision "
     with pytest.raises(vae_export.VerificationError, match=nothing):
         vae_export.build(path, "cpu", out=tmp_path / "out", precision="fp16")
     assert not (tmp_path / "out").exists()
@@ -1355,4 +1353,7 @@ def test_an_engine_in_fp16_without_onnxruntime(bundle: Path, tmp_path: Path, mon
     monkeypatch.setattr(precision, "record_both", missing)
     made = vae_export.build(bundle, RTX, out=tmp_path / "out", precision="fp16", batches=[1])
     (said,) = made.record.absent
-    assert "activations were not recorded, so none is known to overflow: build needs onnxruntime. Run: pip" in said
+    assert (
+        "fp16 was not evaluated on the CPU, and no value is known to overflow: build needs onnxruntime. Run: pip"
+        in said
+    )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper
 from test_passes import Net, evaluated, feeds, ran
 
 import vae_export
-from vae_export import graph, precision, report
+from vae_export import builder, graph, precision, report
 from vae_export.bundle import Bundle
+from vae_export.errors import VerificationError
 from vae_export.golden import FILE, decode
 from vae_export.graph import edit, quantize
 from vae_export.graph.precision import lower
@@ -108,6 +114,49 @@ def test_nodes_that_are_not_named_stay() -> None:
         assert there[node.name] == node
     assert there[heavy[2].name] != heavy[2]
     assert sum(node.op_type == "QuantizeLinear" for node in proto.graph.node) == 1
+
+
+def saturating(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A product as x86 computes it without VNNI: pairs are added in 16 bits, which saturate (vpmaddubsw), then in 32.
+
+    (m, k) uint8, (k, n) int8 → (m, n) int32, where k is even.
+    """
+    pairs = activations.astype(np.int32)[:, :, None] * weights.astype(np.int32)[None]
+    sums = pairs[:, 0::2] + pairs[:, 1::2]
+    return np.asarray(np.clip(sums, -32768, 32767).sum(axis=1))
+
+
+@given(data=st.data(), columns=st.integers(1, 4), pairs=st.integers(1, 8))
+@settings(deadline=None, max_examples=60)
+def test_weights_of_7_bits_never_saturate(data: Any, columns: int, pairs: int) -> None:
+    """Whatever the activations are, the largest ones included."""
+    size = 2 * pairs
+    numbers = st.floats(-1e3, 1e3, width=32)
+    net = Net(("batch", size))
+    rows = data.draw(st.lists(numbers, min_size=size * columns, max_size=size * columns))
+    net.add("MatMul", "x", net.array(np.array(rows, np.float32).reshape(size, columns)))
+    activations = np.array(data.draw(st.lists(st.integers(0, 255), min_size=size, max_size=size)), np.uint8)[None]
+    model = graph.read(net.raw())
+    quantize.apply(model, {"nv0"}, {"x": (0.0, 1.0)}, 7)
+    steps = model.graph.initializers["nv0.int8.weight"].const_value.numpy()
+    assert np.abs(steps.astype(int)).max() <= 63
+    for given_ in (activations, np.full_like(activations, 255)):
+        np.testing.assert_array_equal(saturating(given_, steps), given_.astype(np.int32) @ steps.astype(np.int32))
+
+
+def test_weights_of_8_bits_saturate() -> None:
+    """The case that 7 bits are for: it is silent, and wrong by half of the result."""
+    net = Net(("batch", 4))
+    net.add("MatMul", "x", net.array(np.ones((4, 2), np.float32)))
+    found = {}
+    activations = np.full((1, 4), 255, np.uint8)
+    for bits in (7, 8):
+        model = graph.read(net.raw())
+        quantize.apply(model, {"nv0"}, {"x": (0.0, 1.0)}, bits)
+        steps = model.graph.initializers["nv0.int8.weight"].const_value.numpy()
+        exact = activations.astype(np.int32) @ steps.astype(np.int32)
+        found[bits] = float((saturating(activations, steps) / exact).max())
+    assert found == {7: 1.0, 8: pytest.approx(32767 / (2 * 255 * 127))}
 
 
 def test_what_cannot_be_quantized() -> None:
@@ -205,11 +254,17 @@ def test_both_are_recorded(member: Callable[[str], Any], name: str) -> None:
     graphs, _ = bundle.graphs()
     x = reference.tensors["x"][reference.record.extremes :]
     without = precision.record_both(graphs, manifest.model, reference, x[:0])
-    assert without["encoder"]["x"].largest == pytest.approx(np.abs(x[:32]).max())
-    # Draws from the prior go further than latents of data that was encoded.
-    assert without["decoder"]["z"].largest > 2.0
+    assert without["encoder"]["x"].largest == pytest.approx(np.abs(x).max())
+    # The range of x is the data's, whatever was seen of it.
+    assert without["encoder"]["x"].span == manifest.model.data.range
+    if manifest.model.posterior.kind == "diagonal_gaussian":  # the decoder is given draws from the prior, too
+        assert without["decoder"]["z"].largest > 2.0
+    else:
+        with vae_export.load(member(name).bundle, device="cpu") as vae:
+            latents = vae.encode(x).mean
+        assert without["decoder"]["z"].largest == pytest.approx(np.abs(latents).max(), rel=1e-6)
     half = precision.record_both(graphs, manifest.model, reference, 0.5 * x[:40])
-    assert half["encoder"]["x"].largest == pytest.approx(0.5 * np.abs(x[:32]).max())
+    assert half["encoder"]["x"].largest == pytest.approx(0.5 * np.abs(x[:40]).max())
     assert half["decoder"].keys() == without["decoder"].keys()
 
 
@@ -354,6 +409,116 @@ def test_a_build_keeps_what_would_overflow(overflowing: Path, tmp_path: Path) ->
         low, full = vae.sample(5, seed=0), plain.sample(5, seed=0)
         assert np.isfinite(low).all()
         assert np.abs(low - full).max() <= 1e-2 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_a_build_for_a_gpu_is_judged_on_the_cpu(
+    overflowing: Path, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By arithmetic that rounds, whether there is a GPU or not: what overflows there is found here."""
+    steps: list[str] = []
+    built = vae_export.build(overflowing, "cuda", out=tmp_path / "b", precision=kind, progress=steps.append)
+    assert [step for step in steps if "rounded" in step] == [
+        f"{kind}: the {graph}, evaluated with every value rounded" for graph in ("encoder", "decoder")
+    ]
+    for name in ("encoder", "decoder"):
+        kept = built.record.graphs[name].kept
+        assert any("leave float16's range" in why for why in kept.values()) == (kind == "fp16")
+    # Without the activations, nothing but the evaluation knows: ONNX Runtime's own arithmetic finds nothing wrong.
+    monkeypatch.setattr(precision, "_overflowing", lambda plain, seen: {})
+    if kind == "bf16":
+        vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
+        return
+    with pytest.raises(VerificationError, match=r"nothing of overflow holds in fp16: the encoder in fp16: it stays in"):
+        vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
+
+
+def test_where_nothing_holds_for_a_gpu(overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder._Rounded, "_problem", lambda self, graph, made: f"{graph}: PSNR is 9 dB")
+    words = (
+        r"nothing of overflow.* holds in fp16: the encoder in fp16: it stays in float32: encoder: PSNR is 9 dB; "
+        r"the decoder in fp16: .*decoder: PSNR is 9 dB\. Build with --precision fp32"
+    )
+    with pytest.raises(VerificationError, match=words):
+        vae_export.build(overflowing, "cuda", out=tmp_path / "b", precision="fp16")
+
+
+# Large sizes
+
+
+def attention(positions: str = "n") -> bytes:
+    """A sum over all positions, as linear attention has it, brought back behind: (1, 4, n) in and out."""
+    net = Net((1, 4, positions))
+    net.add("Transpose", "x", perm=[0, 2, 1])
+    net.add("MatMul", "x", net.value)
+    net.add("MatMul", net.value, "x")
+    return net.raw()
+
+
+def test_largest_is_what_record_finds() -> None:
+    raw = products().raw()
+    feed = feeds(raw, np.float32, batch=3)
+    exact = {name: activation.largest for name, activation in precision.record(raw, [feed]).items()}
+    assert precision.largest(raw, [feed]) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("usual", "there", "times", "farther", "expected"),
+    [
+        (1.0, 1.5, 16.0, 64.0, 1.5),  # not more than pictures differ
+        (100.0, 1600.0, 16.0, 4.0, 6400.0),  # a sum over positions
+        (100.0, 400.0, 16.0, 16.0, 1600.0),  # its square root
+        (0.0, 5.0, 16.0, 4.0, 5.0),
+        (3.0, np.inf, 16.0, 4.0, np.inf),
+        (3.0, 1.0, 16.0, 4.0, 3.0),
+    ],
+)
+def test_how_a_value_grows(usual: float, there: float, times: float, farther: float, expected: float) -> None:
+    assert precision._grown(usual, there, times, farther) == pytest.approx(expected)
+
+
+def test_a_large_size(member: Callable[[str], Any]) -> None:
+    """Within the model's limits, four times as large in each direction, and values there count."""
+    bundle = Bundle(member("spatial-named").bundle)
+    model = bundle.manifest.model
+    reference = decode(bundle.read(FILE), bundle.manifest.golden, model)
+    graphs, _ = bundle.graphs()
+    assert precision.large_sizes(model, (3, 16, 24)) == {"height": 64, "width": 96}
+    assert precision.large_sizes(model, (3, 1024, 1024)) is None  # a larger one would take long
+    found = precision.large(graphs, model, reference)
+    assert found is not None
+    assert {graph: rows.shape[1:] for graph, (_, rows) in found.inputs.items()} == {
+        "encoder": (3, 64, 96),
+        "decoder": (4, 16, 24),
+    }
+    for name, raw in graphs.items():
+        assert found.problem(name, raw, model) is None
+        broken = graph.read(raw)
+        last = [v for v in broken.graph.initializers.values() if v.dtype == 1 and len(v.shape) == 4][-1]
+        last.const_value = onnx_ir.tensor(np.full(last.shape.numpy(), 3e38, np.float32), name=last.name)
+        words = rf"{name}: \d+ of \d+ values of \w+ are not finite at height 64, width 96"
+        assert re.fullmatch(words, str(found.problem(name, graph.write(broken), model)))
+
+
+def test_sums_over_positions_stay_in_float32() -> None:
+    """In range where they were recorded, and not at the size at which they were looked at."""
+    raw = attention()
+    seen = precision.record(raw, [{"x": np.ones((1, 4, 1024), np.float32)}])
+    assert seen["v1"].largest == 1024.0
+    low = precision.choose("net", raw, "fp16", seen, None)
+    assert low is not None
+    assert low.kept == {}
+    grown = seen | {"v1": dataclasses.replace(seen["v1"], largest=65536.0, where="height 256, width 256")}
+    low = precision.choose("net", raw, "fp16", grown, None)
+    assert low is not None
+    assert set(low.kept) == {"nv1", "nv2"}
+    words = "values up to 6.55e+04 (it grows with the size: measured at height 256, width 256) with 4 times to spare"
+    assert all(why.startswith(words) for why in low.kept.values())
+    everything = precision.rounding(graph.write(lower(graph.read(raw), "fp16", "net")))
+    x = np.ones((1, 4, 65536), np.float32)
+    assert not np.isfinite(ran(everything, {"x": x})[0]).all()
+    assert np.isfinite(ran(everything, {"x": x[..., :1024]})[0]).all()
+    assert np.isfinite(ran(precision.rounding(low.graph), {"x": x})[0]).all()
 
 
 def test_bfloat16_holds_them(overflowing: Path) -> None:

@@ -28,8 +28,8 @@ from vae_export.builds import (
 )
 from vae_export.bundle import Bundle
 from vae_export.certificate import Certificate
-from vae_export.errors import BackendError, InputError, require
-from vae_export.manifest import Model
+from vae_export.errors import BackendError, InputError, VaeExportError, VerificationError, require
+from vae_export.manifest import GRAPHS, Model
 from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
 from vae_export.runtimes import Settings, flavours, machine, open_backend
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 BATCHES = (1, 8, 64)
+#: Rows on which half precision is evaluated on behalf of a device, and how many at once.
+_ROWS, _BATCH = 24, 8
 _TOOLS = (*("vae-export", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),)
 _Progress = Callable[[str], None]
 
@@ -250,17 +252,16 @@ def _make(
         ).run()
         contents = {variant.file: content for ways in tuned.variants.values() for variant, content in ways}
         variants = {name: tuple(variant for variant, _ in ways) for name, ways in tuned.variants.items()}
-        proven = _as_float32(variants, contents, tuned.certificate, model, reference)
         built = {name: _built(ways[-1][0].file, ways[-1][1], variants[name]) for name, ways in tuned.variants.items()}
         return _write(
-            *(bundle, path, target, options, contents, built, proven, None, None, progress),
+            *(bundle, path, target, options, contents, built, tuned.certificate, None, None, progress),
             measurements=tuned.measurements,
             absent=tuned.absent,
             processor=here.processor(),
         )
     progress(f"graphs in {options.precision}")
     graphs, changed, kept, absent = _graphs(
-        whole, model, reference, calibration, options, doubles=target.flavour is None
+        whole, model, reference, calibration, options, manifest.name, progress, doubles=target.flavour is None
     )  # fmt: skip
     structures = {name: _structure(graph) for name, graph in graphs.items()}
     engine: Engine | None = None
@@ -282,7 +283,9 @@ def _make(
         progress("measuring the certificate")
         backend = open_backend(made, model, device=target.device, options=options, engine=engine, settings=Settings())
         try:
-            measured = verifier.measure(model, backend, reference, manifest.name, options.tolerance)
+            full = msgspec.structs.replace(options, precision="fp32").tolerance
+            kinds = {part: options.tolerance if part in kept else full for part in GRAPHS}
+            measured = verifier.measure(model, backend, reference, manifest.name, kinds)
         finally:
             backend.close()
         measured.require()
@@ -297,28 +300,6 @@ def _make(
     return _write(
         bundle, path, target, options, contents, built, measured, unmeasured, engine, progress, absent=absent
     )  # fmt: skip
-
-
-def _as_float32(
-    variants: Mapping[str, Sequence[Variant]],
-    contents: Mapping[str, bytes],
-    measured: Certificate,
-    model: Model,
-    reference: golden.Reference,
-) -> Certificate:
-    """What stayed in float32, whatever was asked for, is held to float32's tolerances, if it holds them."""
-    if measured.precision == "float32" or any(v.precision != "fp32" for ways in variants.values() for v in ways):
-        return measured
-    ways = {
-        name: [Way(contents[v.file], v.runner, v.precision, v.threads, v.up_to, v.exact) for v in chosen]
-        for name, chosen in variants.items()
-    }
-    backend = CpuBackend(ways, model, Settings())
-    try:
-        strict = verifier.measure(model, backend, reference, measured.bundle)
-    finally:
-        backend.close()
-    return strict if strict.passed else measured
 
 
 def _structure(graph: bytes) -> str:
@@ -373,7 +354,6 @@ def _write(
             measurements=measurements,
             absent=absent,
             processor=processor,
-            holds=measured.precision if measured and measured.precision != options.tolerance else None,
             files=sealed.list_files(folder),
         )
         (folder / builds.SEAL.file).write_bytes(builds.SEAL.encode(record))
@@ -396,6 +376,8 @@ def _graphs(
     reference: golden.Reference,
     calibration: Array,
     options: Options,
+    name: str,
+    progress: _Progress,
     *,
     doubles: bool,
 ) -> tuple[dict[str, bytes], dict[str, dict[str, int]], dict[str, dict[str, str]], tuple[str, ...]]:
@@ -410,24 +392,39 @@ def _graphs(
     from vae_export.graph import compose, edit, passes
 
     base, changed = {}, {}
-    for name, source in sources.items():
+    for part, source in sources.items():
         read = graph.read(source)
-        changed[name] = {k: n for k, n in passes.optimize(read, options.passes or ()).items() if n}
+        changed[part] = {k: n for k, n in passes.optimize(read, options.passes or ()).items() if n}
         edit.name_nodes(read)
-        base[name] = graph.write(read)
+        base[part] = graph.write(read)
     made, kept = dict(base), {}
-    absent: tuple[str, ...] = ()
+    absent: list[str] = []
     if options.precision in ("fp16", "bf16"):
         seen: Mapping[str, Mapping[str, precisions.Activation]] = {}
+        judge: _Rounded | None = None
         try:
             if options.precision == "fp16":  # bfloat16 has float32's range
                 seen = precisions.record_both(base, model, reference, calibration)
+            judge = _Rounded(base, model, reference, options, name)
         except BackendError as error:  # engines can be built without ONNX Runtime all the same
-            absent = (f"activations were not recorded, so none is known to overflow: {' '.join(str(error).split())}",)
-        for name in base:
-            low = precisions.choose(name, base[name], options.precision, seen.get(name, {}), None)
-            assert low is not None  # nothing is measured here that could refuse it
-            made[name], kept[name] = low.graph, low.kept
+            absent.append(
+                f"{options.precision} was not evaluated on the CPU, and no value is known to overflow: "
+                f"{' '.join(str(error).split())}"
+            )
+        for part in base:
+            progress(f"{options.precision}: the {part}, evaluated with every value rounded")
+            problem = judge.of(part) if judge else None
+            low = precisions.choose(part, base[part], options.precision, seen.get(part, {}), problem)
+            if low:
+                made[part], kept[part] = low.graph, low.kept
+            else:
+                assert judge is not None  # nothing else refuses
+                absent.append(f"the {part} in {options.precision}: it stays in float32: {judge.reasons[part]}")
+        if not kept:
+            raise VerificationError(
+                f"build: nothing of {name} holds in {options.precision}: {'; '.join(absent)}. Build with "
+                "--precision fp32"
+            )
 
     def read_both() -> tuple[onnx_ir.Model, onnx_ir.Model]:
         return graph.read(made["encoder"]), graph.read(made["decoder"])
@@ -437,7 +434,59 @@ def _graphs(
         fused["score"] = compose.score(*read_both(), model)
     if is_picture(model.data.shape):
         fused["generate"] = compose.generate(read_both()[1], model)
-    return made | {name: graph.write(fusion) for name, fusion in fused.items()}, changed, kept, absent
+    return made | {part: graph.write(fusion) for part, fusion in fused.items()}, changed, kept, tuple(absent)
+
+
+class _Rounded:
+    """Half precision on behalf of a device that computes in it: judged on the CPU, by arithmetic that rounds."""
+
+    def __init__(
+        self, base: Mapping[str, bytes], model: Model, reference: golden.Reference, options: Options, name: str
+    ) -> None:
+        """Prepare inputs.
+
+        Raises:
+            BackendError: ONNX Runtime is not installed.
+        """
+        from vae_export import precision as precisions
+
+        require("onnxruntime", "cpu", "build")
+        self._base, self._model, self._options, self._name = base, model, options, name
+        self._few = reference.first(_ROWS)
+        self._large = precisions.large(base, model, reference)
+        #: Of each graph what was last out of its budget.
+        self.reasons: dict[str, str] = {}
+
+    def of(self, graph: str) -> Callable[[bytes], str | None]:
+        """For `precision.choose`: what is out of budget with this graph alone in half precision."""
+
+        def problem(made: bytes) -> str | None:
+            found = self._problem(graph, made)
+            if found is not None:
+                self.reasons[graph] = found
+            return found
+
+        return problem
+
+    def _problem(self, graph: str, made: bytes) -> str | None:
+        from vae_export import precision as precisions
+
+        rounded = precisions.rounding(made)
+        ways = {name: [Way(rounded if name == graph else raw)] for name, raw in self._base.items()}
+        backend = CpuBackend(ways, self._model, Settings())
+        record = self._few.record
+        batches = (min(_BATCH, max(record.examples, record.prior)),)
+        try:
+            kinds = {name: self._options.tolerance if name == graph else "float32" for name in self._base}
+            measured = verifier.measure(self._model, backend, self._few, self._name, kinds, batches=batches)
+        except VaeExportError as error:  # what one graph gives is nothing that another takes
+            return " ".join(str(error).split())
+        finally:
+            backend.close()
+        wrong = next((check for check in measured.checks if not check.passed), None)
+        if wrong:
+            return str(wrong)
+        return self._large.problem(graph, rounded, self._model) if self._large else None
 
 
 def _check_options(

@@ -14,7 +14,7 @@ import operator
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -23,7 +23,7 @@ import msgspec
 from platformdirs import user_cache_path
 
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.manifest import FUSED, GRAPHS, Manifest, Model, SizeDim, Tensor
+from vae_export.manifest import FUSED, GRAPHS, Manifest, Model, SizeDim, Tensor, parts_of
 from vae_export.records import File, Part, Seal, check_paths, check_text, is_sha256
 from vae_export.sealed import SealedFolder
 
@@ -373,8 +373,6 @@ class Build(Part, frozen=True, kw_only=True):
         measurements: on the CPU, every way to run a graph that was measured, and what became of it.
         absent: what could not be measured there, and why.
         processor: on the CPU, what it was measured on; null for builds of versions that did not look.
-        holds: the name of the tolerances that its certificate passed, where they are not those of its options: an
-            `auto` build that stayed in float32 may hold float32's.
         files: every file of the build but the record, by its path with forward slashes.
     """
 
@@ -393,12 +391,10 @@ class Build(Part, frozen=True, kw_only=True):
     measurements: tuple[Measurement, ...] = ()
     absent: tuple[str, ...] = ()
     processor: Processor | None = None
-    holds: str | None = None
     files: dict[str, File]
 
     def __post_init__(self) -> None:
         check_text(self.bundle, self.created, self.target, *self.tools, *self.tools.values(), *self.absent)
-        check_text(self.holds or "")
         check_paths(self.files)
         named = {graph.file for graph in self.graphs.values()}
         named |= {variant.file for graph in self.graphs.values() for variant in graph.variants}
@@ -422,9 +418,10 @@ class Build(Part, frozen=True, kw_only=True):
             raise ValueError(f"target {self.target}: its engine is of another flavour")
 
     @property
-    def tolerance(self) -> str:
-        """The name of the tolerances that its certificate is held to."""
-        return self.holds or self.options.tolerance
+    def held_to(self) -> dict[str, str]:
+        """See `held_to`."""
+        asked = self.options
+        return held_to(self.precisions.items(), asked.budget if asked.precision == "auto" else None)
 
     @property
     def measured(self) -> bool:
@@ -434,7 +431,7 @@ class Build(Part, frozen=True, kw_only=True):
     @property
     def exact(self) -> bool:
         """Whether it holds float32's certificate."""
-        return self.measured and self.tolerance == TOLERANCE_NAMES["fp32"] and set(self.precisions.values()) == {"fp32"}
+        return self.measured and set(self.held_to.values()) == {TOLERANCE_NAMES["fp32"]}
 
     @property
     def precisions(self) -> dict[str, Precision | Literal["tf32"]]:
@@ -453,8 +450,24 @@ class Build(Part, frozen=True, kw_only=True):
         return ", ".join(f"{names[graph]} {graph}" for graph in GRAPHS)
 
 
+def held_to(precisions: Iterable[tuple[str, str]], budget: str | None) -> dict[str, str]:
+    """The precision whose tolerances encoder and decoder are held to, by its name in certificates.
+
+    Args:
+        precisions: graphs, fused ones included, and what each computes in.
+        budget: of `auto`: no looser than this; None is no limit.
+    """
+    pairs, found = list(precisions), {}
+    for part in GRAPHS:
+        kind = min((kind for graph, kind in pairs if part in parts_of(graph)), key=_RANK.index)
+        if budget is not None:
+            kind = max(kind, budget, key=_RANK.index)
+        found[part] = TOLERANCE_NAMES.get(kind, kind)
+    return found
+
+
 #: The least exact first.
-_RANK: Final[Sequence[Precision]] = ("int8", "bf16", "fp16", "fp32")
+_RANK: Final[Sequence[str]] = ("int8", "bf16", "fp16", "tf32", "fp32")
 
 
 def _one(asked: Asked) -> Precision:

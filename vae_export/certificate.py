@@ -238,8 +238,8 @@ class Certificate(Record, frozen=True, kw_only=True):
             return ""
         return (
             f"\nIt holds at {example}: the graph depends on the size that it was traced at. Write sizes as x.shape[2] "
-            "and x.shape[3] of the tensor at hand, without int() or len(), and branches on a size so that both give the "
-            "same"
+            "and x.shape[3] of the tensor at hand, without int() or len(), and branches on a size so that both give "
+            "the same"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,6 +41,13 @@ GRAPHS = ("encoder", "decoder")
 #: The graphs that only builds have: see `Model.ends`.
 FUSED = ("reconstruct", "generate", "score")
 
+
+
+def parts_of(graph: str) -> tuple[str, ...]:
+    """Those of GRAPHS that a graph has in it."""
+    return {"encoder": ("encoder",), "decoder": ("decoder",), "generate": ("decoder",)}.get(graph, GRAPHS)
+
+
 LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
 PosteriorKind = Literal["diagonal_gaussian", "deterministic"]
 

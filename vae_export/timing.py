@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,10 @@ _TURNS = 10
 # At the start of a turn threads of the runner before may still spin, for tens of milliseconds, on the cores that this
 # one's threads need: that is waited out, and then a few calls wake its own.
 _QUIET_SECONDS, _SETTLE_SECONDS, _SETTLE_SHARE = 0.05, 0.01, 0.1
+# For how long one looks whether the processors are free, and the block that is hashed meanwhile.
+_LOOK_SECONDS, _BLOCK = 0.05, bytes(1 << 16)
+#: A machine of which this process gets a smaller share is busy.
+FREE = 0.75
 # A turn is no shorter, where the fewest turns allow it.
 _TURN_SECONDS = 0.1
 
@@ -63,6 +70,34 @@ def measure(calls: Mapping[str, Call], seconds: float, fewest: int = 5) -> dict[
         for name in names[first:] + names[:first]:
             turns[name].append(turn(calls[name], seconds / rounds, longest[name]))
     return {name: summarize(taken) for name, taken in turns.items()}
+
+
+def share(processors: int, seconds: float = _LOOK_SECONDS) -> float:
+    """How much of so many processors this process gets: 1 on an idle machine, a tenth where ten others want each.
+
+    Each has a thread that computes without Python's lock; it is what the system let them run, of the time that passed.
+    """
+
+    def spin(_: int) -> float:
+        began, ran = time.perf_counter(), time.thread_time()
+        while (passed := time.perf_counter() - began) < seconds:
+            hashlib.sha256(_BLOCK)
+        return (time.thread_time() - ran) / passed
+
+    with ThreadPoolExecutor(processors) as threads:
+        return sum(threads.map(spin, range(processors))) / processors
+
+
+def busy(processors: int) -> str | None:
+    """That the machine is busy, in words; None where it is free enough to measure.
+
+    Args:
+        processors: that measured calls may use.
+    """
+    if (found := share(processors)) >= FREE:
+        return None
+    load = f", at a load average of {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"the machine is busy: of {processors} processors this process gets {found:.0%}{load}"
 
 
 def once(call: Call) -> float:

@@ -1,7 +1,8 @@
 """What runs a bundle fastest on this machine's processor: measured, and held to the certificate.
 
 Candidates are a runner, graph passes, a precision and a number of threads. Each is timed with the others in turns, for
-each graph and batch; the fastest is chosen, of those that are as fast within the noise the first.
+each graph and batch; the fastest is chosen, of those that are as fast within the noise the first. A lower precision is
+chosen for a graph only where it is faster than float32 by more than the noise.
 A fused graph is used where it beats its parts. The choice as a whole is measured like any build, and what does not hold
 is taken out.
 """
@@ -20,15 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vae_export import graph as graphs
-from vae_export import noise, precision, timing, verifier
+from vae_export import builds, noise, precision, timing, verifier
 from vae_export.builds import Measurement, Options, Precision, Runner, Variant
-from vae_export.certificate import Certificate, output_tolerance
+from vae_export.certificate import Certificate, Check, output_tolerance
 from vae_export.errors import BackendError, VaeExportError, VerificationError
 from vae_export.golden import Reference
-from vae_export.graph import compose, edit, passes
-from vae_export.manifest import GRAPHS, Model
+from vae_export.graph import compose, edit, passes, quantize
+from vae_export.manifest import GRAPHS, Model, parts_of
 from vae_export.pixels import is_picture
-from vae_export.runtimes import VAE, Settings
+from vae_export.runtimes import VAE, Settings, processor
 from vae_export.runtimes.backend import Backend, Way
 from vae_export.runtimes.cpu import CpuBackend
 
@@ -37,6 +38,8 @@ Progress = Callable[[str], None]
 #: A graph and the identity of a candidate for it.
 Place = tuple[str, int]
 
+#: Precisions from the most exact to the least.
+_RANK: Mapping[Precision, int] = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 #: A fused graph is left out where its parts are more than so many times as fast.
 WORTH = 1.02
 #: The forms to try. Of those that are equally fast the first is taken: the one that multiplies least.
@@ -54,10 +57,12 @@ _FORMS: Mapping[Runner, tuple[tuple[str, ...], ...]] = {
 SECONDS = 0.5
 #: Turns of slow calls, at least.
 _TURNS = 3
-#: A call that takes this many times as long as the fastest is not timed further.
-_HOPELESS = 2.0
+#: What takes this many times as long as the fastest in each of so many calls, which take turns, is not timed further.
+_HOPELESS, _TRIALS = 2.0, 3
 #: Differences below this share are noise, however quiet the machine was; and above that they are none, however loud.
 _NOISE, _MOST_NOISE = 0.01, 0.05
+#: A lower precision saves this share of float32's time, and more than the turns differ, or is not chosen over it.
+_GAIN = 0.05
 #: Those that are not slower by more than this share are timed once more, for twice as long.
 _CLOSE = 0.15
 #: No larger batch is measured whose call would take longer, in seconds.
@@ -71,10 +76,8 @@ _LONG = 0.25
 #: on: encoder and decoder share it. What was asked for may use it all; where the whole then does not hold, half is
 #: tried, and so on, down to the last.
 _SHARE, _LAST_SHARE = 0.5, 0.1
-#: What a processor must have, by the names of `processor.features`: weights of 8 bits overflow without VNNI.
-_REQUIRES: Mapping[Precision, tuple[str, ...]] = {"bf16": ("bf16",), "int8": ("vnni",)}
-#: Rows on which lowered graphs are measured; all where that many take less than so many seconds.
-_ROWS, _QUICK = 24, 0.5
+#: Rows on which lowered graphs are measured; all where that many take less than so many seconds; in batches of so many.
+_ROWS, _QUICK, _FEW = 24, 0.5, 8
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,9 @@ class Tuner:
         self.allowed = passes.select("all") if options.passes is None else options.passes
         self.basic = [passed for passed in self.allowed if passed not in passes.FORMS]
         self.absent: list[str] = []
+        self.processor = processor.processor()
+        self.bits: quantize.Bits = 8 if "vnni" in processor.features() else 7
+        self._busy: str | None = None
         self.runners = self._runners()
         self.base: dict[str, bytes] = {}
         self.changed: dict[str, dict[str, int]] = {}
@@ -185,9 +191,11 @@ class Tuner:
         self._made: dict[Precision, dict[str, precision.Lowered]] = {}
         self._activations: dict[str, dict[str, precision.Activation]] | None = None
         self.share = _SHARE if options.precision == "auto" else 1.0
+        self._rounded: dict[bytes, bytes] = {}
+        self._large: list[precision.Large | None] = []
         self.small = reference.first(_ROWS)
         began = time.perf_counter()
-        self._certificate({graph: [Way(self.base[graph])] for graph in GRAPHS}, self.small, batches=(8,))
+        self._quickly({graph: [Way(self.base[graph])] for graph in GRAPHS})
         if time.perf_counter() - began < _QUICK:
             self.small = reference
 
@@ -202,7 +210,9 @@ class Tuner:
             try:
                 return self._run()
             except VerificationError:
-                if self.options.precision in ("auto", "fp32") or not self._made or self.share <= _LAST_SHARE:
+                # Only where nodes were kept as the budget allowed can more of them be kept.
+                kept = self.options.precision in ("fp16", "int8") and any(self._made.values())
+                if not kept or self.share <= _LAST_SHARE:
                     raise
                 self.share /= 2
                 self._made, self.timed, self.absent, self._compared, self._inexact = {}, {}, [], {}, set()
@@ -228,10 +238,10 @@ class Tuner:
             self.timed[graph] = self._time(graph, [c for c in best.values() if graph in c.graphs])
         refused: dict[Place, str] = {}
         while True:
-            chosen = {graph: self._choose(graph, refused) for graph in self.timed if self._left(graph, refused)}
+            chosen = self._chosen(refused)
             ways = {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
             self.progress("measuring the certificate")
-            measured = self._certificate(ways, self.reference)
+            measured = self._judged(ways)
             if not measured.passed:
                 self._refuse(measured, chosen, refused)
             elif not self._take_back_exact(chosen):
@@ -239,10 +249,10 @@ class Tuner:
         dropped = self._fusions(chosen)
         if dropped:
             ways = {graph: way for graph, way in ways.items() if graph not in dropped}
-            measured = self._certificate(ways, self.reference)
+            measured = self._judged(ways)
             if not measured.passed:  # the fused graphs hold, and their parts by themselves do not
                 dropped, ways = {}, {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
-                measured = self._certificate(ways, self.reference)
+                measured = self._judged(ways)
             measured.require()
         measurements = tuple(self._records(chosen, refused, dropped))
         return Tuned(self._variants(chosen, ways), measurements, tuple(self.absent), measured)
@@ -264,19 +274,25 @@ class Tuner:
         """The most exact first."""
         asked = self.options.precision
         wanted: tuple[Precision, ...] = ("fp32", "bf16", "int8") if asked == "auto" else (asked,)
-        found = 0
+        found = able = 0
         for kind in wanted:
             for runner in self.runners:
                 if problem := self._cannot(runner, kind):
                     self.absent.append(problem)
                     continue
+                able += 1
                 for candidate in self._forms(runner, kind):
                     found += 1
                     yield candidate
         if not found:
+            reasons = "; ".join(self.absent)
+            if not able:
+                raise BackendError(
+                    f"build: nothing computes in {asked} on this processor, {self.processor.model}: {reasons}. "
+                    "Build with --precision fp32 or auto"
+                )
             raise VerificationError(
-                f"build: nothing runs {self.name} in {asked} here: {'; '.join(self.absent)}. Build with "
-                "--precision fp32"
+                f"build: nothing of {self.name} holds in {asked}: {reasons}. Build with --precision fp32 or auto"
             )
 
     def _cannot(self, runner: Runner, kind: Precision) -> str | None:
@@ -285,7 +301,7 @@ class Tuner:
             if runner == "onnxruntime":
                 return "ONNX Runtime has no bf16 convolutions on the CPU"
             if "BF16" not in self.capabilities:
-                return "this processor has no bfloat16"
+                return f"{self.processor.model} has no bfloat16"
         if kind == "fp16" and runner == "openvino":
             return "OpenVINO computes a graph in float16 as one in float32"
         return None
@@ -329,10 +345,10 @@ class Tuner:
             if model.has_elbo:
                 made["score"] = graphs.write(compose.score(*read(), model))
         for graph in made.keys() - set(GRAPHS):
-            parts = GRAPHS if graph != "generate" else ("decoder",)
-            changed[graph] = {k: sum(changed[p][k] for p in parts) for k in changed["decoder"]}
-            kept[graph] = {f"{p}.{node}": why for p in parts for node, why in kept.get(p, {}).items()}
-            kinds[graph] = next((kinds[p] for p in parts if kinds[p] != "fp32"), "fp32")
+            inside = parts_of(graph)
+            changed[graph] = {k: sum(changed[p][k] for p in inside) for k in changed["decoder"]}
+            kept[graph] = {f"{p}.{node}": why for p in inside for node, why in kept.get(p, {}).items()}
+            kinds[graph] = next((kinds[p] for p in inside if kinds[p] != "fp32"), "fp32")
 
     def _lowered(self, kind: Precision) -> dict[str, precision.Lowered] | None:
         """Encoder and decoder in a lower precision, as far as each by itself holds; None where neither does.
@@ -348,8 +364,13 @@ class Tuner:
         for graph in GRAPHS:
             self.progress(f"{kind}: the {graph}")
 
-            def problem(made: bytes, graph: str = graph) -> str | None:
-                return self._problem(graph, Way(made, runner, kind), self.share)
+            last: list[str] = []
+
+            def problem(made: bytes, graph: str = graph, last: list[str] = last) -> str | None:
+                reason = self._problem(graph, Way(made, runner, kind), self.share)
+                if reason is not None:
+                    last.append(reason)
+                return reason
 
             if kind == "bf16":  # the runner's own: it rounds every node, and holds or does not
                 if (reason := self._problem(graph, Way(self.base[graph], runner, kind), 1.0)) is None:
@@ -357,12 +378,19 @@ class Tuner:
                 else:
                     self.absent.append(f"the {graph} in bf16: {reason}")
                 continue
-            low = precision.choose(graph, self.base[graph], kind, self._seen(graph), problem)
+            low = precision.choose(graph, self.base[graph], kind, self._seen(graph), problem, self.bits)
             if low is None:
-                self.absent.append(f"the {graph} in {kind}: every node would have to stay in float32")
+                why = f"every node would have to stay in float32{'; ' + last[-1] if last else ''}"
+                self.absent.append(f"the {graph} in {kind}{self._seven(kind)}: {why}")
             else:
                 found[graph] = low
         return found or None
+
+    def _seven(self, kind: Precision) -> str:
+        """That 8-bit graphs have weights of 7 bits here, and why."""
+        if kind != "int8" or self.bits == 8:
+            return ""
+        return f", with weights of 7 bits, as this processor, {self.processor.model}, has no VNNI"
 
     def _seen(self, graph: str) -> Mapping[str, precision.Activation]:
         """Activations of a graph in float32; recorded once."""
@@ -371,21 +399,60 @@ class Tuner:
         return self._activations[graph]
 
     def _problem(self, graph: str, way: Way, share: float) -> str | None:
-        """What is out of a share of the budget, on few rows, with this graph alone in another way than float32."""
+        """What is out of a share of the budget, on few rows, with this graph alone in another way than float32.
+
+        Half precision is judged by arithmetic that rounds, and in a large size, too.
+        """
+        way = self._rounding(way)
         ways = {other: [way if other == graph else Way(self.base[other])] for other in GRAPHS}
         try:
-            measured = self._certificate(ways, self.small, batches=(8,))
+            measured = self._quickly(ways)
+            if way.precision == "fp16" and (large := self._large_inputs()):
+                problem = large.problem(graph, way.graph, self.model)
+                if problem is not None:
+                    return problem
         except VaeExportError as error:
             return _line(error)
-        nearest = measured.nearest
-        return None if nearest.share <= share else str(nearest)
+        wrong = [check for check in measured.checks if not _within(check, share)]
+        return str(wrong[0]) if wrong else None
+
+    def _rounding(self, way: Way) -> Way:
+        """A way of running a graph in float16, as hardware computes it that has float16; all others as they are."""
+        if way.precision != "fp16":
+            return way
+        if way.graph not in self._rounded:
+            self._rounded[way.graph] = precision.rounding(way.graph)
+        return dataclasses.replace(way, graph=self._rounded[way.graph])
+
+    def _large_inputs(self) -> precision.Large | None:
+        """Inputs of a large size; made once."""
+        if not self._large:
+            self._large.append(precision.large(self.base, self.model, self.reference))
+        return self._large[0]
+
+    def _quickly(self, ways: Mapping[str, Sequence[Way]]) -> Certificate:
+        """On few rows, and at one batch, which is no larger than there are rows."""
+        record = self.small.record
+        return self._certificate(ways, self.small, batches=(min(_FEW, max(record.examples, record.prior)),))
+
+    def _judged(self, ways: Mapping[str, Sequence[Way]]) -> Certificate:
+        """The certificate of what runs; where it holds, and half precision that rounds does not, of that."""
+        measured = self._certificate(ways, self.reference)
+        rounded = {graph: [self._rounding(way) for way in each] for graph, each in ways.items()}
+        if measured.passed and rounded != ways:
+            self.progress("measuring float16 with every value rounded")
+            judged = self._certificate(rounded, self.reference)
+            return measured if judged.passed else judged
+        return measured
 
     def _certificate(
         self, ways: Mapping[str, Sequence[Way]], reference: Reference, batches: Sequence[int] = verifier.BATCHES
     ) -> Certificate:
         backend = CpuBackend(ways, self.model, Settings())
         try:
-            return verifier.measure(self.model, backend, reference, self.name, self.options.tolerance, batches=batches)
+            kinds = [(graph, way.precision) for graph, each in ways.items() for way in each]
+            held_to = builds.held_to(kinds, self.options.budget if self.options.precision == "auto" else None)
+            return verifier.measure(self.model, backend, reference, self.name, held_to, batches=batches)
         finally:
             backend.close()
 
@@ -400,6 +467,7 @@ class Tuner:
         found = list(unique.values())
         if len(found) == 1 and graph not in GRAPHS:
             return [Timed(found[0], None, batch, None, "the only one") for batch in self._measured_batches()]
+        self._look_whether_busy()
         try:
             for candidate in found:
                 opened[id(candidate), None] = self._open(graph, candidate, None)
@@ -413,6 +481,13 @@ class Tuner:
             for backend in opened.values():
                 backend.close()
         return rows
+
+    def _look_whether_busy(self) -> None:
+        """Tell once, and for the record, that others use the processors."""
+        if self._busy is None and (found := timing.busy(self.processor.threads)):
+            self._busy = f"{found}. What was measured is less sure, and a faster way may not be told from a slower one"
+            self.progress(self._busy)
+            self.absent.append(self._busy)
 
     def _open(self, graph: str, candidate: Candidate, threads: int | None) -> Backend:
         way = candidate.way(graph, threads, exact=tuple(map(self._shape, self.batches)))
@@ -450,7 +525,10 @@ class Tuner:
                     return backend.run(graph, inputs, outputs, batch)
 
                 call()
-                calls[key], first[key] = call, min(timing.once(call) for _ in range(2))
+                calls[key] = call
+            new = [key for key in calls if key not in first]
+            trials = [{key: timing.once(calls[key]) for key in new} for _ in range(_TRIALS)]
+            first |= {key: min(trial[key] for trial in trials) for key in new}
             if number is None and min(first.values()) < _SHORT:
                 threads.append(1)
         hopeless = {key for key, seconds in first.items() if seconds > _HOPELESS * min(first.values())}
@@ -466,7 +544,7 @@ class Tuner:
                 key[1],
                 batch,
                 times.get(key),
-                f"its first call took {first[key] / min(first.values()):.1f} times the fastest's"
+                f"its first {_TRIALS} calls took {first[key] / min(first.values()):.1f} times the fastest's"
                 if key in hopeless
                 else "slower",
             )
@@ -486,46 +564,29 @@ class Tuner:
             shape = self.model.tensor_shape(tensor, batch, self.sizes)
             if tensor.name == "x":
                 rows = self.reference.tensors["x"][self.reference.record.extremes :]
-                data = rows[np.arange(batch) % len(rows)]
-                wide = [(0, 0), *((0, max(0, n - m)) for n, m in zip(shape[1:], data.shape[1:], strict=True))]
-                made["x"] = np.ascontiguousarray(np.pad(data, wide, mode="wrap")[tuple(map(slice, shape))])
+                made["x"] = precision.stretched(rows[np.arange(batch) % len(rows)], shape[1:])
             else:
                 size = math.prod(shape[1:])
                 made[tensor.name] = noise.normals(0, noise.PRIOR, 0, batch, size).reshape(shape)
         return made
 
     def _choose(self, graph: str, refused: Mapping[Place, str]) -> list[Timed]:
-        """For each batch the fastest of those that were not refused; within the noise, the one that comes first.
+        """For each batch the best of those that were not refused: see `choose`."""
+        return choose(graph, [row for row in self.timed[graph] if _why_not(graph, row.candidate, refused) is None])
 
-        All batches are in one precision, that which is fastest over all of them: how large a batch is must not decide
-        how exact a result is.
-        """
-        left = [row for row in self.timed[graph] if _why_not(graph, row.candidate, refused) is None]
-        by_batch: dict[int, list[Timed]] = {}
-        for row in left:
-            by_batch.setdefault(row.batch, []).append(row)
-
-        def cost(kind: Precision) -> float:
-            total = 0.0
-            for rows in by_batch.values():
-                medians = [row.times.median for row in rows if row.times]
-                here = [row.times.median for row in rows if row.times and row.candidate.precisions[graph] == kind]
-                total += math.log(min(here, default=_HOPELESS * min(medians, default=1.0)))
-            return total
-
-        kinds = dict.fromkeys(row.candidate.precisions[graph] for row in left)
-        kind = min(kinds, key=cost)
-        chosen = []
-        for rows in by_batch.values():
-            same = [row for row in rows if row.candidate.precisions[graph] == kind]
-            timed = [row for row in same if row.times]
-            if not timed:  # those that were fast are out: whatever was not refused will do
-                chosen.append(same[0])
-                continue
-            fastest = min(timed, key=_median)
-            assert fastest.times is not None
-            limit = _median(fastest) * (1 + min(_MOST_NOISE, max(_NOISE, fastest.times.spread / 2)))
-            chosen.append(next(row for row in timed if _median(row) <= limit))
+    def _chosen(self, refused: Mapping[Place, str]) -> dict[str, list[Timed]]:
+        """What was chosen for each graph. A fused graph is in the precisions of its parts, or left out."""
+        chosen = {graph: self._choose(graph, refused) for graph in GRAPHS}
+        kinds = {graph: rows[0].candidate.precisions[graph] for graph, rows in chosen.items()}
+        for graph in [name for name in self.timed if name not in GRAPHS]:
+            left = [
+                row
+                for row in self.timed[graph]
+                if _why_not(graph, row.candidate, refused) is None
+                and all(row.candidate.precisions[part] == kinds[part] for part in parts_of(graph))
+            ]
+            if left:
+                chosen[graph] = choose(graph, left)
         return chosen
 
     def _refuse(self, measured: Certificate, chosen: Mapping[str, list[Timed]], refused: dict[Place, str]) -> None:
@@ -537,7 +598,6 @@ class Tuner:
         Raises:
             VerificationError: a graph would have no candidate left.
         """
-        rank = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
         failed = measured.nearest
         blamed = {verifier.PICTURE: "generate"}.get(failed.id, failed.graph)
         if blamed == "end to end":
@@ -545,7 +605,7 @@ class Tuner:
         places = [(graph, row.candidate) for graph, rows in chosen.items() for row in rows if graph == blamed] or [
             (graph, row.candidate) for graph in GRAPHS for row in chosen[graph]
         ]
-        graph, worst = max(places, key=lambda place: (rank[place[1].precisions[place[0]]], len(place[1].forms)))
+        graph, worst = max(places, key=lambda place: (_RANK[place[1].precisions[place[0]]], len(place[1].forms)))
         alike = [worst]
         if graph not in GRAPHS:
             kind = (worst.runner, worst.precision)
@@ -613,6 +673,12 @@ class Tuner:
             merged.append(way)
         return [*merged[:-1], dataclasses.replace(merged[-1], up_to=None)]
 
+    def _requires(self, way: Way) -> tuple[str, ...]:
+        """See `Variant.requires`."""
+        if way.precision == "int8" and self.bits == 8:
+            return ("vnni",)
+        return ("bf16",) if way.precision == "bf16" else ()
+
     def _fusions(self, chosen: Mapping[str, list[Timed]]) -> dict[str, str]:
         """The fused graphs that do not beat their parts, and by how much they lose."""
         ways = {graph: self._ways(graph, rows) for graph, rows in chosen.items()}
@@ -656,7 +722,7 @@ class Tuner:
         for graph, rows in self.timed.items():
             for row in rows:
                 candidate = row.candidate
-                verdict = _why_not(graph, candidate, refused) or row.verdict
+                verdict = _why_not(graph, candidate, refused) or self._slow(graph, candidate, chosen) or row.verdict
                 if any(row is one for one in chosen.get(graph, ())):
                     verdict = dropped.get(graph, "chosen")
                 yield Measurement(
@@ -670,6 +736,18 @@ class Tuner:
                     spread=round(row.times.spread, 3) if row.times else None,
                     verdict=verdict,
                 )
+
+    def _slow(self, graph: str, candidate: Candidate, chosen: Mapping[str, list[Timed]]) -> str | None:
+        """That float32 stays though a lower precision holds; or, for a fused graph, that its parts are in others."""
+        for part in parts_of(graph):
+            kind = chosen[part][0].candidate.precisions[part]
+            if candidate.precisions[part] == kind:
+                continue
+            if graph != part:
+                return f"the {part} is in {kind}"
+            if kind == "fp32":
+                return no_gain(graph, self.timed[graph], candidate.precisions[graph])
+        return None
 
     def _variants(
         self, chosen: Mapping[str, list[Timed]], ways: Mapping[str, Sequence[Way]]
@@ -693,16 +771,105 @@ class Tuner:
                     exact=tuple(dict(shape) for shape in way.exact),
                     passes={name: count for name, count in candidate.changed[graph].items() if count},
                     kept=candidate.kept.get(graph, {}),
-                    requires=_REQUIRES.get(way.precision, ()),
+                    requires=self._requires(way),
                 )
                 found[graph].append((variant, way.graph))
         return found
 
 
+def choose(graph: str, rows: Sequence[Timed]) -> list[Timed]:
+    """For each batch the fastest; within the noise, the one that comes first.
+
+    All batches are in one precision, that which is fastest over all of them: how large a batch is must not decide how
+    exact a result is. One that is lower than float32 is chosen only where `no_gain` has nothing against it.
+
+    Args:
+        graph: its name.
+        rows: what was measured, and not refused; the most exact first.
+    """
+    by_batch = _by_batch(rows)
+
+    def cost(kind: Precision) -> float:
+        total = 0.0
+        for here in by_batch.values():
+            fastest = _fastest(here)
+            same = _fastest([row for row in here if row.candidate.precisions[graph] == kind])
+            total += math.log(_median(same) if same else _HOPELESS * (_median(fastest) if fastest else 1.0))
+        return total
+
+    kinds = dict.fromkeys(row.candidate.precisions[graph] for row in rows)
+    kind = min((kind for kind in kinds if no_gain(graph, rows, kind) is None), key=cost)
+    chosen = []
+    for here in by_batch.values():
+        same = [row for row in here if row.candidate.precisions[graph] == kind]
+        fastest = _fastest(same)
+        if fastest is None:  # those that were fast are out: whatever was not refused will do
+            chosen.append(same[0])
+            continue
+        assert fastest.times is not None
+        limit = _median(fastest) * (1 + min(_MOST_NOISE, max(_NOISE, fastest.times.spread / 2)))
+        chosen.append(next(row for row in same if row.times and _median(row) <= limit))
+    return chosen
+
+
+def no_gain(graph: str, rows: Sequence[Timed], kind: Precision) -> str | None:
+    """Why a precision is not worth what it loses: it is no faster than float32, beyond what the turns differ.
+
+    Args:
+        graph: its name.
+        rows: what was measured.
+        kind: the precision.
+
+    Returns:
+        None where it is faster, is float32 itself, or was not measured beside it.
+    """
+    gains, noise_levels = [], []
+    for here in _by_batch(rows).values():
+        full = _fastest([row for row in here if row.candidate.precisions[graph] == "fp32"])
+        low = _fastest([row for row in here if row.candidate.precisions[graph] == kind])
+        if full is None:
+            continue
+        if low is None:  # it was too slow to be timed
+            gains.append(math.log(1 / _HOPELESS))
+            noise_levels.append(_GAIN)
+            continue
+        gains.append(math.log(_median(full) / _median(low)))
+        noise_levels.append(max(_GAIN, *(row.times.spread / 2 for row in (full, low) if row.times)))
+    if kind == "fp32" or not gains:
+        return None
+    gain, least = math.exp(sum(gains) / len(gains)), 1 + sum(noise_levels) / len(noise_levels)
+    if gain > least:
+        return None
+    return f"it is {gain:.2f} times as fast as float32, and more than {least:.2f} is what counts: float32 stays"
+
+
+def _by_batch(rows: Sequence[Timed]) -> dict[int, list[Timed]]:
+    found: dict[int, list[Timed]] = {}
+    for row in rows:
+        found.setdefault(row.batch, []).append(row)
+    return found
+
+
+def _fastest(rows: Sequence[Timed]) -> Timed | None:
+    return min((row for row in rows if row.times), key=_median, default=None)
+
+
 def _why_not(graph: str, candidate: Candidate, refused: Mapping[Place, str]) -> str | None:
     """Why a candidate is out for a graph: by itself, or because a graph is that this one has in it."""
-    inside = {"generate": ("decoder",), "reconstruct": GRAPHS, "score": GRAPHS}.get(graph, ())
-    return next((refused[g, id(candidate)] for g in (graph, *inside) if (g, id(candidate)) in refused), None)
+    places = [(name, id(candidate)) for name in (graph, *parts_of(graph))]
+    return next((refused[place] for place in places if place in refused), None)
+
+
+def _within(check: Check, share: float) -> bool:
+    """Whether a check uses no more than a share of its tolerance. Not-a-number never does.
+
+    Of a ratio in decibels, which must be at least so large, half the tolerance is 6 dB more.
+    """
+    if check.tolerance is None:
+        return True
+    if check.at_least:
+        return check.measured >= check.tolerance - 20 * math.log10(share)
+    return check.measured <= share * check.tolerance
 
 
 def _median(row: Timed) -> float:

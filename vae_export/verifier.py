@@ -87,7 +87,7 @@ def verify(
     runs = open_bundle(bundle, device=device, build=source, settings=Settings(threads=threads))
     try:
         opened(runs.line())
-        return measure(manifest.model, runs.backend, reference, manifest.name, runs.tolerance, progress=progress)
+        return measure(manifest.model, runs.backend, reference, manifest.name, runs.held_to, progress=progress)
     finally:
         runs.backend.close()
 
@@ -178,8 +178,8 @@ def _size(sizes: Mapping[str, int]) -> str | None:
 def _fails_at(error: BackendError, example: Mapping[str, int], sizes: Mapping[str, int]) -> BackendError:
     return BackendError(
         f"the graph runs at {_size(example)} and fails at {_size(sizes)}, which the model is said to take: it depends "
-        "on the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without int() "
-        f"or len(), and no constants in split, view or kernel sizes. {error}"
+        "on the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without "
+        f"int() or len(), and no constants in split, view or kernel sizes. {error}"
     )
 
 

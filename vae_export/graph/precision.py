@@ -46,7 +46,7 @@ _BF16_OPSET = 22
 
 def floats(model: onnx_ir.Model) -> list[onnx_ir.Value]:
     """What the graph's nodes give in float32."""
-    _infer_types(model)
+    infer_types(model)
     return [value for node in model.graph for value in node.outputs if value.dtype == onnx_ir.DataType.FLOAT]
 
 
@@ -70,7 +70,7 @@ def lower(model: onnx_ir.Model, precision: Lower, name: str, kept: Collection[st
     if precision == "bf16" and model.opset_imports[""] < _BF16_OPSET:
         newer = onnx.version_converter.convert_version(onnx_ir.to_proto(model), _BF16_OPSET)
         model = onnx_ir.from_proto(newer)
-    _infer_types(model)
+    infer_types(model)
     low, kind = _TYPES[precision]
     graph = model.graph
     norms = {node for norm in group_norm.find(graph) for node in norm.nodes}
@@ -101,7 +101,7 @@ def lower(model: onnx_ir.Model, precision: Lower, name: str, kept: Collection[st
     return model
 
 
-def _infer_types(model: onnx_ir.Model) -> None:
+def infer_types(model: onnx_ir.Model) -> None:
     """Give every value its type."""
     if any(value.dtype is None for node in model.graph for value in node.outputs if value.name):
         typed = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(onnx_ir.to_proto(model)))

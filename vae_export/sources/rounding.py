@@ -23,15 +23,17 @@ UNIT = 2.0**-24
 ACCUMULATED = 0.2
 
 #: Operations whose results are exact: they select, copy or order values.
-_EXACT = set(
-    """abs abs_ amax amin argmax argmin arange cat ceil clamp clamp_ clamp_max clamp_min clone constant_pad_nd copy
-    copy_ detach empty empty_like eq fill fill_ flip floor full full_like gather ge gt hardtanh hardtanh_ index
-    index_put index_select le lift_fresh lt masked_fill masked_fill_ max max_pool2d_with_indices maximum
-    min minimum ne neg neg_ new_empty new_full new_ones new_zeros ones ones_like pixel_shuffle pixel_unshuffle
-    reflection_pad1d reflection_pad2d relu relu_ repeat replication_pad2d roll round scalar_tensor sign slice
-    slice_scatter select stack threshold threshold_ tril triu upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d where zero_ zeros zeros_like _to_copy _upsample_nearest_exact2d""".split()
-)
+_EXACT = {
+    "abs", "abs_", "amax", "amin", "argmax", "argmin", "arange", "cat", "ceil", "clamp", "clamp_", "clamp_max",
+    "clamp_min", "clone", "constant_pad_nd", "copy", "copy_", "detach", "empty", "empty_like", "eq", "fill", "fill_",
+    "flip", "floor", "full", "full_like", "gather", "ge", "gt", "hardtanh", "hardtanh_", "index", "index_put",
+    "index_select", "le", "lift_fresh", "lt", "masked_fill", "masked_fill_", "max", "max_pool2d_with_indices",
+    "maximum", "min", "minimum", "ne", "neg", "neg_", "new_empty", "new_full", "new_ones", "new_zeros", "ones",
+    "ones_like", "pixel_shuffle", "pixel_unshuffle", "reflection_pad1d", "reflection_pad2d", "relu", "relu_",
+    "repeat", "replication_pad2d", "roll", "round", "scalar_tensor", "sign", "slice", "slice_scatter", "select",
+    "stack", "threshold", "threshold_", "tril", "triu", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "where", "zero_", "zeros", "zeros_like", "_to_copy", "_upsample_nearest_exact2d",
+}  # fmt: skip
 #: Random numbers that are kept; a tensor takes its own from a random place on.
 _KEPT = 1 << 21
 
