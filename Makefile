@@ -9,7 +9,7 @@ EXTRAS ?= dev
 # Processes of the tests.
 JOBS ?= 2
 
-.PHONY: demo test test-gpu setup lint types bench performance overhead passes figures sources trainer throughput kills gpu record clean
+.PHONY: demo test test-gpu setup lint types bench performance overhead passes figures sources margins trained trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -60,6 +60,15 @@ trainer: setup
 sources: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/sources.py out/bench/sources.json
+
+# How far right exports stay below the certificate's tolerances, and planted faults above them.
+margins: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/margins.py out/bench/margins.json
+
+# Trained weights in every precision: pictures and a table, in out/trained.
+trained: setup
+	$(BIN)/python benchmarks/trained.py out/trained
 
 # Training speed beside a plain loop and pythae, which is installed beside everything else for that.
 throughput: setup out/pythae

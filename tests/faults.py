@@ -6,7 +6,7 @@ be in several layers it is in the one in the middle alone, which is harder to se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +16,6 @@ import onnx_ir
 
 from vae_export.graph import read, write
 from vae_export.graph.edit import (
-    FLOATING,
     Maker,
     add_constant,
     constant,
@@ -77,7 +76,9 @@ def _weighted(model: onnx_ir.Model, *, square: bool = False) -> list[tuple[onnx_
     return found
 
 
-def _change_weights(model: onnx_ir.Model, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], **which: bool) -> bool:
+def _change_weights(
+    model: onnx_ir.Model, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], **which: bool
+) -> bool:
     """Change the weights of the product in the middle."""
     places = _weighted(model, **which)
     if not places:
@@ -337,7 +338,9 @@ def noise_added(model: onnx_ir.Model) -> bool:
     assert node is not None
     name, output.name = output.name, "noise.before"
     make = Maker(graph, node, "noise")
-    fast, small = (add_constant(graph, f"noise.{name}", np.float32(v)) for name, v in (("fast", 1e4), ("small", _NOISE)))
+    fast, small = (
+        add_constant(graph, f"noise.{name}", np.float32(v)) for name, v in (("fast", 1e4), ("small", _NOISE))
+    )
     steps: list[onnx_ir.Value] = []
     for operator, inputs in (
         ("Mul", lambda: [output, fast]), ("Sin", lambda: [steps[-1]]), ("Mul", lambda: [steps[-1], small]),
@@ -386,8 +389,3 @@ FAULTS: dict[str, Fault] = {
     "noise added": noise_added,
     "zeroed channel": zero_channel,
 }
-
-
-def kinds() -> Iterator[str]:
-    """Their names."""
-    return iter(FAULTS)

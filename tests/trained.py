@@ -90,10 +90,10 @@ class _Decoder(nn.Module):
     def __init__(self, channels: int, side: int) -> None:
         super().__init__()
         self.lin1, self.lin2, self.lin3 = nn.Linear(_LATENT, 256), nn.Linear(256, 256), nn.Linear(256, 512)
-        self.convT_64 = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1) if side == 64 else None  # noqa: N815
-        self.convT1 = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1)  # noqa: N815
-        self.convT2 = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1)  # noqa: N815
-        self.convT3 = nn.ConvTranspose2d(32, channels, 4, stride=2, padding=1)  # noqa: N815
+        self.convT_64 = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1) if side == 64 else None
+        self.convT1 = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1)
+        self.convT2 = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1)
+        self.convT3 = nn.ConvTranspose2d(32, channels, 4, stride=2, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         for layer in (self.lin1, self.lin2, self.lin3):
