@@ -2,8 +2,8 @@
 
     python benchmarks/margins.py OUT.json [right] [faults] [--rows N] [--only NAME,NAME]
 
-A share is measured ÷ tolerance, the largest over a certificate's checks: at most 0.5 for what is right, on every runner,
-and at least 3 for what is wrong. What was measured before and is not asked for again is kept.
+A share is measured ÷ tolerance, the largest over a certificate's checks: at most 0.5 for what is right, on every
+runner, and at least 3 for what is wrong. What was measured before and is not asked for again is kept.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def wrong_models() -> list[str]:
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
-    """As Markdown: for each group of models the largest share of what is right, for each kind the smallest of faults."""
+    """As Markdown: the largest share of right exports by group of models, and the smallest of faults by kind."""
     lines = ["| right exports | models | " + " | ".join(RUNNERS) + " |", "|---|---|" + "---|" * len(RUNNERS)]
     groups: dict[str, list[str]] = {}
     for name in record.get("right", {}):

@@ -157,13 +157,13 @@ class Everything(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) → mean and log-variance (B, latent, H/4, W/4), the latter in [−3, 0.5]."""
         mean, logvar = (self.to_latent(self.down(x)) * 0.7).chunk(2, dim=1)
-        return mean, (2 * logvar - 1).clamp(*CLAMP)
+        return mean, (8 * logvar).clamp(*CLAMP)
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(B, latent, h, w) → mean and log-variance (B, C, 4h, 4w), the latter in [−3, 0.5]."""
         features = self.up(z)[..., 1:-1, 1:-1]
         mean, logvar = (self.to_data(features) * 0.7).chunk(2, dim=1)
-        return mean, (2 * logvar - 1).clamp(*CLAMP)
+        return mean, (8 * logvar).clamp(*CLAMP)
 
 
 #: Channels, width, groups of norms, latents, height and width of the data.
