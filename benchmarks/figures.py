@@ -78,7 +78,7 @@ def certificate(likelihood: str, path: Path) -> list[Figure]:
     for check in measured.checks:
         if check.quantity in ("ELBO, worst", "ELBO, RMS"):
             what = f"{likelihood}: {check.quantity}, of S (PyTorch float32's own: {check.pytorch:.2g})"
-            figures.append((what, check.got, check.allowed or 0.0))
+            figures.append((what, check.measured, check.tolerance or 0.0))
     return figures
 
 

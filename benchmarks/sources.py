@@ -69,7 +69,7 @@ def certificates(folder: Path, exported: dict[str, Path]) -> dict[str, Any]:
     table = {}
     for name, path in exported.items():
         certificate = vae_export.verify(path)
-        nearest = max((c for c in certificate.checks if c.allowed), key=lambda c: c.got / (c.allowed or 1))
+        nearest = max((c for c in certificate.checks if c.tolerance), key=lambda c: c.measured / (c.tolerance or 1))
         table[name] = {"passed": certificate.passed, "examples": certificate.examples, "nearest": str(nearest)}
         print(name, table[name], flush=True)
     return table

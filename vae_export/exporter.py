@@ -7,9 +7,8 @@ import datetime
 import logging
 import os
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -38,9 +37,10 @@ from vae_export.certificate import Certificate
 from vae_export.errors import BundleError, InputError
 from vae_export.graph import write
 from vae_export.graph.weights import apart
-from vae_export.manifest import Cost, Graph, Manifest, Model, SizeDim
+from vae_export.manifest import Graph, Manifest, Model, SizeDim
 from vae_export.onnx_reader import Weights
 from vae_export.pixels import is_picture
+from vae_export.progress import Progress, silent
 from vae_export.runtimes import VAE, open_backend
 from vae_export.sources import Described, cost
 from vae_export.sources import reference as references
@@ -53,11 +53,6 @@ from vae_export.sources.protocol import Decoder, Encoder, Trained
 OPSET = 20
 _CALIBRATION_ROWS = 512
 _CALIBRATION_LIMIT = 16 << 20
-#: Times that an example is encoded and decoded: in PyTorch in float64, which counts twice, and in float32; and at
-#: three batch sizes by itself, for a reconstruction and for the ELBO.
-_PASSES = 3 * 2 + 3 * 3
-_WORTH_SAYING = 2e11  # multiply-adds, some seconds
-_SHARE_OF_PEAK = 0.4  # of a matrix product's rate, as models of this kind reach it, measured
 _WEIGHTS = "model.onnx_data"  # beside a graph, as Optimum calls it
 _TRACE_BATCH = 3  # not 1, which tracing would take for a constant
 _TOOLS = (
@@ -78,7 +73,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Progress = silent,
     **described: Unpack[Described],
 ) -> Certificate:
     """Export a trained model, and prove that the export computes the same.
@@ -91,7 +86,7 @@ def export(
             `vae_export.Source` of one.
         path: the bundle's folder.
         overwrite: replace a bundle that is there.
-        progress: called with the name of each step as it begins.
+        progress: called with the name of each step, and the share of it that is done.
         described: what the source does not say itself: see `sources.Described`.
 
     Returns:
@@ -129,11 +124,9 @@ def export(
 
     costs = cost.count(source)
     records = {kind: msgspec.structs.replace(record, cost=costs[kind]) for kind, record in records.items()}
-    progress(f"computing the reference in float64{_estimate(source, costs)}")
-    reference = references.compute(source, costs)
-    progress("measuring the certificate")
+    reference = references.compute(source, costs, progress)
     backend = open_backend(graphs, model, device="cpu", weights=weights)
-    measured = verifier.measure(model, backend, reference, name)
+    measured = verifier.measure(model, backend, reference, name, progress=progress)
     measured.require()
 
     progress("writing the bundle")
@@ -179,25 +172,6 @@ def export(
         )
         bundle.write_manifest(folder, manifest)
     return measured
-
-
-def _estimate(source: Trained, costs: Mapping[str, Cost]) -> str:
-    """For models that take a while: what is measured, and about how long it takes, in words."""
-    each = sum(cost.at(source.sizes())[0] for cost in costs.values())
-    rows = references.rows(costs, source.sizes())
-    total = rows * each * _PASSES
-    if total < _WORTH_SAYING:
-        return ""
-    square = torch.full((1024, 1024), 0.5)  # the random state is the caller's
-    torch.mm(square, square)
-    began = time.perf_counter()
-    for _ in range(5):
-        torch.mm(square, square)
-    rate = 5 * 1024**3 / (time.perf_counter() - began)
-    return (
-        f" and measuring: {rows} examples of {each / 1e9:,.1f} billion multiply-adds, "
-        f"about {total / rate / _SHARE_OF_PEAK / 60:.1f} minutes"
-    )
 
 
 def _trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) -> tuple[bytes, bytes | None, Graph]:

@@ -10,27 +10,31 @@ Tensors of `golden.safetensors`, N examples and M draws from the prior:
 |---|---|---|
 | x | (N, *data) float32 | extremes of the data's range, then data |
 | mean, logvar | (N, *latent) float64 | the posterior; logvar where it is Gaussian |
-| sample | (N, *data) float64 | the decoded mean at the drawn latent |
+| sample | (N, *data) float64 | the decoded mean at the drawn latent, which is rounded to float32 |
 | reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and S = Σ|terms|; where there is a likelihood |
-| float32.reconstruction, float32.kl | (N,) float64 | the terms of PyTorch in float32, summed in float64 |
-| float32.divergence | (N,) float64 | KL(q in float64 || q in float32) of the worst latent dimension |
-| float32.mean, float32.logvar | (N,) float64 | the worst error of PyTorch in float32, absolute |
-| float32.prior.NAME | (M,) float64 | the same for the decoder's outputs |
 | prior.NAME | (M, *data) float64 | the decoder's outputs for draws from the prior |
+| spread.ID | (N,) or (M,) float64 | how far float32 rounding moves a quantity of `deviations` (see `sources.rounding`) |
+| float32.ID | (N,) or (M,) float64 | how far it is off in PyTorch in float32 |
+
+The same tensors at further sizes of the data's named dimensions have the prefix `size.K.`, K from 0 on.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from vae_export.deviations import conditioned
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Golden, Model, shape_text
+from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Golden, GoldenSize, Model, shape_text
 
 FILE = "golden.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -44,24 +48,79 @@ Tensors = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Golden examples of one size.
+
+    Attributes:
+        sizes: of the data's named dimensions; empty where there are none.
+        tensors: those of the table above, without prefix.
+        extremes: how many of x, the first ones, are at the ends of the data's range.
+    """
+
+    sizes: Mapping[str, int]
+    tensors: Tensors
+    extremes: int = 0
+
+    @property
+    def examples(self) -> int:
+        """The rows of x."""
+        return len(self.tensors["x"])
+
+    @property
+    def prior(self) -> int:
+        """The draws from the prior."""
+        return len(self.tensors["prior.sample"])
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors."""
+        return sum(value.nbytes for value in self.tensors.values())
+
+
+@dataclass(frozen=True)
 class Reference:
     """Golden examples in memory.
 
     Attributes:
         record: how many rows of each kind, and the seed.
-        tensors: those of the table above.
+        tensors: those of the table above, at the example's size.
+        others: the rows of further sizes, for those of `record.sizes` that have rows.
     """
 
     record: Golden
     tensors: Tensors
+    others: tuple[Rows, ...] = ()
 
     @property
     def has_elbo(self) -> bool:
         """Whether the model has one: a likelihood and a posterior variance."""
         return "scale" in self.tensors
 
+    def groups(self, model: Model) -> list[Rows]:
+        """The rows by size, the example's first."""
+        sizes = model.sizes(self.tensors["mean"].shape[1:])
+        return [Rows(sizes, self.tensors, self.record.extremes), *self.others]
+
     def shrunk(self, limit: int = LIMIT) -> Reference:
-        """The same with as many rows left out as bring it below `limit` bytes. The extremes stay."""
+        """The same in at most `limit` bytes: large sizes and then rows are left out. The extremes stay."""
+        sizes, others, room = [], [], limit // 2
+        kept = iter(self.others)
+        for size in self.record.sizes:
+            if size.absent is None:
+                rows = next(kept)
+                if rows.nbytes > room:
+                    reason = f"measured at the export; its rows of {rows.nbytes:,} bytes are not kept"
+                    size = GoldenSize(sizes=size.sizes, absent=reason)
+                else:
+                    room -= rows.nbytes
+                    others.append(rows)
+            sizes.append(size)
+        limit -= sum(rows.nbytes for rows in others)
+        record = msgspec.structs.replace(self.record, sizes=tuple(sizes))
+        return dataclasses.replace(self, record=record, others=tuple(others))._fewer(limit)
+
+    def _fewer(self, limit: int) -> Reference:
+        """With so many rows of the example's size left out that what is there has at most `limit` bytes."""
         rows = {True: len(self.tensors["x"]), False: self.record.prior}
         size = {True: 0, False: 0}
         for name, value in self.tensors.items():
@@ -79,9 +138,8 @@ class Reference:
 
     def _kept(self, examples: int, prior: int) -> Reference:
         """The extremes, so many examples behind them, and so many draws from the prior."""
-        record = Golden(
-            seed=self.record.seed,
-            reference=self.record.reference,
+        record = msgspec.structs.replace(
+            self.record,
             extremes=EXTREMES,
             held_out=min(examples, self.record.held_out),
             decoded=max(0, examples - self.record.held_out),
@@ -90,7 +148,7 @@ class Reference:
         keep = {
             name: value[: prior if "prior." in name else EXTREMES + examples] for name, value in self.tensors.items()
         }
-        return Reference(record, keep)
+        return dataclasses.replace(self, record=record, tensors=keep)
 
 
 def extremes(shape: tuple[int, ...], value_range: tuple[float, float]) -> npt.NDArray[np.float32]:
@@ -108,7 +166,10 @@ def extremes(shape: tuple[int, ...], value_range: tuple[float, float]) -> npt.ND
 
 def encode(reference: Reference) -> bytes:
     """The bytes of `golden.safetensors`."""
-    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in reference.tensors.items()})
+    tensors = dict(reference.tensors)
+    for index, rows in enumerate(reference.others):
+        tensors |= {f"size.{index}.{name}": value for name, value in rows.tensors.items()}
+    return safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
 def decode(raw: bytes, record: Golden, model: Model) -> Reference:
@@ -121,18 +182,38 @@ def decode(raw: bytes, record: Golden, model: Model) -> Reference:
         tensors: Tensors = safetensors.numpy.load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
         raise BundleError(f"{FILE} is not a safetensors file: {error}") from None
-    expected = _shapes(tensors, record, model)
+    sized = [size for size in record.sizes if size.absent is None]
+    parts: list[Tensors] = [{} for _ in sized]
+    base: Tensors = {}
+    for name, value in tensors.items():
+        prefix, _, rest = name.removeprefix("size.").partition(".")
+        known = name.startswith("size.") and prefix.isdigit() and int(prefix) < len(parts)
+        (parts[int(prefix)] if known else base)[rest if known else name] = value
+    if record.draws == 0:  # written before tolerances came from conditioning: what they leaned on is of no use
+        base = {name: value for name, value in base.items() if not name.startswith("float32.")}
+    _check(base, record.examples, record.prior, record, model, "")
+    others = []
+    for index, (size, part) in enumerate(zip(sized, parts, strict=True)):
+        _check(part, size.examples, size.prior, record, model, f"size.{index}.")
+        if part["x"].shape[1:] != model.data_shape(model.latent_shape(size.sizes)):
+            raise BundleError(f"{FILE}: size.{index}.x has shape {part['x'].shape}; the manifest says {size.sizes}")
+        others.append(Rows(size.sizes, part))
+    return Reference(record, base, tuple(others))
+
+
+def _check(tensors: Tensors, examples: int, prior: int, record: Golden, model: Model, prefix: str) -> None:
+    """Refuse tensors that are not those of so many rows."""
+    expected = _shapes(tensors, examples, prior, record, model, prefix)
     if set(tensors) != set(expected):
         raise BundleError(f"{FILE} has the tensors {sorted(tensors)}; expected {sorted(expected)}")
     for name, shape in expected.items():
         value, dtype = tensors[name], np.dtype(np.float32 if name == "x" else np.float64)
         if value.shape != shape or value.dtype != dtype:
             raise BundleError(
-                f"{FILE}: {name} has shape {value.shape} and dtype {value.dtype}; expected {shape} and {dtype}"
+                f"{FILE}: {prefix}{name} has shape {value.shape} and dtype {value.dtype}; expected {shape} and {dtype}"
             )
         if not np.isfinite(value).all():
-            raise BundleError(f"{FILE}: {name} has values that are not finite")
-    return Reference(record, tensors)
+            raise BundleError(f"{FILE}: {prefix}{name} has values that are not finite")
 
 
 def decode_calibration(raw: bytes, model: Model) -> npt.NDArray[np.float32]:
@@ -156,26 +237,29 @@ def decode_calibration(raw: bytes, model: Model) -> npt.NDArray[np.float32]:
     return x
 
 
-def _shapes(tensors: Tensors, record: Golden, model: Model) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    tensors: Tensors, examples: int, prior: int, record: Golden, model: Model, prefix: str
+) -> dict[str, tuple[int, ...]]:
     """The shape that every tensor must have. Named dimensions have the size that x has."""
     if "x" not in tensors or tensors["x"].ndim != len(model.data.shape) + 1:
-        raise BundleError(f"{FILE} has no x of shape {shape_text(model.data.shape, 'N')}")
+        raise BundleError(f"{FILE} has no {prefix}x of shape {shape_text(model.data.shape, 'N')}")
     sizes = tensors["x"].shape[1:]
     data = tuple(dim if isinstance(dim, int) else size for dim, size in zip(model.data.shape, sizes, strict=True))
     named = {dim.name: size for dim, size in zip(model.data.shape, sizes, strict=True) if not isinstance(dim, int)}
     try:
         latent = model.latent_shape(named)
     except InputError as error:
-        raise BundleError(f"{FILE}: x has a size that the model does not take: {error}") from None
-    count = record.examples
-    expected = {"x": (count, *data), "sample": (count, *data)}
+        raise BundleError(f"{FILE}: {prefix}x has a size that the model does not take: {error}") from None
+    expected = {"x": (examples, *data), "sample": (examples, *data)}
     for name in ENCODER_OUTPUTS[model.posterior.kind]:
-        expected |= {name: (count, *latent), f"float32.{name}": (count,)}
+        expected[name] = (examples, *latent)
     for name in DECODER_OUTPUTS[model.likelihood.kind]:
-        expected |= {f"prior.{name}": (record.prior, *data), f"float32.prior.{name}": (record.prior,)}
-    if model.posterior.kind == "diagonal_gaussian":
-        expected["float32.divergence"] = (count,)
+        expected[f"prior.{name}"] = (prior, *data)
     if model.has_elbo:
-        for name in ("reconstruction", "kl", "scale", "float32.reconstruction", "float32.kl"):
-            expected[name] = (count,)
+        for name in ("reconstruction", "kl", "scale"):
+            expected[name] = (examples,)
+    if record.draws:
+        for quantity in conditioned(model):
+            count = (prior if quantity.startswith("prior.") else examples,)
+            expected |= {f"spread.{quantity}": count, f"float32.{quantity}": count}
     return expected

@@ -379,6 +379,28 @@ class Graph(Part, frozen=True, kw_only=True):
     weights: str | None = None
 
 
+class GoldenSize(Part, frozen=True, kw_only=True):
+    """Golden examples at another size of the data's named dimensions.
+
+    Attributes:
+        sizes: of the named dimensions.
+        examples: rows of data; 0 where the size was not measured.
+        prior: draws from the prior; 0 where the size was not measured.
+        absent: why it was not measured, or why its rows are not kept; null where they are.
+    """
+
+    sizes: dict[str, int]
+    examples: int = 0
+    prior: int = 0
+    absent: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text(self.absent or "")
+        counts = (self.examples, self.prior)
+        if min(counts) < 0 or (self.absent is None) != (min(counts) > 0):
+            raise ValueError("golden: a size has one example or more and one prior draw or more, or a reason why not")
+
+
 class Golden(Part, frozen=True, kw_only=True):
     """The examples of `golden.safetensors`, in its order. Their noise is made again from the seed.
 
@@ -389,6 +411,9 @@ class Golden(Part, frozen=True, kw_only=True):
         held_out: rows of data that the model was not trained on.
         decoded: rows of decoded prior draws, which stand in where there is too little held-out data.
         prior: draws from the prior.
+        draws: perturbed runs of the reference from which float32's tolerances come; 0 for bundles that have none, whose
+            certificate cannot be measured.
+        sizes: further sizes of the data's named dimensions, in the order of the file.
     """
 
     seed: int
@@ -397,9 +422,13 @@ class Golden(Part, frozen=True, kw_only=True):
     held_out: int
     decoded: int
     prior: int
+    draws: int = 0
+    sizes: tuple[GoldenSize, ...] = ()
 
     def __post_init__(self) -> None:
         check_text(self.reference)
+        if self.draws < 0:
+            raise ValueError("golden: draws of 0 or more expected")
         data = self.held_out + self.decoded
         if min(self.seed, self.extremes, self.held_out, self.decoded) < 0 or self.prior < 1 or data < 1:
             raise ValueError("golden: a seed of 0 or more, one example or more and one prior draw or more expected")

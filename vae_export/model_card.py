@@ -44,8 +44,8 @@ def write(
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     checks = "\n".join(
-        f"| {c.graph} | {c.quantity} | {c.got:.3g} {c.unit} | "
-        f"{'' if c.allowed is None else f'{c.allowed:.3g}'} | {'' if c.pytorch is None else f'{c.pytorch:.3g}'} |"
+        f"| {c.graph} | {c.quantity} | {c.measured:.3g} {c.unit} | "
+        f"{'' if c.tolerance is None else f'{c.tolerance:.3g}'} | {'' if c.pytorch is None else f'{c.pytorch:.3g}'} |"
         for c in certificate.checks
     )
     shown = f"\n![{name}: samples from the prior]({PICTURE})\n" if picture else ""

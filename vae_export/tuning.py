@@ -22,7 +22,7 @@ import numpy.typing as npt
 from vae_export import graph as graphs
 from vae_export import noise, precision, timing, verifier
 from vae_export.builds import Measurement, Options, Precision, Runner, Variant
-from vae_export.certificate import Certificate
+from vae_export.certificate import Certificate, output_tolerance
 from vae_export.errors import BackendError, VaeExportError, VerificationError
 from vae_export.golden import Reference
 from vae_export.graph import compose, edit, passes
@@ -232,7 +232,7 @@ class Tuner:
             measured = self._certificate(ways, self.reference)
             if not measured.passed:
                 self._refuse(measured, chosen, refused)
-            elif not self._take_back_exact(measured, chosen):
+            elif not self._take_back_exact(chosen):
                 break
         dropped = self._fusions(chosen)
         if dropped:
@@ -375,10 +375,8 @@ class Tuner:
             measured = self._certificate(ways, self.small, batches=(8,))
         except VaeExportError as error:
             return _line(error)
-        budgets = ((check, check.allowed) for check in measured.checks if check.allowed is not None)
-        # What is not a number is not within a budget either.
-        wrong = [check for check, allowed in budgets if not check.got <= share * allowed]
-        return str(wrong[0]) if wrong else None
+        nearest = measured.nearest
+        return None if nearest.share <= share else str(nearest)
 
     def _certificate(
         self, ways: Mapping[str, Sequence[Way]], reference: Reference, batches: Sequence[int] = verifier.BATCHES
@@ -538,10 +536,10 @@ class Tuner:
             VerificationError: a graph would have no candidate left.
         """
         rank = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
-        failed = next(check for check in measured.checks if not check.passed)
-        blamed = {verifier.PICTURE: "generate"}.get(failed.quantity, failed.graph)
+        failed = measured.nearest
+        blamed = {verifier.PICTURE: "generate"}.get(failed.id, failed.graph)
         if blamed == "end to end":
-            blamed = "reconstruct" if failed.quantity.startswith("pixel") else "score"
+            blamed = "score" if failed.id.startswith("elbo.") else "reconstruct"
         places = [(graph, row.candidate) for graph, rows in chosen.items() for row in rows if graph == blamed] or [
             (graph, row.candidate) for graph in GRAPHS for row in chosen[graph]
         ]
@@ -554,17 +552,17 @@ class Tuner:
         if not all(self._left(graph, refused) for graph in GRAPHS):
             measured.require()
 
-    def _take_back_exact(self, measured: Certificate, chosen: Mapping[str, list[Timed]]) -> bool:
+    def _take_back_exact(self, chosen: Mapping[str, list[Timed]]) -> bool:
         """Compile for no shape of its own what computes something else there: the certificate may have other shapes.
 
-        What is allowed is what the certificate allows between two splits of a batch: another order of sums.
+        What is allowed is what rounding explains: another order of sums.
 
         Returns:
             Whether there was any.
         """
-        allowed = max(check.allowed or 0.0 for check in measured.checks if check.quantity == verifier.SPLIT)
         found = False
         for graph, rows in chosen.items():
+            allowed = output_tolerance(graph, self.reference.groups(self.model)[0])
             for row in rows:
                 place = (graph, id(row.candidate))
                 if row.candidate.runner == "openvino" and place not in self._inexact:

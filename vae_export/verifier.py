@@ -6,23 +6,52 @@ import datetime
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vae_export import certificate as certificates
-from vae_export import elbo, golden, noise
+from vae_export import deviations, elbo, golden, likelihoods, noise
 from vae_export.bundle import Bundle
-from vae_export.certificate import TOLERANCES, Certificate, Check, Tolerance
+from vae_export.certificate import TOLERANCES, Certificate, Check, GraphName, Tolerance, rounding_tolerance
+from vae_export.deviations import Deviations
 from vae_export.elbo import Array, Float64
-from vae_export.golden import EXTREMES, Reference
+from vae_export.errors import BackendError, BundleError
+from vae_export.golden import Reference, Rows
 from vae_export.manifest import Model
 from vae_export.pixels import to_uint8
+from vae_export.progress import Progress, silent
 from vae_export.runtimes import VAE, Backend, Settings, open_bundle
 
 BATCHES = (1, 2, 7, 64)
-#: What the checks of splits and of bytes are called.
-SPLIT, PICTURE = "another split of the batch", "picture, worst"
+#: Rows at all batch sizes but the largest; there all of them are run.
+_FEW = 16
+#: Rows whose results are held at once, in bytes of the data.
+_HELD = 32 << 20
+#: The id of the check of a fused graph that makes pictures, and of that which compares two splits of a batch.
+PICTURE, SPLIT = "prior.picture.max", "splits.max"
+
+#: What is measured, in words, with its unit, by the last two parts of an id.
+_WORDS: Mapping[str, tuple[str, str]] = {
+    "mean.sigma": ("error of the mean", "posterior standard deviations"),
+    "kl.dimension": ("KL(reference ‖ measured) of the worst latent dimension", "nats"),
+    "pixel.max": ("worst pixel", "of the range"),
+    "pixel.off1": ("pixels off by more than 1/255", "share"),
+    "pixel.off2": ("pixels off by more than 2/255", "share"),
+    "pixel.psnr": ("PSNR", "dB"),
+    "bound.max": ("ELBO", "of Σ|ELBO terms|"),
+    "reconstruction.max": ("reconstruction", "of Σ|ELBO terms|"),
+    "kl.max": ("KL(q(z|x) ‖ p(z))", "of Σ|ELBO terms|"),
+}
+_GRAPHS: Mapping[str, GraphName] = {
+    "encoder": "encoder", "prior": "decoder", "decoder": "decoder", "end_to_end": "end to end", "elbo": "end to end",
+}  # fmt: skip
+#: What the ids' first parts say, behind the quantity.
+_WHERE = {"prior": " of draws from the prior", "decoder": " of latents of data"}
+
+Precisions = str | Mapping[str, str]
 
 
 def verify(
@@ -31,12 +60,13 @@ def verify(
     device: str = "auto",
     build: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    progress: Progress = silent,
 ) -> Certificate:
     """Measure a bundle again, on this machine, against the golden examples that it brought along.
 
     What is measured is what `load` would use: with device `auto`, a build of the cache where there is one.
 
-    Nothing is written. The result may be out of budget: ask `Certificate.passed`, or call
+    Nothing is written. The result may be out of tolerance: ask `Certificate.passed`, or call
     `Certificate.require`.
 
     Args:
@@ -44,6 +74,7 @@ def verify(
         device: as for `load`.
         build: as for `load`.
         threads: as for `load`.
+        progress: told how far it is.
 
     Raises:
         InputError, BundleError, BackendError: as for `load`.
@@ -53,7 +84,9 @@ def verify(
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, manifest.model)
     opened = open_bundle(bundle, device=device, build=build, settings=Settings(threads=threads))
     try:
-        return measure(manifest.model, opened.backend, reference, manifest.name, opened.options.tolerance)
+        return measure(
+            manifest.model, opened.backend, reference, manifest.name, opened.options.tolerance, progress=progress
+        )
     finally:
         opened.backend.close()
 
@@ -63,53 +96,60 @@ def measure(
     backend: Backend,
     reference: Reference,
     name: str,
-    precision: str = "float32",
+    precision: Precisions = "float32",
     batches: Sequence[int] = BATCHES,
+    progress: Progress = silent,
 ) -> Certificate:
     """Compare a backend that has a model's graphs with the reference.
 
-    Of these, batches of more examples than the reference has are left out.
+    In float32 every row must stay within what rounding explains, see `certificate.rounding_tolerance`. Below it encoder
+    and decoder are judged apart, each by the tolerances of its own precision and on rows of data; extremes and draws
+    from the prior are reported.
 
     Args:
         model: what the graphs compute.
         backend: has them; its fused graphs are measured, too, where it has any.
         reference: what they are compared with.
         name: of the bundle.
-        precision: whose tolerances apply.
-        batches: to measure at. What differs between the smallest and the largest is what a split costs.
+        precision: that whose tolerances apply; for `encoder` and `decoder` apart where they differ.
+        batches: to measure at; those with more examples than the reference has are left out, but for the smallest. All
+            rows run at the largest, the first of them at the others.
+        progress: told the share of the work that is done.
+
+    Raises:
+        BundleError: the golden examples are of a version that had no conditioning.
     """
     record = reference.record
-    batches = tuple(batch for batch in batches if batch <= max(record.examples, record.prior))
-    vaes = {batch: VAE(model, backend, micro_batch=batch) for batch in batches}
-    meter = _Meter(reference, TOLERANCES[precision])
-    encoded = {batch: _encode(vae, reference) for batch, vae in vaes.items()}
-    decoded = {batch: _decode(vae, reference) for batch, vae in vaes.items()}
-    meter.finite("encoder", encoded)
-    meter.posterior(encoded)
-    meter.finite("decoder", decoded)
-    meter.pixels("decoder", {b: d["sample"] for b, d in decoded.items()}, "prior.sample", model)
-    for output in decoded[batches[0]]:
-        meter.worst("decoder", output, {b: d[output] for b, d in decoded.items()}, f"prior.{output}")
-    seed = record.seed
-    x = reference.tensors["x"]
-    gaussian = model.posterior.kind == "diagonal_gaussian"
-    samples = {b: vae.reconstruct(x, seed=seed if gaussian else None) for b, vae in vaes.items()}
-    meter.pixels("end to end", samples, "sample", model)
-    if "generate" in backend.graphs:
-        meter.pictures({b: _pictures(vae, reference) for b, vae in vaes.items()}, model)
-    if reference.has_elbo:
-        bounds = {batch: vae.elbo(x, seed=seed) for batch, vae in vaes.items()}
-        meter.terms("ELBO", {b: bound.elbo for b, bound in bounds.items()})
-        meter.terms("reconstruction", {b: bound.reconstruction for b, bound in bounds.items()})
-        meter.terms("KL", {b: bound.kl for b, bound in bounds.items()})
-    meter.splits("encoder", encoded)
-    meter.splits("decoder", decoded)
+    if record.draws == 0:
+        raise BundleError(
+            f"{name}: its golden examples do not say how far rounding may move them, as a version before 0.6 wrote them: "
+            "there is nothing to hold a certificate to. Export the model again"
+        )
+    kinds = dict.fromkeys(("encoder", "decoder"), precision) if isinstance(precision, str) else dict(precision)
+    affordable = [batch for batch in batches if batch <= max(record.examples, record.prior)]
+    batches = tuple(affordable or [min(batches)])
+    groups = reference.groups(model)
+    meter = _Meter(model, kinds, [_size(rows.sizes) for rows in groups])
+    work = sum(rows.examples * rows.tensors["x"][0].size for rows in groups)
+    done = 0
+    for index, rows in enumerate(groups):
+        several = batches if index == 0 else (max(rows.examples, rows.prior),)
+        for batch in several:
+            run = _Run(model, backend, rows, record.seed, batch, kinds, _latent_std(rows))
+            try:
+                meter.collect(index, rows, batch, run, None if batch == max(several) else _FEW)
+            except BackendError as error:
+                if index == 0:
+                    raise
+                raise _fails_at(error, groups[0].sizes, rows.sizes) from error
+        done += rows.examples * rows.tensors["x"][0].size
+        progress("measuring the certificate", done / work)
     return Certificate(
         bundle=name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         reference=record.reference,
         measured={**{k: str(v) for k, v in backend.describe().items()}, "machine": platform.machine()},
-        precision=precision,
+        precision=_headed(kinds),
         examples={
             "extremes": record.extremes,
             "held_out": record.held_out,
@@ -117,193 +157,330 @@ def measure(
             "prior": record.prior,
         },
         batches=batches,
+        sizes=tuple(filter(None, meter.sizes)),
+        absent=tuple(f"{_size(size.sizes)}: {size.absent}" for size in record.sizes if size.absent),
         splits_identical=meter.identical,
-        checks=tuple(meter.checks),
+        checks=tuple(meter.checks()),
     )
 
 
-_Outputs = Mapping[str, Array]
+def _headed(kinds: Mapping[str, str]) -> str:
+    if len(set(kinds.values())) == 1:
+        return kinds["encoder"]
+    return ", ".join(f"{graph} {kind}" for graph, kind in kinds.items())
 
 
-def _encode(vae: VAE, reference: Reference) -> _Outputs:
-    posterior = vae.encode(reference.tensors["x"])
-    return {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+def _size(sizes: Mapping[str, int]) -> str | None:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items()) or None
 
 
-def _decode(vae: VAE, reference: Reference) -> _Outputs:
-    record, shape = reference.record, reference.tensors["mean"].shape[1:]
-    z = noise.normals(record.seed, noise.PRIOR, 0, record.prior, math.prod(shape))
-    return vae.likelihood(z.reshape(-1, *shape))
+def _fails_at(error: BackendError, example: Mapping[str, int], sizes: Mapping[str, int]) -> BackendError:
+    return BackendError(
+        f"the graph runs at {_size(example)} and fails at {_size(sizes)}, which the model is said to take: it depends on "
+        "the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without int() "
+        f"or len(), and no constants in split, view or kernel sizes. {error}"
+    )
 
 
-def _pictures(vae: VAE, reference: Reference) -> Array:
-    record, latent = reference.record, reference.tensors["mean"].shape[1:]
-    pictures: Array = vae.generate(record.prior, record.seed, size=vae.model.sizes(latent) or None)
-    return pictures
+@dataclass(frozen=True)
+class _Run:
+    """One size at one batch size."""
+
+    model: Model
+    backend: Backend
+    rows: Rows
+    seed: int
+    batch: int
+    kinds: Mapping[str, str]
+    latent_std: Array | None
+
+    @property
+    def vae(self) -> VAE:
+        """The runtime over the backend."""
+        return VAE(self.model, self.backend, micro_batch=self.batch)
+
+    @property
+    def lower(self) -> bool:
+        """Whether a graph is below float32."""
+        return any(kind != "float32" for kind in self.kinds.values())
+
+    def slices(self, count: int, most: int | None) -> Iterator[slice]:
+        """Parts of rows whose results are held at once: whole batches."""
+        held = max(1, _HELD // (self.rows.tensors["x"][0].nbytes * self.batch)) * self.batch
+        for first in range(0, count if most is None else min(most, count), held):
+            yield slice(first, min(first + held, count if most is None else min(most, count)))
+
+    def data(self, part: slice) -> tuple[Deviations, list[Array]]:
+        """Deviations on rows of data, and the encoder's outputs."""
+        tensors, vae = self.rows.tensors, self.vae
+        x = tensors["x"][part]
+        posterior = vae.encode(x)
+        outputs = {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+        exact = {name: value[part] for name, value in tensors.items() if "." not in name}
+        found = deviations.encoded({name: exact[name] for name in outputs}, outputs, self.latent_std)
+        gaussian = posterior.logvar is not None
+        fused = self.backend.graphs
+        parameters: Mapping[str, Array] | None = None
+        if "reconstruct" not in fused or (self.model.has_elbo and "score" not in fused):
+            parameters = vae.likelihood(posterior.sample(self.seed, part.start) if gaussian else posterior.mode())
+        if "reconstruct" in fused:
+            sample = vae.reconstruct(x, seed=self.seed if gaussian else None, start=part.start)
+        else:
+            assert parameters is not None
+            sample = parameters["sample"]
+        found |= deviations.decoded("end_to_end", exact, {"sample": sample}, self.model)
+        if self.model.has_elbo:
+            if "score" in fused:
+                bound = vae.elbo(x, seed=self.seed, start=part.start)
+                reconstruction, kl = bound.reconstruction, bound.kl
+            else:
+                assert parameters is not None
+                likelihood = likelihoods.of(self.model)
+                reconstruction = elbo.per_example(likelihood.log_prob_terms(x, parameters))
+                kl = posterior.kl()
+            found |= deviations.terms(exact, reconstruction, kl)
+        if self.lower:
+            z = self._latents(exact, part)
+            found |= deviations.decoded("decoder", exact, {"sample": vae.decode(z)}, self.model)
+        return found, list(outputs.values())
+
+    def _latents(self, exact: Mapping[str, Array], part: slice) -> Array:
+        """The reference's draws from the posterior, rounded to float32, as the reference decoded them."""
+        mean = exact["mean"]
+        if "logvar" not in exact:
+            return mean.astype(np.float32)
+        eps = noise.normals(self.seed, noise.POSTERIOR, part.start, len(mean), mean[0].size).reshape(mean.shape)
+        z: Array = (mean + np.exp(0.5 * exact["logvar"]) * eps).astype(np.float32)
+        return z
+
+    def prior(self, part: slice) -> tuple[Deviations, list[Array]]:
+        """Deviations on draws from the prior, and the decoder's outputs."""
+        tensors, shape = self.rows.tensors, self.rows.tensors["mean"].shape[1:]
+        count = part.stop - part.start
+        z = noise.normals(self.seed, noise.PRIOR, part.start, count, math.prod(shape)).reshape(-1, *shape)
+        outputs = self.vae.likelihood(z)
+        exact = {name: tensors[f"prior.{name}"][part] for name in outputs}
+        found = deviations.decoded("prior", exact, outputs, self.model)
+        if "generate" in self.backend.graphs:
+            pictures: Array = self.vae.generate(count, self.seed, part.start, size=self.model.sizes(shape) or None)
+            levels = to_uint8(exact["sample"], self.model.data.range).transpose(0, 2, 3, 1)
+            found[PICTURE] = deviations.largest(pictures, levels)
+        return found, list(outputs.values())
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Deviations of one quantity at one size and batch size, from row `first` on."""
+
+    group: int
+    batch: int
+    first: int
+    values: Float64
 
 
 class _Meter:
-    """Collects checks. Every quantity is the worst over the batch sizes."""
+    """Collects deviations, and makes checks of them: each of the row that is nearest to its tolerance."""
 
-    def __init__(self, reference: Reference, tolerance: Tolerance) -> None:
-        self.tensors = reference.tensors
-        self.tolerance = tolerance
-        self.checks: list[Check] = []
+    def __init__(self, model: Model, kinds: Mapping[str, str], sizes: Sequence[str | None]) -> None:
+        self.model = model
+        self.kinds = kinds
+        self.sizes = list(sizes)
         self.identical = True
+        self._groups: dict[int, Rows] = {}
+        self._measured: dict[str, list[_Measured]] = {}
+        self._wrong = {"encoder": 0, "decoder": 0}
+        self._first: dict[tuple[int, str], list[Array]] = {}
+        self._apart = 0.0
 
-    def finite(self, graph: certificates.GraphName, outputs: Mapping[int, _Outputs]) -> None:
-        wrong = {b: sum(int((~np.isfinite(v)).sum()) for v in out.values()) for b, out in outputs.items()}
-        batch = max(wrong, key=wrong.__getitem__)
-        self._add(graph, "not finite", "values", wrong[batch], 0.0, batch=batch)
+    def collect(self, group: int, rows: Rows, batch: int, run: _Run, most: int | None) -> None:
+        """Run all rows of a size, or the first `most`."""
+        self._groups[group] = rows
+        for graph, count, function in (("encoder", rows.examples, run.data), ("decoder", rows.prior, run.prior)):
+            for part in run.slices(count, most):
+                found, outputs = function(part)
+                self._wrong[graph] += sum(int((~np.isfinite(value)).sum()) for value in outputs)
+                if part.start == 0:
+                    self._compare(group, graph, outputs)
+                for quantity, values in found.items():
+                    measured = _Measured(group, batch, part.start, np.asarray(values, np.float64))
+                    self._measured.setdefault(quantity, []).append(measured)
 
-    def posterior(self, encoded: Mapping[int, _Outputs]) -> None:
-        for output in next(iter(encoded.values())):
-            self.worst("encoder", output, {b: e[output] for b, e in encoded.items()}, output)
-        if "logvar" not in self.tensors:
-            return
-        mean, logvar = self.tensors["mean"], self.tensors["logvar"]
-        terms = {b: elbo.kl_between_terms(mean, logvar, e["mean"], e["logvar"]) for b, e in encoded.items()}
-        divergence = {b: elbo.per_example(t) for b, t in terms.items()}
-        self._worst_row("encoder", "KL(reference || exported)", "nats", divergence, None)
-        own = float(self.tensors["float32.divergence"].max())
-        allowed = max(self.tolerance.posterior_kl, self.tolerance.own_factor**2 * own)
-        worst = {b: _row_max(t) for b, t in terms.items()}
-        extreme = self.tolerance.extreme**2
-        self._worst_row("encoder", "KL(reference || exported), worst dimension", "nats", worst, allowed, own, extreme)
+    def _compare(self, group: int, graph: str, outputs: list[Array]) -> None:
+        """How far the first rows are from those of the batch size before."""
+        first = self._first.setdefault((group, graph), outputs)
+        for value, other in zip(outputs, first, strict=True):
+            count = min(len(value), len(other), _FEW)
+            if not np.array_equal(value[:count], other[:count]):
+                self.identical = False
+                apart = deviations.largest(value[:count], other[:count]).max() / max(np.abs(other[:count]).max(), 1e-30)
+                self._apart = max(self._apart, float(apart))
 
-    def worst(self, graph: certificates.GraphName, output: str, got: Mapping[int, Array], against: str) -> None:
-        """The worst error of an output, as a share of the largest reference value, beside PyTorch's own."""
-        exact = self.tensors[against]
-        largest = max(float(np.abs(exact).max()), 1e-30)
-        own = self._own(graph, output)
-        allowed = max(self.tolerance.output, self.tolerance.own_factor * own)
-        errors = {b: _row_max(np.abs(value - exact)) / largest for b, value in got.items()}
-        extreme = self.tolerance.extreme if graph == "encoder" else 1.0
-        self._worst_row(graph, f"{output}, worst", "of the largest", errors, allowed, own, extreme)
+    def checks(self) -> list[Check]:
+        """One of each quantity, and of what is not finite."""
+        found = [
+            self._check("encoder", f"{graph}.finite", "values that are not finite", "values", self._wrong[graph], 0.0)
+            for graph in ("encoder", "decoder")
+        ]
+        for quantity, parts in self._measured.items():
+            if quantity.endswith(".mse"):
+                found.append(self._psnr(quantity, parts))
+            else:
+                found.append(self._worst(quantity, parts))
+        found.append(self._check("encoder", SPLIT, "another split of the batch", "of max|output|", self._apart, None))
+        return found
 
-    def pixels(self, graph: certificates.GraphName, got: Mapping[int, Array], against: str, model: Model) -> None:
-        low, high = model.data.range
-        errors = {b: np.abs(v - self.tensors[against]) / (high - low) for b, v in got.items()}
-        worst = {b: _row_max(e) for b, e in errors.items()}
-        self._worst_row(graph, "pixel, worst", "of the range", worst, self.tolerance.pixel)
-        off = {b: float((e > 1 / 255).mean()) for b, e in errors.items()}
-        # Capped at 300 dB, far beyond float64, for results that are equal.
-        noise_ratio = {b: -20 * math.log10(np.maximum(_rms(e), 1e-15)) for b, e in errors.items()}
-        batch = max(off, key=off.__getitem__)
-        self._add(
-            graph,
-            "pixels off by more than 1/255",
-            "share",
-            off[batch],
-            self.tolerance.pixels_off,
-            batch=batch,
-        )
-        batch = min(noise_ratio, key=lambda b: np.nan_to_num(noise_ratio[b], nan=-np.inf))
-        self._add(graph, "PSNR", "dB", np.nan_to_num(noise_ratio[batch]), None, batch=batch)
-
-    def pictures(self, got: Mapping[int, Array], model: Model) -> None:
-        """Bytes of the pictures of draws from the prior, against those of the reference."""
-        exact = to_uint8(self.tensors["prior.sample"], model.data.range).transpose(0, 2, 3, 1).astype(np.int16)
-        off = {b: np.abs(v.astype(np.int16) - exact) for b, v in got.items()}
-        # Rounding puts two values that are close on both sides of a half: one level is never an error.
-        allowed = 1 + math.floor(255 * self.tolerance.pixel)
-        worst = {b: _row_max(levels) for b, levels in off.items()}
-        self._worst_row("decoder", PICTURE, "levels of 255", worst, allowed)
-
-    def terms(self, quantity: str, got: Mapping[int, Array]) -> None:
-        """ELBO, reconstruction or KL: nats, and relative to S, beside PyTorch's own in float32."""
-        tensors, scale = self.tensors, self.tensors["scale"]
-        names = {"reconstruction": "reconstruction", "KL": "kl"}
-        if quantity == "ELBO":
-            exact = tensors["reconstruction"] - tensors["kl"]
-            torch32 = tensors["float32.reconstruction"] - tensors["float32.kl"]
-        else:
-            exact, torch32 = tensors[names[quantity]], tensors[f"float32.{names[quantity]}"]
-        own = np.abs(torch32 - exact)
-        errors = {b: np.abs(value - exact) for b, value in got.items()}
-        self._worst_row("end to end", quantity, "nats", errors, None, float(own.max()))
-        relative = {b: e / scale for b, e in errors.items()}
-        allowed = self.tolerance.relative
-        self._worst_row("end to end", f"{quantity}, worst", "of S", relative, allowed, float((own / scale).max()))
-        rms = {b: _rms(r) for b, r in relative.items()}
-        batch = max(rms, key=rms.__getitem__)
-        own_rms = _rms(own / scale)
-        budget = min(allowed, self.tolerance.own_factor * max(own_rms, self.tolerance.rms_floor))
-        self._add(
-            "end to end",
-            f"{quantity}, RMS",
-            "of S",
-            rms[batch],
-            budget,
-            batch=batch,
-            pytorch=own_rms,
-        )
-
-    def splits(self, graph: certificates.GraphName, outputs: Mapping[int, _Outputs]) -> None:
-        """Another split is another order of sums: what PyTorch in float32 is off by is allowed for it, too."""
-        whole = outputs[max(outputs)]
-        worst: dict[int, Float64] = {}
-        own = max(self._own(graph, name) for name in whole)
-        allowed = max(self.tolerance.split, self.tolerance.own_factor * own)
-        for batch, out in outputs.items():
-            shares = [_row_max(np.abs(out[k] - v)) / max(float(np.abs(v).max()), 1e-30) for k, v in whole.items()]
-            worst[batch] = np.max(shares, axis=0)
-            self.identical &= all(np.array_equal(out[k], v) for k, v in whole.items())
-        self._worst_row(graph, SPLIT, "of the largest", worst, allowed, own)
-
-    def _own(self, graph: certificates.GraphName, output: str) -> float:
-        """PyTorch's own worst error of an output in float32, as a share of the largest reference value."""
-        against = output if graph == "encoder" else f"prior.{output}"
-        largest = max(float(np.abs(self.tensors[against]).max()), 1e-30)
-        return float(self.tensors[f"float32.{against}"].max()) / largest
-
-    def _worst_row(
-        self,
-        graph: certificates.GraphName,
-        quantity: str,
-        unit: str,
-        rows: Mapping[int, Array],
-        allowed: float | None,
-        pytorch: float | None = None,
-        extreme: float = 1.0,
-    ) -> None:
-        """The row that is nearest to its budget, which for the extremes is `extreme` times the others'."""
-        factor = np.ones(len(next(iter(rows.values()))))
-        factor[:EXTREMES] = extreme
-        with np.errstate(divide="ignore", invalid="ignore"):  # nothing may be off where the factor is 0
-            shares = {b: np.where(np.isnan(r / factor), np.inf, r / factor) for b, r in rows.items()}
-        places = {b: int(np.argmax(share)) for b, share in shares.items()}
-        batch = max(rows, key=lambda b: shares[b][places[b]])
-        got = float(rows[batch][places[batch]])
-        allowed = None if allowed is None else allowed * float(factor[places[batch]])
-        self._add(graph, quantity, unit, got, allowed, batch=batch, example=places[batch], pytorch=pytorch)
-
-    def _add(
-        self,
-        graph: certificates.GraphName,
-        quantity: str,
-        unit: str,
-        got: float,
-        allowed: float | None,
-        *,
-        batch: int | None = None,
-        example: int | None = None,
-        pytorch: float | None = None,
-    ) -> None:
-        # JSON has no NaN: what cannot be compared counts as infinitely far off, which no budget allows.
-        got = float(got) if np.isfinite(got) else float(np.finfo(np.float64).max)
-        self.checks.append(
-            Check(
-                graph=graph, quantity=quantity, unit=unit, got=got, allowed=allowed,
-                pytorch=pytorch, batch=batch, example=example,
-            )
+    def _worst(self, quantity: str, parts: Sequence[_Measured]) -> Check:
+        """The row that is nearest to its tolerance, or, where there is none, the worst."""
+        best: tuple[float, float, float | None, _Measured, int] | None = None
+        for part in parts:
+            rows = self._groups[part.group]
+            places = slice(part.first, part.first + len(part.values))
+            scale = _scale(quantity, rows)[places]
+            values = np.where(np.isfinite(part.values), part.values, np.inf) / scale
+            tolerance = self._tolerance(quantity, rows, places)
+            judged = values if tolerance is None else _shares(values, tolerance / scale)
+            if tolerance is not None and not self._in_float32(quantity) and part.group == 0:
+                judged = judged.copy()
+                judged[: max(0, rows.extremes - part.first)] = -1.0
+            place = int(np.argmax(judged))
+            allowed = None if tolerance is None else float((tolerance / scale)[place])
+            if best is None or judged[place] > best[0]:
+                best = (float(judged[place]), float(values[place]), allowed, part, place)
+        assert best is not None
+        _, value, allowed, part, place = best
+        text, unit = self._words(quantity)
+        own = self._groups[part.group].tensors.get(f"float32.{quantity}")
+        pytorch = None
+        if own is not None:
+            row = part.first + place
+            pytorch = float(own[row] / _scale(quantity, self._groups[part.group])[row])
+        return self._check(
+            quantity.split(".")[0], quantity, text, unit, value, allowed,
+            pytorch=pytorch, size=self.sizes[part.group], batch=part.batch, example=part.first + place,
         )  # fmt: skip
 
+    def _psnr(self, quantity: str, parts: Sequence[_Measured]) -> Check:
+        """Of the whole of all rows of a size at a batch size, the worst: the extremes apart where it is judged."""
+        prefix = quantity.split(".")[0]
+        low = self._lower(prefix)
+        worst = math.inf
+        where = parts[0]
+        for group, batch in dict.fromkeys((part.group, part.batch) for part in parts):
+            mine = [part for part in parts if (part.group, part.batch) == (group, batch)]
+            skip = self._groups[group].extremes if low and prefix != "prior" else 0
+            values = np.concatenate([part.values[max(0, skip - part.first) :] for part in mine])
+            if not len(values):
+                continue
+            mse = float(np.mean(values)) if np.isfinite(values).all() else math.inf
+            # Capped at 300 dB, far beyond float64, for results that are equal.
+            decibels = -math.inf if math.isinf(mse) else -10 * math.log10(max(mse, 1e-30))
+            if decibels < worst:
+                worst, where = decibels, mine[0]
+        tolerance = low.psnr if low and prefix == "decoder" else None
+        text, unit = self._words(f"{prefix}.pixel.psnr")
+        return self._check(
+            prefix, f"{prefix}.pixel.psnr", text, unit, worst, tolerance,
+            at_least=True, size=self.sizes[where.group], batch=where.batch,
+        )  # fmt: skip
 
-def _row_max(values: Array) -> Float64:
-    worst: Float64 = values.reshape(len(values), -1).max(axis=1)
-    return worst
+    def _in_float32(self, quantity: str) -> bool:
+        prefix = quantity.split(".")[0]
+        return self._lower("end_to_end" if prefix == "elbo" else prefix) is None
+
+    def _lower(self, prefix: str) -> Tolerance | None:
+        """The tolerances of what an id begins with; None where it is in float32."""
+        if prefix == "encoder":
+            kind = self.kinds["encoder"]
+        elif prefix in ("prior", "decoder"):
+            kind = self.kinds["decoder"]
+        else:
+            kind = max(self.kinds.values(), key=_ORDER.index)
+        return None if kind == "float32" else TOLERANCES[kind]
+
+    def _tolerance(self, quantity: str, rows: Rows, places: slice) -> Float64 | None:
+        """What is tolerated of each row, in the deviations' own unit; None of what is only reported."""
+        if quantity == PICTURE:
+            return self._levels(rows)[places]
+        prefix, _, rest = quantity.partition(".")
+        if self._in_float32(quantity):
+            if quantity not in deviations.conditioned(self.model):
+                return None
+            return rounding_tolerance(quantity, rows)[places]
+        low = self._lower("end_to_end" if prefix == "elbo" else prefix)
+        assert low is not None
+        own = self.model.has_elbo and not self.model.likelihood.nominal
+        value = {
+            "encoder.mean.sigma": low.sigma,
+            "encoder.kl.dimension": low.kl,
+            "decoder.pixel.max": low.pixel,
+            "decoder.pixel.off1": low.off1,
+            "decoder.pixel.off2": low.off2,
+            **({f"elbo.{term}.max": low.elbo for term in ("bound", "reconstruction", "kl")} if own else {}),
+        }.get(quantity)
+        if value is None or (prefix == "decoder" and self.kinds["decoder"] == "float32"):
+            return None
+        return np.asarray(value * _scale(quantity, rows), np.float64)[places]
+
+    def _levels(self, rows: Rows) -> Float64:
+        """Levels of 255 that a picture's bytes may be off by."""
+        low = self._lower("prior")
+        width = self.model.data.range[1] - self.model.data.range[0]
+        share = np.full(rows.prior, low.pixel) if low else rounding_tolerance("prior.sample.max", rows) / width
+        # Rounding puts two values that are close on both sides of a half: one level is never an error.
+        return np.asarray(1 + np.floor(255 * share), np.float64)
+
+    def _words(self, quantity: str) -> tuple[str, str]:
+        prefix, what, how = quantity.split(".")
+        if quantity == PICTURE:
+            return "worst byte of pictures", "levels of 255"
+        text, unit = _WORDS.get(f"{what}.{how}", (f"{what}, worst", "of max|reference|"))
+        if prefix == "encoder" and how == "max":
+            text, unit = f"{what}, worst", "of max|reference|"
+        if how == "sigma" and self.model.posterior.kind == "deterministic":
+            unit = "standard deviations of the latent over data"
+        return text + _WHERE.get(prefix, ""), unit
+
+    def _check(
+        self,
+        prefix: str,
+        quantity: str,
+        text: str,
+        unit: str,
+        measured: float,
+        tolerance: float | None,
+        **where: Any,
+    ) -> Check:
+        # JSON has no NaN: what cannot be compared counts as infinitely far off, which nothing tolerates.
+        far = float(np.finfo(np.float64).max)
+        if not math.isfinite(measured):
+            measured = -far if where.get("at_least") else far
+        graph = _GRAPHS["prior" if quantity == "decoder.finite" else prefix]
+        return Check(
+            id=quantity, graph=graph, quantity=text, unit=unit, measured=float(measured), tolerance=tolerance, **where
+        )
 
 
-def _rms(values: Array) -> float:
-    return float(np.sqrt(np.mean(values * values)))
+def _latent_std(rows: Rows) -> Array | None:
+    """For a deterministic encoder the standard deviation of each latent, or latent channel, over the data."""
+    mean = rows.tensors["mean"][rows.extremes :]
+    if "logvar" in rows.tensors or not len(mean):
+        return None
+    std: Array = np.maximum(mean.std(axis=(0, *range(2, mean.ndim)), keepdims=True), 1e-12)
+    return std
+
+
+def _scale(quantity: str, rows: Rows) -> Float64:
+    """See `deviations.unit`; for each row."""
+    count = rows.prior if quantity.startswith("prior.") else rows.examples
+    return np.broadcast_to(deviations.unit(quantity, rows.tensors), (count,))
+
+
+#: Precisions from the most exact on.
+_ORDER = ("float32", "tf32", "float16", "bfloat16", "int8")
+
+
+def _shares(values: Float64, tolerance: Float64) -> Float64:
+    """Values as shares of their tolerances; infinite where nothing is tolerated and something is off."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = values / tolerance
+    return np.where(values == 0.0, 0.0, np.where(np.isnan(shares), np.inf, shares))

@@ -1,0 +1,125 @@
+"""How far float32 rounding can move a model's results: Monte Carlo arithmetic in float64.
+
+A perturbed run multiplies every weight, and every result of an operation that rounds, by 1 + u ξ, where u = 2^-24 is
+half a unit in float32's last place and ξ is uniform in [−1, 1] (Parker 1997, Monte Carlo Arithmetic). Products that are
+summed over K terms round at every partial sum as well: by a random walk that is ACCUMULATED · √K · u of the sums'
+root mean square, one part of it alone in each value and one that all positions of a channel share, as they do where
+neighbours are nearly equal. The constant was measured: with it oneDNN, ONNX Runtime and OpenVINO deviate by 0.5 to 3
+times as much as a perturbed run at K from 9 to 4,608 (docs/certificate.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Half a unit in the last place of float32.
+UNIT = 2.0**-24
+#: See the module's docstring.
+ACCUMULATED = 0.2
+
+#: Operations whose results are exact: they select, copy or order values.
+_EXACT = frozenset(
+    "abs abs_ amax amin argmax argmin arange cat ceil clamp clamp_ clamp_max clamp_min clone constant_pad_nd copy "
+    "copy_ detach empty empty_like eq fill fill_ flip floor full full_like gather ge gt hardtanh hardtanh_ index "
+    "index_put index_select le lift_fresh lt masked_fill masked_fill_ max max_pool2d_with_indices maximum "
+    "min minimum ne neg neg_ new_empty new_full new_ones new_zeros ones ones_like pixel_shuffle pixel_unshuffle "
+    "reflection_pad1d reflection_pad2d relu relu_ repeat replication_pad2d roll round scalar_tensor sign slice "
+    "slice_scatter select stack threshold threshold_ tril triu upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "where zero_ zeros zeros_like _to_copy _upsample_nearest_exact2d".split()
+)
+#: Random numbers that are kept; a tensor takes its own from a random place on.
+_KEPT = 1 << 21
+
+
+class Perturbed(TorchDispatchMode):
+    """Perturbs the results of float64 operations while it is active."""
+
+    def __init__(self, seed: int) -> None:
+        """Draw the noise.
+
+        Args:
+            seed: equal seeds and equal operations give equal results.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._noise = _uniform(_KEPT, self._generator)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _EXACT or func.is_view:
+            return result
+        taken = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        for value in outputs[:1] if "norm" in name else outputs:  # a norm's others are its statistics
+            if isinstance(value, Tensor) and value.dtype == torch.float64 and value.numel():
+                if value.untyped_storage()._cdata not in taken or name.endswith("_"):
+                    self._perturb(value, _summed(name, args))
+        return result
+
+    def perturb(self, value: Tensor) -> None:
+        """Perturb a weight, in place."""
+        self._perturb(value, 0)
+
+    def _perturb(self, value: Tensor, terms: int) -> None:
+        if not value.is_contiguous():
+            copied = value.contiguous()
+            self._perturb(copied, terms)
+            value.copy_(copied)
+            return
+        if not terms or value.ndim < 2:
+            for part, noise in self._parts(value.view(-1)):
+                part.addcmul_(part, noise)
+            return
+        for row in value.view(len(value), -1):
+            size = ACCUMULATED * math.sqrt(terms) * float(row.square().mean().sqrt())
+            for part, noise in self._parts(row):
+                part.addcmul_(part + size, noise)
+        if value.ndim > 2:  # (B, C, …): what all positions of a channel share
+            flat = value.view(*value.shape[:2], -1)
+            size = ACCUMULATED * math.sqrt(terms) * flat.square().mean(dim=(1, 2), keepdim=True).sqrt()
+            shared = torch.cat([noise for _, noise in self._parts(flat[:, :, 0].reshape(-1))])
+            flat.add_(size * shared.view(*value.shape[:2], 1))
+
+    def _parts(self, flat: Tensor) -> Any:
+        """Pieces of a vector, each with noise of its size."""
+        for part in flat.split(_KEPT // 2):
+            first = int(torch.randint(_KEPT - len(part) + 1, (), generator=self._generator))
+            yield part, self._noise[first : first + len(part)]
+
+
+def perturb_weights(module: nn.Module, exact: nn.Module, noise: Perturbed) -> None:
+    """Give a module the weights of another of the same kind, perturbed. Both are in float64."""
+    with torch.no_grad():
+        for mine, theirs in zip(_weights(module), _weights(exact), strict=True):
+            mine.copy_(theirs)
+            noise.perturb(mine)
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return (torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * UNIT
+
+
+def _summed(name: str, args: Any) -> int:
+    """How many products each of a result's values sums; 0 for operations that are no product of matrices."""
+    if name == "convolution":
+        weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
+        if not transposed:
+            return math.prod(weight.shape[1:])
+        return max(1, len(weight) // groups * math.prod(weight.shape[2:]) // math.prod(stride))
+    if name in ("mm", "bmm"):
+        return int(args[0].shape[-1])
+    if name in ("addmm", "baddbmm"):
+        return int(args[1].shape[-1])
+    if "scaled_dot_product" in name:
+        return int(args[0].shape[-1])
+    return 0
