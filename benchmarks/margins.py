@@ -45,7 +45,7 @@ from vae_export.sources.protocol import Decoder, Encoder, Trained
 RIGHT, WRONG = 0.5, 3.0
 _ROWS = 24  # of data and of draws: margins of many models, not of many examples
 _SIZE = {"height": 16, "width": 24}
-_LARGEST = 1e9  # a share where the tolerance is 0
+_LARGEST = 1e9  # a share where the tolerance is 0, or that is not finite
 
 
 class Eager:
@@ -137,11 +137,8 @@ def prepare(source: Trained, rows: int = _ROWS) -> Case:
 
 
 def share(check: Check) -> float:
-    """Measured ÷ tolerance; 0 where nothing is held to one."""
-    got, allowed = check.got, check.allowed
-    if allowed is None or got == 0:
-        return 0.0
-    return min(got / allowed, _LARGEST) if allowed > 0 else _LARGEST
+    """Measured ÷ tolerance, as a number that JSON has."""
+    return min(check.share, _LARGEST)
 
 
 def measure(case: Case, backend: Backend) -> Margin:
