@@ -63,21 +63,15 @@ def _floats(value: onnx_ir.Value | None) -> npt.NDArray[Any] | None:
     return array if array is not None and array.dtype.kind == "f" and np.any(array) else None
 
 
-def _weighted(model: onnx_ir.Model, *, square: bool = False, wide: bool = False) -> list[tuple[onnx_ir.Node, int]]:
-    """Products with constant weights, and which input these are.
-
-    Args:
-        model: the graph.
-        square: those alone whose weights can be transposed.
-        wide: those alone that see more than a place: attention hides what is wrong in one number of its queries.
-    """
+def _weighted(model: onnx_ir.Model, *, square: bool = False) -> list[tuple[onnx_ir.Node, int]]:
+    """Products with constant weights, and which input these are; or those alone whose weights can be transposed."""
     found = []
     for node in model.graph:
         for index in (0, 1) if node.op_type in _PRODUCTS else ():
             weights = _floats(node.inputs[index])
             if weights is not None and weights.ndim > 1:
                 shape = weights.shape[2:] if node.op_type in _CONVOLUTIONS else weights.shape
-                if (not square or shape[0] == shape[1] > 1) and not (wide and max(shape, default=1) == 1):
+                if not square or shape[0] == shape[1] > 1:
                     found.append((node, index))
     return found
 
@@ -130,13 +124,20 @@ def _biased(node: onnx_ir.Node) -> bool:
 
 
 def one_weight(model: onnx_ir.Model) -> bool:
-    """The largest weight of one layer is off by a thousandth of itself."""
+    """The largest weight of the first layer is off by a thousandth of itself.
 
-    def change(weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        weights.flat[np.abs(weights).argmax()] *= 1 + _RELATIVE
-        return weights
-
-    return _change_weights(model, change, wide=True)
+    Of the first, whose input is never 0: behind a rectifier there are weights that change nothing.
+    """
+    places = _weighted(model)
+    if not places:
+        return False
+    node, index = places[0]
+    weights = constant(node.inputs[index])
+    assert weights is not None
+    changed = weights.copy()
+    changed.flat[np.abs(weights).argmax()] *= 1 + _RELATIVE
+    set_constant(node, index, changed)
+    return True
 
 
 def other_padding(model: onnx_ir.Model) -> bool:
