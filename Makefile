@@ -21,7 +21,7 @@ AVX2_TESTS := \
 # What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
 AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
 
-.PHONY: demo test test-avx2 test-gpu setup lint types bench performance overhead passes figures sources trainer throughput kills gpu record clean
+.PHONY: demo test test-avx2 test-gpu setup lint types bench performance overhead passes figures sources margins trained trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -81,6 +81,15 @@ trainer: setup
 sources: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/sources.py out/bench/sources.json
+
+# How far right exports stay below the certificate's tolerances, and planted faults above them.
+margins: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/margins.py out/bench/margins.json
+
+# Trained weights in every precision: pictures and a table, in out/trained.
+trained: setup
+	$(BIN)/python benchmarks/trained.py out/trained
 
 # Training speed beside a plain loop and pythae, which is installed beside everything else for that.
 throughput: setup out/pythae

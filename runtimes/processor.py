@@ -23,11 +23,23 @@ _X86 = (
 _ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
 #: NumPy's names of what it asks the processor for. The last are of no use to graphs: an emulator is known by them.
 _NUMPY: Mapping[str, str] = {
-    "AVX": "avx", "F16C": "f16c", "FMA3": "fma", "AVX2": "avx2",
-    "AVX512F": "avx512f", "AVX512BW": "avx512bw", "AVX512VL": "avx512vl",
-    "AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16", "AVX512FP16": "avx512_fp16",
-    "ASIMD": "asimd", "ASIMDHP": "asimdhp", "ASIMDDP": "asimddp", "SVE": "sve",
-    "BMI2": "bmi2", "GFNI": "gfni", "VAES": "vaes",
+    "AVX": "avx",
+    "F16C": "f16c",
+    "FMA3": "fma",
+    "AVX2": "avx2",
+    "AVX512F": "avx512f",
+    "AVX512BW": "avx512bw",
+    "AVX512VL": "avx512vl",
+    "AVX512VNNI": "avx512_vnni",
+    "AVX512BF16": "avx512_bf16",
+    "AVX512FP16": "avx512_fp16",
+    "ASIMD": "asimd",
+    "ASIMDHP": "asimdhp",
+    "ASIMDDP": "asimddp",
+    "SVE": "sve",
+    "BMI2": "bmi2",
+    "GFNI": "gfni",
+    "VAES": "vaes",
 }
 _APPLE: Mapping[str, str] = {
     "hw.optional.AdvSIMD": "asimd",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import odd
 import safetensors.torch
 import torch
 from torch import nn
@@ -81,9 +82,12 @@ FULL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+ALL = CONFIGS | FULL | odd.CONFIGS
+
+
 def model(name: str) -> nn.Module:
     """The model of a name in PyTorch."""
-    config = (CONFIGS | FULL)[name]
+    config = ALL[name]
     return settle(getattr(diffusers, config["_class_name"]).from_config(config))
 
 
@@ -121,7 +125,7 @@ def _scale(layer: nn.Module, factor: float) -> None:
 
 def fresh(name: str) -> nn.Module:
     """The model of a name with the weights that a training begins with: rounding grows less in it than in `model`."""
-    config = (CONFIGS | FULL)[name]
+    config = ALL[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -131,7 +135,7 @@ def fresh(name: str) -> nn.Module:
 def write(folder: Path, name: str, dtype: torch.dtype = torch.float32, module: nn.Module | None = None) -> Path:
     """The model of a name as a folder of diffusers, with the weights of `model` or of a module."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps((CONFIGS | FULL)[name]))
+    (folder / "config.json").write_text(json.dumps(ALL[name]))
     state = {k: v.to(dtype).contiguous() for k, v in (module or model(name)).state_dict().items()}
     safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors")
     return folder

@@ -42,7 +42,6 @@ GRAPHS = ("encoder", "decoder")
 FUSED = ("reconstruct", "generate", "score")
 
 
-
 def parts_of(graph: str) -> tuple[str, ...]:
     """Those of GRAPHS that a graph has in it."""
     return {"encoder": ("encoder",), "decoder": ("decoder",), "generate": ("decoder",)}.get(graph, GRAPHS)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vae_export import graph as graphs
 from vae_export import builds, noise, precision, timing, verifier
+from vae_export import graph as graphs
 from vae_export.builds import Measurement, Options, Precision, Runner, Variant
 from vae_export.certificate import Certificate, Check, output_tolerance
 from vae_export.errors import BackendError, VaeExportError, VerificationError
