@@ -125,11 +125,13 @@ def open_bundle(
     """Open a bundle's graphs, or those of a build of it, on the best backend. Arguments and errors: see `load`."""
     settings = settings or Settings()
     _check_settings(device, settings)
-    bundle.check()
     if build is not None:
+        bundle.check()
         return _open_build(bundle, BuildFolder(build), device, settings, {})
     passed_over: dict[str, str] = {}
-    for place in _places(bundle, device, passed_over):
+    places = _places(bundle, device, passed_over)
+    bundle.check(keep=bundle.graph_files() if places[0] in ("cuda", "cpu") else ())
+    for place in places:
         try:
             if place in ("cuda", "cpu"):
                 graphs, weights = bundle.graphs()
