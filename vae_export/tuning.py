@@ -272,7 +272,8 @@ class Tuner:
                     found += 1
                     yield candidate
         if not found:
-            raise VerificationError(
+            cannot = all(self._cannot(runner, kind) for runner in self.runners for kind in wanted)
+            raise (BackendError if cannot else VerificationError)(
                 f"build: nothing runs {self.name} in {asked} here: {'; '.join(self.absent)}. Build with "
                 "--precision fp32"
             )
