@@ -346,12 +346,14 @@ def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path)
         assert writer.stdout is not None
         writer.stdout.readline()
         names, end = set(), time.monotonic() + 2
-        while time.monotonic() < end:
-            opened = Bundle(copy)
-            opened.check()
-            assert set(opened.graphs()[0]) == {"encoder", "decoder"}
-            names.add(opened.manifest.name)
-        writer.send_signal(signal.SIGKILL)
+        try:
+            while time.monotonic() < end:
+                opened = Bundle(copy)
+                opened.check()
+                assert set(opened.graphs()[0]) == {"encoder", "decoder"}
+                names.add(opened.manifest.name)
+        finally:
+            writer.kill()
     assert names == {"gaussian", "bernoulli"}
 
 

@@ -222,7 +222,7 @@ def _renameat2(old: Path, new: Path, flags: int) -> bool:
         return False
     here = -100  # AT_FDCWD
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return bool(renameat2) and renameat2(here, os.fsencode(old), here, os.fsencode(new), flags) == 0
+    return renameat2 is not None and renameat2(here, os.fsencode(old), here, os.fsencode(new), flags) == 0
 
 
 def _sync(path: Path) -> None:

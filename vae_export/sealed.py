@@ -33,7 +33,7 @@ T = TypeVar("T", bound=SealedRecord)
 class SealedFolder(Generic[T]):
     """An opened folder. Nothing but its record has been read; `read` and `check` do the rest.
 
-    Its files are held open until they are read, so that a folder that is replaced meanwhile stays what it was.
+    Its files are held open for as long as it lives, so that a folder that is replaced meanwhile stays what it was.
 
     Attributes:
         path: the folder.
@@ -149,9 +149,10 @@ class SealedFolder(Generic[T]):
         """A file's content, checked; with `keep` false it is only checked, piece by piece."""
         path = self.path.joinpath(*PurePosixPath(name).parts)
         digest, pieces = hashlib.sha256(), []
-        file = self._open.pop(name, None) or self._opened(name)
+        held = self._open.get(name)
         try:
-            with file:
+            with contextlib.nullcontext(held) if held else self._opened(name) as file:
+                file.seek(0)
                 left = self._check_status(path, os.fstat(file.fileno()), expected) + 1
                 while left and (piece := file.read(min(left, _PIECE))):
                     left -= len(piece)
