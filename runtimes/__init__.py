@@ -177,7 +177,8 @@ def open_bundle(
     settings = settings or Settings()
     _check_settings(device, build, settings)
     asked = _checked("precision", precision)
-    bundle.check()
+    own = build is False or not builds.cached_slots(bundle.manifest)
+    bundle.check(keep=bundle.graph_files() if own else ())
     if build is not None and build is not False:
         return _open_named(bundle, BuildFolder(build), asked, device, settings)
     if build is False and asked not in (None, "fp32"):

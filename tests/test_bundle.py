@@ -250,6 +250,126 @@ def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
         stage.write_bytes(b"gone")
 
 
+def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path, copy: Path) -> None:
+    """Without --force; and with it, only a whole bundle is replaced, whenever the other one came."""
+
+    def write(path: Path, other: str, *, overwrite: bool) -> None:
+        with bundles.create(path, overwrite=overwrite) as stage:
+            (stage / "file").write_text("new")
+            path.mkdir()
+            (path / other).write_text("precious")
+
+    for name, overwrite, message in (
+        ("a", False, "a appeared while this was written, by another writer. Nothing was replaced"),
+        ("b", True, "b exists and is not a whole bundle"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write(tmp_path / name, "thesis.txt", overwrite=overwrite)
+        assert (tmp_path / name / "thesis.txt").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", copy.name}
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_what_came_at_the_last_moment_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr(files.sys, "platform", platform)
+    path, looks = tmp_path / "folder", iter([None, InputError("not ours")])
+    path.mkdir()
+    (path / "thesis.txt").write_text("precious")
+
+    def check(folder: Path) -> None:
+        assert (folder / "thesis.txt").exists()
+        if error := next(looks):
+            raise error
+
+    with pytest.raises(InputError, match="not ours"), files.atomic_folder(path, overwrite=True, check=check):
+        pass
+    assert (path / "thesis.txt").read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_of_two_writers_is_told(tmp_path: Path) -> None:
+    first, second = files.atomic_folder(tmp_path / "folder"), files.atomic_folder(tmp_path / "folder")
+    for number, writer in enumerate((first, second)):
+        (writer.__enter__() / "file").write_text(str(number))
+    second.__exit__(None, None, None)
+    with pytest.raises(InputError, match="folder appeared while this was written"):
+        first.__exit__(None, None, None)
+    assert (tmp_path / "folder" / "file").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_next_writer_removes_what_dead_ones_left(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from vae_export.files import atomic_file, atomic_folder\n"
+        "path = Path(sys.argv[1])\n"
+        "with atomic_folder(path / 'folder'), atomic_file(path / 'a.json') as stage:\n"
+        "    stage.write_text('half')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2  # the second removed what the first had left
+    with files.atomic_folder(tmp_path / "folder"), files.atomic_file(tmp_path / "a.json") as live:
+        live.write_text("whole")
+        with files.atomic_folder(tmp_path / "folder"), files.atomic_file(tmp_path / "a.json") as other:
+            other.write_text("first")
+        assert live.exists()
+        (tmp_path / "folder").rmdir()
+    assert {path.name: path.is_dir() for path in tmp_path.iterdir()} == {"folder": True, "a.json": False}
+    assert (tmp_path / "a.json").read_text() == "whole"
+
+
+def test_what_a_dead_writer_moved_away_is_put_back(tmp_path: Path) -> None:
+    old = tmp_path / ".folder.00000000.partial" / "old"
+    old.mkdir(parents=True)
+    (old / "file").write_text("old")
+    with pytest.raises(InputError, match="folder appeared"), files.atomic_folder(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path) -> None:
+    """Old or new, never an error and never a mixture."""
+    program = (
+        "import shutil, sys, time; from pathlib import Path; from vae_export import bundle\n"
+        "path, sources = Path(sys.argv[1]), sys.argv[2:]\n"
+        "print(flush=True)\n"
+        "for number in range(10**6):\n"
+        "    with bundle.create(path, overwrite=True) as stage:\n"
+        "        shutil.copytree(sources[number % 2], stage, dirs_exist_ok=True)\n"
+    )
+    sources = [str(digits["gaussian"]), str(digits["bernoulli"])]
+    with subprocess.Popen([sys.executable, "-c", program, str(copy), *sources], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        names, end = set(), time.monotonic() + 2
+        try:
+            while time.monotonic() < end:
+                opened = Bundle(copy)
+                opened.check()
+                assert set(opened.graphs()[0]) == {"encoder", "decoder"}
+                names.add(opened.manifest.name)
+        finally:
+            writer.kill()
+    assert names == {"gaussian", "bernoulli"}
+
+
+def test_every_file_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    content = sealed.SealedFolder._content
+
+    def counted(self: Bundle, name: str, *args: object, **options: object) -> bytes:
+        read.append(name)
+        return content(self, name, *args, **options)
+
+    monkeypatch.setattr(sealed.SealedFolder, "_content", counted)
+    vae_export.load(copy, device="cpu").close()
+    assert sorted(read) == sorted({bundles.MANIFEST, *Bundle(copy).manifest.files})
+
+
 def test_all_errors_have_one_base() -> None:
     from vae_export import errors
 

@@ -457,3 +457,24 @@ def test_a_closed_pipe_is_no_accident(digits: dict[str, Path], tmp_path: Path, i
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "index,elbo,reconstruction,kl\n"
     assert "Traceback" not in done.stderr
+
+
+def test_nobody_reads(digits: dict[str, Path]) -> None:
+    """A broken pipe is no failed verification, and says nothing."""
+    command = [sys.executable, "-m", "vae_export", "inspect", str(digits["gaussian"]), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_fault_of_ours_asks_for_a_report() -> None:
+    program = "from vae_export import cli\ndef fault(): raise KeyError('\\x1b[31m')\ncli.app = fault\ncli.main()\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr
+    assert "error: this is a fault of vae_export itself: KeyError: " in done.stderr
+    assert "Please report it, with the lines above" in done.stderr
+    assert "\x1b" not in done.stderr

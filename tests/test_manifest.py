@@ -155,7 +155,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p["graphs"].pop("encoder"), "an encoder and a decoder expected"),
         (lambda p: p["files"].pop("vae_encoder/model.onnx"), "is not listed in files"),
         (lambda p: p["model"]["data"].update(range=[1.0, 0.0]), "two finite, rising numbers"),
-        (lambda p: p["model"]["data"].update(shape=[0]), "every size must be 1 or more"),
+        (lambda p: p["model"]["data"].update(shape=[0]), "every size must be from 1 to"),
         (lambda p: p["model"]["data"].update(shape=[]), "one dimension or more"),
         (lambda p: p["model"].update(likelihood={"kind": "gaussian_fixed"}), "variance belongs to gaussian_fixed"),
         (
@@ -247,3 +247,9 @@ def test_latents_follow_the_data(data: Data, latent: Latent, message: str) -> No
 def test_records_check_themselves(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_costs_that_overflow() -> None:
+    for number in (1e308, float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match=r"cost: numbers from 0 to 1e\+24 expected"):
+            manifests.Cost(multiply_adds=(number, 0.0, 0.0), activations=(0.0, 0.0, 0.0))

@@ -60,6 +60,36 @@ def test_loops_and_other_domains() -> None:
     onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"], domain="ai.onnx")), "m")
 
 
+@pytest.mark.parametrize("operator", sorted(onnx_reader._REPEATING))
+def test_what_repeats_without_a_bound(operator: str) -> None:
+    with pytest.raises(BundleError, match=f"has a {operator}, which may never end"):
+        onnx_reader.check_operators(model(helper.make_node(operator, [], [])), "m")
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "message"),
+    [
+        ("Conv", {"group": 0}, "group is 0; expected 1 to"),
+        ("Conv", {"strides": [1, -1]}, r"strides is \[1, -1\]; expected 1 to"),
+        ("DepthToSpace", {"blocksize": 1 << 40}, "blocksize is 1099511627776; expected"),
+        ("Split", {"num_outputs": 3}, "num_outputs is 3; it has 1 outputs"),
+        ("Softmax", {"axis": -(1 << 63)}, "axis is -9223372036854775808; expected -64 to 64"),
+        ("Softmax", {"axis": "one"}, "axis is of another type; expected a whole number"),
+        ("Transpose", {"perm": [0, 0]}, r"perm is \[0, 0\]; expected each of 0 to 1 once"),
+    ],
+)
+def test_attributes_that_no_backend_should_see(operator: str, attributes: dict[str, object], message: str) -> None:
+    with pytest.raises(BundleError, match=f"m: {operator}: {message}"):
+        onnx_reader.check_operators(model(helper.make_node(operator, ["x"], ["y"], **attributes)), "m")
+
+
+def test_names_that_steer_a_terminal() -> None:
+    for text in ("\x1b[31m", "\u202e"):
+        with pytest.raises(BundleError, match="has characters that cannot be printed") as caught:
+            onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"], name=text)), "m")
+        assert str(caught.value).isprintable()
+
+
 def test_weights_elsewhere(tmp_path: Path) -> None:
     tensor = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
     tensor.data_location = TensorProto.EXTERNAL

@@ -226,7 +226,8 @@ def _make(
     path = out or builds.cached(manifest, builds.slot(target.name, options.wanted))
     if path.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
-    sealed.check_target(path, builds.SEAL, overwrite=overwrite or out is None)
+    replace = overwrite or out is None
+    sealed.check_target(path, builds.SEAL, overwrite=replace)
     bindings = flavours.load(target.flavour) if target.flavour else None
     sources, weights = bundle.graphs()
     arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
@@ -255,6 +256,7 @@ def _make(
         built = {name: _built(ways[-1][0].file, ways[-1][1], variants[name]) for name, ways in tuned.variants.items()}
         return _write(
             *(bundle, path, target, options, contents, built, tuned.certificate, None, None, progress),
+            overwrite=replace,
             measurements=tuned.measurements,
             absent=tuned.absent,
             processor=here.processor(),
@@ -298,8 +300,10 @@ def _make(
     }
     contents = {f"{name}.{suffix}": content for name, content in made.items()}
     return _write(
-        bundle, path, target, options, contents, built, measured, unmeasured, engine, progress, absent=absent
-    )  # fmt: skip
+        *(bundle, path, target, options, contents, built, measured, unmeasured, engine, progress),
+        overwrite=replace,
+        absent=absent,
+    )
 
 
 def _structure(graph: bytes) -> str:
@@ -325,6 +329,8 @@ def _write(
     unmeasured: str | None,
     engine: Engine | None,
     progress: _Progress,
+    *,
+    overwrite: bool,
     measurements: tuple[Measurement, ...] = (),
     absent: tuple[str, ...] = (),
     processor: builds.Processor | None = None,
@@ -333,7 +339,11 @@ def _write(
     progress("writing the build")
     manifest = bundle.manifest
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_folder(path, overwrite=True) as folder:
+    with files.atomic_folder(
+        path,
+        overwrite=overwrite,
+        check=lambda folder: sealed.check_target(folder, builds.SEAL, overwrite=True),
+    ) as folder:
         for file, content in contents.items():
             (folder / file).write_bytes(content)
         if measured:

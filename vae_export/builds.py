@@ -23,7 +23,7 @@ import msgspec
 from platformdirs import user_cache_path
 
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.manifest import FUSED, GRAPHS, Manifest, Model, SizeDim, Tensor, parts_of
+from vae_export.manifest import FUSED, GRAPHS, MAX_SIZE, Manifest, Model, SizeDim, Tensor, parts_of
 from vae_export.records import File, Part, Seal, check_paths, check_text, is_sha256
 from vae_export.sealed import SealedFolder
 
@@ -203,10 +203,14 @@ class Variant(Part, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_text(*self.passes, *self.kept, *self.kept.values(), *self.requires)
-        if any("batch" not in shape or min(shape.values()) < 1 for shape in self.exact):
-            raise ValueError("exact: a batch and sizes from 1 on expected")
-        if any(number is not None and number < 1 for number in (self.up_to, self.threads)):
-            raise ValueError("up_to and threads: numbers from 1 on expected")
+        if any("batch" not in shape or not all(1 <= n <= MAX_SIZE for n in shape.values()) for shape in self.exact):
+            raise ValueError(f"exact: a batch and sizes from 1 to {MAX_SIZE} expected")
+        if self.up_to is not None and not 1 <= self.up_to <= MAX_SIZE:
+            raise ValueError(f"up_to: a number from 1 to {MAX_SIZE} expected, got {self.up_to}")
+        if self.threads is not None and not 1 <= self.threads < 1 << 16:
+            raise ValueError(f"threads: a number from 1 to 65535 expected, got {self.threads}")
+        if self.runner == "openvino" and self.precision == "fp16":
+            raise ValueError("precision fp16: OpenVINO computes in it on no processor here; fp32, bf16, int8 expected")
 
 
 class Measurement(Part, frozen=True, kw_only=True):
@@ -506,6 +510,13 @@ class BuildFolder(SealedFolder[Build]):
             BundleError: it was made from another bundle, or from this one before it was exported again.
         """
         if self.record.manifest == manifest.digest:
+            names = {"batch", *manifest.model.data.named()}
+            exact = (shape for g in self.record.graphs.values() for v in g.variants for shape in v.exact)
+            if wrong := next((shape for shape in exact if set(shape) != names), None):
+                raise BundleError(
+                    f"{self.path}: exact: sizes of {', '.join(sorted(names))} expected, got {', '.join(wrong)}. "
+                    f"{SEAL.remedy}"
+                )
             return
         ours = {name: manifest.files[graph.file].sha256 for name, graph in manifest.graphs.items()}
         changed = sorted(name for name, digest in ours.items() if self.record.sources.get(name) != digest)
@@ -532,16 +543,14 @@ class BuildFolder(SealedFolder[Build]):
         Raises:
             BundleError: a file is missing or was changed.
         """
-        whole = self.graphs()
-        found: dict[str, list[tuple[Variant, bytes]]] = {}
-        contents: dict[str, bytes] = {graph.file: whole[name] for name, graph in self.record.graphs.items()}
-        for name, graph in self.record.graphs.items():
-            found[name] = []
-            for variant in graph.variants or (Variant(file=graph.file, runner="onnxruntime"),):
-                if variant.file not in contents:
-                    contents[variant.file] = self.read(variant.file)
-                found[name].append((variant, contents[variant.file]))
-        return found
+        chosen = {
+            name: graph.variants or (Variant(file=graph.file, runner="onnxruntime"),)
+            for name, graph in self.record.graphs.items()
+        }
+        named = {variant.file for variants in chosen.values() for variant in variants}
+        contents = {file: self.read(file) for file in sorted(named)}
+        self.check()
+        return {name: [(v, contents[v.file]) for v in variants] for name, variants in chosen.items()}
 
 
 @dataclass(frozen=True)

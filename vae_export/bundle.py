@@ -35,6 +35,11 @@ class Bundle(sealed.SealedFolder[Manifest]):
         """Its verified manifest."""
         return self.record
 
+    def graph_files(self) -> set[str]:
+        """The files that `graphs` reads."""
+        records = self.manifest.graphs.values()
+        return {record.file for record in records} | {record.weights for record in records if record.weights}
+
     def graphs(self) -> tuple[dict[str, bytes], dict[str, Weights]]:
         """The verified bytes of encoder and decoder, and those of the weights beside them, where there are any.
 
@@ -57,7 +62,9 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         InputError: something is at `path` and overwrite is false, or what is there is not just a bundle.
     """
     check_target(path, overwrite=overwrite)
-    with files.atomic_folder(path, overwrite=overwrite) as stage:
+    with files.atomic_folder(
+        path, overwrite=overwrite, check=lambda folder: check_target(folder, overwrite=True)
+    ) as stage:
         yield stage
 
 

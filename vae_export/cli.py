@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
+import os
 import signal
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 import typer
 
 from vae_export.cli_train import numbers, train
-from vae_export.errors import EXPORT_NEEDS, BackendError, BundleError, InputError, VaeExportError, require
+from vae_export.errors import EXPORT_NEEDS, BackendError, BundleError, InputError, VaeExportError, printable, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,8 +107,15 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for a table's lines
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except BaseException as error:
+        # Typer and rich end with 1 where nobody reads any more.
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(_BROKEN_PIPE)
         if _terminated:  # whatever came of it: an import that was cut short raises its own error
             sys.exit(128 + signal.SIGTERM)
         if isinstance(error, VaeExportError):
@@ -114,11 +124,20 @@ def main() -> None:
             _exit(f"not enough memory: {error or 'ask for fewer or smaller examples'}", InputError.exit_code)
         if isinstance(error, OSError):
             _exit(f"{error.filename or 'file system'}: {error.strerror or error}", InputError.exit_code)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        typer.echo(printable(traceback.format_exc()), err=True)
+        _exit(f"{_FAULT} {type(error).__name__}: {error}. {_REPORT}", _SOFTWARE)
+
+
+#: As shells report a process that SIGPIPE ended; and EX_SOFTWARE of sysexits.h.
+_BROKEN_PIPE, _SOFTWARE = 141, 70
+_FAULT = "this is a fault of vae_export itself:"
+_REPORT = "Please report it, with the lines above and what `vae-export doctor` prints"
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {printable(message)}", err=True)
     sys.exit(code)
 
 
@@ -738,10 +757,18 @@ def _sizes(verb: str, text: str) -> dict[str, int]:
 
 def _console() -> Console:
     from rich.console import Console
+    from rich.segment import Segment
 
-    console = Console()
+    class Safe(Console):
+        """What names of files and records hold is read in a terminal and does no more."""
+
+        def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+            for part in super().render(*args, **options):
+                yield part if part.control else Segment(printable(part.text), part.style)
+
+    console = Safe()
     # In a pipe or a log there is no width to ask for, and 80 columns would break every table.
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Safe(width=140)
 
 
 def _print_json(value: object) -> None:

@@ -6,10 +6,21 @@ import importlib
 from types import ModuleType
 
 
+def printable(text: str) -> str:
+    """A text whose control characters, bidirectional marks and invisible characters are escaped, but for line ends."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class VaeExportError(Exception):
     """The base of all expected failures. The command line shows the message, never a traceback."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message. Names in it may come from a stranger's file and are shown without what steers a terminal."""
+        return printable(super().__str__())
 
 
 class InputError(VaeExportError, ValueError):

@@ -65,13 +65,15 @@ def optimum(bundle: str | os.PathLike[str], path: str | os.PathLike[str], *, ove
     if path.resolve().is_relative_to(opened.path.resolve()):
         raise InputError(f"layout: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     check_target(path, overwrite=overwrite)
-    opened.check()
     sources, weights = opened.graphs()
+    opened.check()
     arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
     config = _config(opened)
     rows = golden.decode(opened.read(golden.FILE), opened.manifest.golden, model).tensors
     x, z = rows["x"][:_ROWS], rows["mean"][:_ROWS].astype(np.float32)
-    with files.atomic_folder(path, overwrite=overwrite) as stage:
+    with files.atomic_folder(
+        path, overwrite=overwrite, check=lambda folder: check_target(folder, overwrite=True)
+    ) as stage:
         for name, change, value in (("encoder", passes.encoder, x), ("decoder", passes.decoder, z)):
             folder = stage / f"vae_{name}"
             folder.mkdir()

@@ -41,6 +41,11 @@ GRAPHS = ("encoder", "decoder")
 #: The graphs that only builds have: see `Model.ends`.
 FUSED = ("reconstruct", "generate", "score")
 
+#: The largest size of a dimension.
+MAX_SIZE = (1 << 31) - 1
+#: The largest coefficient of a cost: far above any model, and far enough below what a float can hold.
+_MAX_COST = 1e24
+
 
 def parts_of(graph: str) -> tuple[str, ...]:
     """Those of GRAPHS that a graph has in it."""
@@ -72,12 +77,12 @@ class SizeDim(Part, frozen=True, kw_only=True):
                 f"dimension {self.name!r}: an identifier that is not batch, multiple_of ≥ 1 and min ≥ 1 expected"
             )
         first = -(-self.min // self.multiple_of) * self.multiple_of
-        if self.max is not None and self.max < first:
+        if first > MAX_SIZE or (self.max is not None and self.max < first):
             raise ValueError(f"dimension {self.name!r}: no size is {self}")
 
     def allows(self, size: int) -> bool:
         """Whether the model takes this size."""
-        return size % self.multiple_of == 0 and self.min <= size and (self.max is None or size <= self.max)
+        return size % self.multiple_of == 0 and self.min <= size <= MAX_SIZE and (self.max is None or size <= self.max)
 
     def __str__(self) -> str:
         limits = [f"a multiple of {self.multiple_of}"] * (self.multiple_of > 1)
@@ -355,8 +360,8 @@ class Cost(Part, frozen=True, kw_only=True):
     activations: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(c) and c >= 0 for c in (*self.multiply_adds, *self.activations)):
-            raise ValueError("cost: finite numbers of 0 or more expected")
+        if not all(0 <= c <= _MAX_COST for c in (*self.multiply_adds, *self.activations)):
+            raise ValueError(f"cost: numbers from 0 to {_MAX_COST:g} expected")
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, int]:
         """Multiply-adds and bytes for one example whose named dimensions have these sizes."""
@@ -594,8 +599,8 @@ def _check_shape(shape: tuple[int | SizeDim, ...] | tuple[int | LatentDim, ...])
     names = [dim.name for dim in shape if not isinstance(dim, int)]
     if not shape or len(set(names)) != len(names):
         raise ValueError("shape: one dimension or more expected, and no name twice")
-    if any(isinstance(dim, int) and dim < 1 for dim in shape):
-        raise ValueError(f"shape: every size must be 1 or more, got {list(map(str, shape))}")
+    if any(isinstance(dim, int) and not 1 <= dim <= MAX_SIZE for dim in shape):
+        raise ValueError(f"shape: every size must be from 1 to {MAX_SIZE}, got {list(map(str, shape))}")
 
 
 def shape_text(shape: tuple[int | SizeDim, ...] | tuple[int | LatentDim, ...], batch: str = "B") -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vae_export import onnx_attributes
 from vae_export.errors import BundleError
 
 _STANDARD = {"", "ai.onnx"}
@@ -23,13 +24,15 @@ _RANDOM = {
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
     *("Bernoulli", "Multinomial", "Dropout"),
 }
+_REPEATING = {"Loop", "Scan", "SequenceMap"}
 _DEPTH = 32
 
 # Field numbers of onnx.proto3.
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _FUNCTION_NODE, _FUNCTION_DEFAULT = 7, 11
-_NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_INTS, _ATTRIBUTE_TYPE = 1, 3, 8, 20
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _ATTRIBUTE_SPARSE = (22, 23)
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
@@ -89,8 +92,8 @@ def check_operators(model: bytes, name: str, weights: Weights | None = None) -> 
                 f"{name}: the graph draws random numbers ({operator}), which no seed can reproduce. "
                 "Noise must be an input: let encode return the posterior's mean and log-variance, unsampled"
             )
-        if operator == "Loop":
-            raise BundleError(f"{name}: the graph has a Loop, which may never end. It is not run")
+        if operator in _REPEATING:
+            raise BundleError(f"{name}: the graph has a {operator}, which may never end. It is not run")
     return apart.arrays if apart else {}
 
 
@@ -127,13 +130,23 @@ def _graph(graph: memoryview, name: str, depth: int, apart: _Apart | None = None
 
 def _node(node: memoryview, name: str, depth: int) -> Iterator[str]:
     operator = domain = ""
+    outputs, attributes = 0, []
     for number, value in _fields(node):
-        if number == _NODE_OP:
+        if number in (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME):
+            outputs += number == _NODE_OUTPUT
+            # Backends write names to the terminal as they are.
+            if not (text := str(_bytes(value), "utf-8")).isprintable():
+                raise BundleError(f"{name}: the name {text!r} has characters that cannot be printed")
+        elif number == _NODE_OP:
             operator = str(_bytes(value), "utf-8")
         elif number == _NODE_DOMAIN:
             domain = str(_bytes(value), "utf-8")
         elif number == _NODE_ATTRIBUTE:
+            attributes.append(_bytes(value))
             yield from _attribute(_bytes(value), name, depth)
+    for attribute in attributes:
+        if wrong := _problem(attribute, outputs):
+            raise BundleError(f"{name}: {operator}: {wrong}. It is not run")
     yield operator if domain in _STANDARD else f"{domain}.{operator}"
 
 
@@ -145,6 +158,22 @@ def _attribute(attribute: memoryview, name: str, depth: int) -> Iterator[str]:
             yield from _graph(_bytes(value), name, depth + 1)
         elif number in _ATTRIBUTE_SPARSE:
             raise BundleError(f"{name}: sparse weights are not supported")
+
+
+def _problem(attribute: memoryview, outputs: int) -> str | None:
+    """See `onnx_attributes.problem`."""
+    once: dict[int, int | memoryview] = {}
+    numbers: list[int] = []
+    for number, value in _fields(attribute):
+        if number == _ATTRIBUTE_INTS:
+            numbers += [value] if isinstance(value, int) else _packed(value)
+        else:
+            once[number] = value
+    kind, single = once.get(_ATTRIBUTE_TYPE, 0), once.get(_ATTRIBUTE_INT)
+    if not isinstance(kind, int) or isinstance(single, memoryview):
+        raise ValueError("a message stands where a number belongs")
+    label = str(_bytes(once.get(_ATTRIBUTE_NAME, memoryview(b""))), "utf-8")
+    return onnx_attributes.problem(label, kind, single, numbers, outputs)
 
 
 def _tensor(tensor: memoryview, name: str, apart: _Apart | None) -> None:

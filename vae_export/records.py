@@ -102,7 +102,7 @@ class Seal(Generic[T]):
         try:
             header = msgspec.json.decode(raw, type=_Header)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise BundleError(f"{self.file} is not a {self.name}: {error}") from None
+            raise BundleError(f"{self.file} is not a {self.name}: {_one_line(error)}") from None
         if header.format != self.format:
             raise BundleError(f"{self.file}: format is {header.format!r}, expected {self.format!r}")
         if header.version > self.version:
@@ -113,13 +113,18 @@ class Seal(Generic[T]):
         try:
             record = msgspec.json.decode(raw, type=self.record)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise BundleError(f"{self.file}: {error}") from None
+            raise BundleError(f"{self.file}: {_one_line(error)}") from None
         if self.encode(record) != raw:
             raise BundleError(
                 f"{self.file} was changed after the {self.made}: its digest or its form does not match its content. "
                 f"{self.remedy}"
             )
         return record
+
+
+def _one_line(error: Exception) -> str:
+    """A message with names from the record, which could pass for lines of ours."""
+    return str(error).replace("\n", "\\n")
 
 
 class _Header(msgspec.Struct):

@@ -7,11 +7,15 @@ refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
+import sys
+import weakref
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Generic, TypeVar
+from typing import BinaryIO, Final, Generic, TypeVar
 
 from vae_export import files
 from vae_export.errors import BundleError, InputError
@@ -20,12 +24,16 @@ from vae_export.records import File, Seal, SealedRecord
 #: A record larger than this is not read.
 _RECORD_LIMIT = 16 << 20
 _PIECE = 16 << 20
+#: Whether an open file keeps its content when the folder is replaced; on Windows it would keep it from being replaced.
+_HOLDS: Final = sys.platform != "win32"
 
 T = TypeVar("T", bound=SealedRecord)
 
 
 class SealedFolder(Generic[T]):
     """An opened folder. Nothing but its record has been read; `read` and `check` do the rest.
+
+    Its files are held open for as long as it lives, so that a folder that is replaced meanwhile stays what it was.
 
     Attributes:
         path: the folder.
@@ -45,12 +53,15 @@ class SealedFolder(Generic[T]):
         """
         self.path = Path(path)
         self._seal = seal
+        self._kept: dict[str, bytes] = {}
         if not self.path.is_dir():
             found = "is a file" if self.path.exists() else "does not exist"
             raise InputError(
                 f"{self.path} {found}; expected the folder of a {seal.folder} (vae-export {seal.made} makes one)"
             )
-        self.record: T = seal.decode(self._content(seal.file, None))
+        self._open: dict[str, BinaryIO] = {}
+        weakref.finalize(self, _close, self._open)
+        self.record: T = self._open_all()
         self._checked: set[str] = set()
 
     def read(self, name: str) -> bytes:
@@ -61,20 +72,73 @@ class SealedFolder(Generic[T]):
         """
         if name not in self.record.files:
             raise BundleError(f"{self.path}: {name} is not listed in the {self._seal.name} and is not read")
+        if name in self._kept:
+            return self._kept.pop(name)
         content = self._content(name, self.record.files[name])
         self._checked.add(name)
         return content
 
-    def check(self) -> None:
+    def check(self, keep: Collection[str] = ()) -> None:
         """Verify every listed file that was not read yet.
+
+        Args:
+            keep: files whose content stays in memory until `read` takes it, so that they are read once.
 
         Raises:
             BundleError: as `read`.
         """
         for name in self.record.files:
             if name not in self._checked:
-                self._content(name, self.record.files[name], keep=False)
+                content = self._content(name, self.record.files[name], keep=name in keep)
                 self._checked.add(name)
+                if name in keep:
+                    self._kept[name] = content
+
+    def _open_all(self) -> T:
+        """The record, and with it every file that it lists, open: what replaces the folder later changes neither.
+
+        A folder that is replaced meanwhile loses files, so that the one that is at the path then is opened.
+        """
+        while True:
+            with _held(self.path) as folder:
+                if (record := self._try_open(folder)) is not None:
+                    return record
+            _close(self._open)
+
+    def _try_open(self, folder: os.stat_result) -> T | None:
+        """The record, its files open; None if another folder came to be at the path."""
+        try:
+            record = self._seal.decode(self._content(self._seal.file, None))
+            if _HOLDS:
+                for name in record.files:
+                    with contextlib.suppress(BundleError):  # `read` says why
+                        self._open[name] = self._opened(name)
+        except BundleError:
+            if self._is_still(folder):
+                raise
+        return record if self._is_still(folder) else None
+
+    def _is_still(self, folder: os.stat_result) -> bool:
+        return not self.path.is_dir() or os.path.samestat(folder, self.path.stat())
+
+    def _opened(self, name: str) -> BinaryIO:
+        """A file of the folder, open.
+
+        Raises:
+            BundleError: it or a folder on the way is a link, or it cannot be opened.
+        """
+        path = self.path.joinpath(*PurePosixPath(name).parts)
+        for part in (path, *path.parents):
+            if part == self.path:
+                break
+            if part.is_symlink():
+                raise BundleError(
+                    f"{path}: {part.name} is a symbolic link. Copy the {self._seal.folder} with its files instead"
+                )
+        try:
+            return open(path, "rb", buffering=0, opener=_opener)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._seal.remedy}") from None
 
     def unlisted(self) -> list[str]:
         """Files in the folder that the record does not list. They are never read."""
@@ -85,15 +149,10 @@ class SealedFolder(Generic[T]):
         """A file's content, checked; with `keep` false it is only checked, piece by piece."""
         path = self.path.joinpath(*PurePosixPath(name).parts)
         digest, pieces = hashlib.sha256(), []
+        held = self._open.get(name)
         try:
-            for part in (path, *path.parents):
-                if part == self.path:
-                    break
-                if part.is_symlink():
-                    raise BundleError(
-                        f"{path}: {part.name} is a symbolic link. Copy the {self._seal.folder} with its files instead"
-                    )
-            with open(path, "rb", opener=_opener) as file:
+            with contextlib.nullcontext(held) if held else self._opened(name) as file:
+                file.seek(0)
                 left = self._check_status(path, os.fstat(file.fileno()), expected) + 1
                 while left and (piece := file.read(min(left, _PIECE))):
                     left -= len(piece)
@@ -113,7 +172,7 @@ class SealedFolder(Generic[T]):
         """Refuse what is not a plain file of the expected size. Gives the largest size that may be read."""
         if not stat.S_ISREG(status.st_mode):
             raise BundleError(f"{path}: is not a plain file")
-        if status.st_nlink != 1:
+        if status.st_nlink > 1:
             raise BundleError(
                 f"{path}: is a hard link, so that it can be changed from outside the {self._seal.folder}. "
                 f"Copy the {self._seal.folder} with its content instead"
@@ -125,6 +184,25 @@ class SealedFolder(Generic[T]):
                 f"It is truncated or was changed. {self._seal.remedy}"
             )
         return limit
+
+
+def _close(opened: dict[str, BinaryIO]) -> None:
+    for file in opened.values():
+        file.close()
+    opened.clear()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[os.stat_result]:
+    """What the folder at `path` is; while it is held, no other gets its number."""
+    if not _HOLDS:
+        yield path.stat()
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield os.fstat(handle)
+    finally:
+        os.close(handle)
 
 
 def _opener(path: str, flags: int) -> int:
