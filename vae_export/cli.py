@@ -67,6 +67,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Start = Annotated[int, typer.Option(help="Index of the first example.")]
+AnyRange = Annotated[bool, typer.Option("--any-range", help="Take values beyond the data's range: no check.")]
 Resize = Annotated[bool, typer.Option("--resize", help="Scale pictures of another size.")]
 
 
@@ -492,6 +493,7 @@ def reconstruct(
     seed: Annotated[int | None, typer.Option(help="Draw from the posterior, not its mean.")] = None,
     start: Start = 0,
     resize: Resize = False,
+    any_range: AnyRange = False,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
 ) -> None:
@@ -499,7 +501,7 @@ def reconstruct(
     from vae_export import images
     from vae_export.runtimes import load
 
-    with load(bundle, device=device.value, build=build) as vae:
+    with load(bundle, device=device.value, build=build, check_range=not any_range) as vae:
         data = vae.model.data
         images.check_target(_place(out, bundle), data)
         x = images.read(input, data, resize=resize)
@@ -518,6 +520,7 @@ def score(
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write there, not to the terminal.")] = None,
     resize: Resize = False,
+    any_range: AnyRange = False,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
 ) -> None:
@@ -526,7 +529,7 @@ def score(
     from vae_export.runtimes import load
 
     place = _place(out, bundle) if out else None
-    with load(bundle, device=device.value, build=build) as vae:
+    with load(bundle, device=device.value, build=build, check_range=not any_range) as vae:
         x = images.read(input, vae.model.data, resize=resize)
         columns = scoring.score(vae, x, k=k, seed=seed, start=start)
     text = scoring.to_json(columns) if json else scoring.to_csv(columns)

@@ -14,11 +14,12 @@ from typing import Any
 from vae_export import timing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
+from vae_export.runtimes.threads import cores
 
 from . import memory as memories
 from .cells import Cell, Examples, check_verbs
 from .report import Absent, Report, Row, reason
-from .roof import Roof, cores, machine
+from .roof import Roof, machine
 from .runners import Call, Runner
 
 

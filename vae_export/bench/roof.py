@@ -76,19 +76,6 @@ def _limited(threads: int | None) -> AbstractContextManager[Any]:
     return limits
 
 
-def cores() -> int:
-    """The cores that this process may use; threads of one core count once, where Linux tells which they are."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed, found = os.sched_getaffinity(0), set()
-    for cpu in allowed:
-        try:
-            found.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            return len(allowed)
-    return len(found)
-
-
 def machine() -> dict[str, Any]:
     """For the head of a recorded result: `date`, `machine` and `versions`. Nothing in it names the machine."""
     return {

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, InputError, require
+from vae_export.runtimes.threads import cores
 
 from . import peers
 from .report import Absent, reason
-from .roof import cores
 from .runners import Bare, Ours, Recipe, Runner
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vae_export import elbo, golden, noise
+from vae_export import elbo, golden, likelihoods, noise
 from vae_export.errors import InputError
 from vae_export.golden import EXTREMES, Reference
 from vae_export.manifest import Cost, Golden, Model, SizeDim
@@ -190,7 +190,7 @@ def _check_claims(model: Model, posterior: golden.Tensors, prior: golden.Tensors
                 f"{values.min():g} to {values.max():g}"
             )
     if model.likelihood.kind == "bernoulli":
-        error = np.abs(prior["sample"] - 1.0 / (1.0 + np.exp(-prior["logits"]))).max()
+        error = np.abs(prior["sample"] - likelihoods.sigmoid(prior["logits"])).max()
         if error > 1e-6:
             raise InputError(
                 f"export: decode must return (sample, logits) with sample = sigmoid(logits); they differ by {error:.3g}"
