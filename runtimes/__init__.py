@@ -69,10 +69,11 @@ def load(
             Runtime needs True, one lane, and a model whose every node runs on CUDA.
         max_memory: a budget for the intermediate results of all calls together, as bytes or as text such as `2GiB`;
             weights, and what a call takes and gives, are not counted. It makes the slices smaller than micro_batch,
-            and where not even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`, `interpolate` and
-            `edit` cut it into tiles (see `Tile`), whose blending does change results. What is needed is known from
-            counts in the manifest, times a factor for safety: it is an estimate, not a limit that is enforced. Calls
-            from several threads wait for each other where the budget does not hold them at once.
+            and where not even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`,
+            `interpolate` and `edit` cut it into tiles (see `Tile`), whose blending does change results. What is
+            needed is known from counts in the manifest, times a factor for safety: it is an estimate, not a limit
+            that is enforced. Calls from several threads wait for each other where the budget does not hold them at
+            once.
         check_range: refuse data that exceed the range of the manifest by more than a tenth of its width (half a
             level of 256 for a discretized logistic likelihood). False is for data without bounds, such as
             standardized features; a Bernoulli likelihood has no density outside of [0, 1], and refuses all the same.
