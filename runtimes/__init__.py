@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from vae_export import builds, onnx_reader
 from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Processor, Wanted
@@ -54,6 +55,7 @@ def load(
     lanes: int = 1,
     cuda_graphs: bool | None = None,
     max_memory: int | str | None = None,
+    check_range: bool = True,
 ) -> VAE:
     """Open a bundle for use. PyTorch is never imported.
 
@@ -85,11 +87,16 @@ def load(
             threads wait.
         cuda_graphs: replay captured CUDA graphs. None does so with TensorRT where a shape can be captured; ONNX
             Runtime needs True, one lane, and a model whose every node runs on CUDA.
-        max_memory: a budget for the intermediate results of one call, as bytes or as text such as `2GiB`; weights,
-            and what a call takes and gives, are not counted. It makes the slices smaller than micro_batch, and where
-            not even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`, `interpolate` and
-            `edit` cut it into tiles (see `Tile`), whose blending does change results. What is needed is known from
-            counts in the manifest, times a factor for safety: it is an estimate, not a limit that is enforced.
+        max_memory: a budget for the intermediate results of all calls together, as bytes or as text such as `2GiB`;
+            weights, and what a call takes and gives, are not counted. It makes the slices smaller than micro_batch,
+            and where not even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`,
+            `interpolate` and `edit` cut it into tiles (see `Tile`), whose blending does change results. What is
+            needed is known from counts in the manifest, times a factor for safety: it is an estimate, not a limit
+            that is enforced. Calls from several threads wait for each other where the budget does not hold them at
+            once.
+        check_range: refuse data that exceed the range of the manifest by more than a tenth of its width (half a
+            level of 256 for a discretized logistic likelihood). False is for data without bounds, such as
+            standardized features; a Bernoulli likelihood has no density outside of [0, 1], and refuses all the same.
 
     Raises:
         InputError: there is no folder at `path` or `build`, or an option is not one of those above; or the cache has no
@@ -100,6 +107,9 @@ def load(
         BackendError: the device or a package that it needs is not available, or the build is for another machine, or
             it needs an instruction that this processor does not have.
     """
+    asked = {**locals(), "path": Path(path).absolute()}
+    if isinstance(build, (str, os.PathLike)):
+        asked["build"] = Path(build).absolute()
     limit = None if max_memory is None else parse_bytes(max_memory)
     bundle = Bundle(path)
     settings = Settings(micro_batch=micro_batch, threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
@@ -115,7 +125,26 @@ def load(
         facts=opened.facts(),
         budget=budget,
         tiled={name: graph.tiled for name, graph in manifest.graphs.items() if graph.tiled},
+        check_range=check_range,
+        reopen=(_reopened, (asked, manifest.digest)),
     )
+
+
+def _reopened(asked: dict[str, Any], digest: str) -> VAE:
+    """What a pickled VAE becomes: `load` with the same arguments, if the bundle is still the same.
+
+    Raises:
+        InputError, BundleError, BackendError: as for `load`; or another bundle is at that path by now.
+    """
+    vae = load(**asked)
+    found = Bundle(asked["path"]).manifest.digest
+    if found != digest:
+        vae.close()
+        raise BundleError(
+            f"{asked['path']}: this VAE was pickled when manifest {digest[:12]}… was there, and now there is "
+            f"{found[:12]}…. Load the bundle by its path, and pickle it again"
+        )
+    return vae
 
 
 class Opened:

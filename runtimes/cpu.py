@@ -12,6 +12,7 @@ from vae_export.manifest import Model
 from vae_export.noise import Normals
 
 from .backend import Settings, Value, Way, slices
+from .threads import cores
 
 
 class Session(Protocol):
@@ -40,7 +41,8 @@ class CpuBackend:
         Args:
             ways: for each graph how it runs, by rising `up_to`, of which the last is None.
             model: what they take and give.
-            settings: threads, which go before those of a way.
+            settings: threads, which go before those of a way. Without them there are as many as this process may
+                use: see `threads.cores`.
 
         Raises:
             BackendError: a runner is not available, or does not compute on this processor what it is asked for.
@@ -48,18 +50,20 @@ class CpuBackend:
         """
         self.graphs = frozenset(ways)
         self._said = {name: [str(way) for way in chosen] for name, chosen in ways.items()}  # not their bytes
+        allowed, counted = cores(), set[int]()
         opened: dict[tuple[Any, ...], Session] = {}
         self._sessions: dict[str, tuple[tuple[int | None, Session], ...]] = {}
         for name, chosen in ways.items():
             rows = []
             for way in chosen:
-                threads = settings.threads or way.threads
+                threads = settings.threads or min(way.threads or allowed, allowed)
+                counted.add(threads)
                 key = (name, id(way.graph), way.runner, way.precision, threads, str(way.exact))
                 if key not in opened:
                     opened[key] = _open(name, way, model, threads)
                 rows.append((way.up_to, opened[key]))
             self._sessions[name] = tuple(rows)
-        self._threads = settings.threads
+        self._threads = max(counted)
 
     def run(
         self,
@@ -82,6 +86,8 @@ class CpuBackend:
             if up_to is None or n <= up_to:
                 try:
                     return session.run(outputs, inputs, out)
+                except BackendError:
+                    raise
                 except Exception as error:  # the runners' exceptions have no common base
                     raise BackendError(f"{session.runner} {session.version} failed in the {graph}: {error}") from error
         raise BackendError("this VAE was closed; load the bundle again")
@@ -128,7 +134,7 @@ class CpuBackend:
             "version": ", ".join(sessions.values()),
             "device": "cpu",
             "provider": ", ".join(_PROVIDERS[runner] for runner in sessions),
-            "threads": self._threads or "one for each core",
+            "threads": self._threads,
         }
         if len({tuple(said) for said in self._said.values()}) > 1 or any(len(said) > 1 for said in self._said.values()):
             facts["graphs"] = self._said
@@ -142,7 +148,7 @@ class CpuBackend:
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}
 
 
-def _open(name: str, way: Way, model: Model, threads: int | None) -> Session:
+def _open(name: str, way: Way, model: Model, threads: int) -> Session:
     if way.runner == "openvino":
         from .openvino import OpenVinoSession
 

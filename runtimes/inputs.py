@@ -17,21 +17,26 @@ _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)
 _UINT32 = np.dtype(np.uint32)
 _CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged (dlpack.h)
+#: How far data may exceed their range, in its width.
+_SLACK, _HALF_LEVEL = 0.1, 0.5 / 255
 _ONE = int(np.float32(1.0).view(np.uint32))
 
 
 class ArrayCheck:
     """Turns what a caller gave into a C-contiguous float32 batch, or says what is wrong with it."""
 
-    def __init__(self, name: str, model: Model, *, on_gpu: bool = False) -> None:
+    def __init__(self, name: str, model: Model, *, on_gpu: bool = False, check_range: bool = True) -> None:
         """Prepare the check of `x` (examples of the model's data) or of `z` (its latents).
 
-        A Bernoulli likelihood has no density outside of [0, 1]: its data are refused there.
+        A Bernoulli likelihood has no density outside of [0, 1]: its data are refused there. Other data may exceed
+        their range by half a level of 256 (discretized logistic) or by a tenth of its width, as resampled and noisy
+        pictures do; what is farther off is data of another scale.
 
         Args:
             name: `x` or `z`.
             model: what they belong to.
             on_gpu: whether the backend takes arrays that lie on a GPU.
+            check_range: False takes any finite values, but for a Bernoulli likelihood.
         """
         self._on_gpu = on_gpu
         spec = model.data if name == "x" else model.latent
@@ -41,8 +46,14 @@ class ArrayCheck:
         self._fixed = spec.shape if all(isinstance(dim, int) for dim in spec.shape) else None
         self._rank = len(spec.shape) + 1
         self._range = spec.range if isinstance(spec, Data) else None
-        unit = name == "x" and model.likelihood.kind == "bernoulli"
-        self._check_values = self._check_unit if unit else self._check_finite
+        self._check_values = self._check_finite
+        if name == "x" and model.likelihood.kind == "bernoulli":
+            self._check_values = self._check_unit
+        elif self._range and check_range:
+            low, high = self._range
+            slack = (high - low) * (_HALF_LEVEL if model.likelihood.kind == "discretized_logistic" else _SLACK)
+            self._low, self._high = np.float32(low - slack), np.float32(high + slack)
+            self._check_values = self._check_range
 
     def __call__(self, verb: str, value: Any) -> Array:
         """The value as (B, *shape) float32, C-contiguous; copied only where it has to be.
@@ -182,6 +193,17 @@ class ArrayCheck:
             inside = (array >= 0) & (array <= 1)
             if not inside.all():
                 self._refuse(verb, array, ~inside, "values in [0, 1]. Scale the data, or pass uint8")
+
+    def _check_range(self, verb: str, array: Array) -> None:
+        # What is not finite fails here, too.
+        if self._low <= np.minimum.reduce(array, None) and np.maximum.reduce(array, None) <= self._high:
+            return
+        self._check_finite(verb, array)
+        assert self._range is not None
+        low, high = self._range
+        inside = (array >= self._low) & (array <= self._high)
+        advice = "Scale the data, pass uint8, or load with check_range=False (--any-range) if they have no bounds"
+        self._refuse(verb, array, ~inside, f"values in the data's range [{low:g}, {high:g}]. {advice}")
 
     def _refuse(self, verb: str, array: Array, wrong: np.ndarray[Any, np.dtype[np.bool_]], expected: str) -> None:
         where = tuple(int(i) for i in np.argwhere(wrong)[0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vae_export.errors import InputError
@@ -46,7 +49,7 @@ def parse_bytes(value: Any) -> int:
 
 
 class Budget:
-    """How a call's intermediate results are kept within some bytes."""
+    """How the intermediate results of all calls together are kept within some bytes."""
 
     def __init__(self, limit: int, model: Model, costs: Mapping[str, Cost]) -> None:
         """Check that it can be kept.
@@ -60,6 +63,9 @@ class Budget:
             InputError: a graph's cost is not known, or a model of fixed sizes needs more.
         """
         self.limit = limit
+        self._free = limit
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()  # who asks, the first one first
         self._model = model
         self._costs = costs
         if missing := {"encoder", "decoder"} - set(costs):
@@ -74,6 +80,30 @@ class Budget:
     def rows(self, graph: str, sizes: Mapping[str, int]) -> int:
         """How many examples of these sizes may go through a graph at once; 0 where not even one may."""
         return self.limit // max(1, self._bytes(graph, sizes))
+
+    @contextlib.contextmanager
+    def held(self, graph: str, sizes: Mapping[str, int], rows: int) -> Iterator[None]:
+        """What so many examples need, taken from the budget for as long as they are in a graph.
+
+        Calls of other threads that find too little left wait, in the order in which they came. More than there is
+        counts as all.
+        """
+        need = min(self.limit, rows * self._bytes(graph, sizes))
+        with self._changed:
+            place = object()
+            self._waiting.append(place)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is place and self._free >= need)
+                self._free -= need
+            finally:
+                self._waiting.remove(place)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += need
+                self._changed.notify_all()
 
     def at_least_one(self, graph: str, sizes: Mapping[str, int]) -> int:
         """The same, where examples are not cut into tiles.

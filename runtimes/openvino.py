@@ -14,6 +14,9 @@ import numpy as np
 from vae_export.errors import BackendError, BundleError, require
 from vae_export.manifest import Model, Tensor
 
+from . import forks
+from .interrupts import LongCalls
+
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 _EXTRA = "openvino"
 
@@ -116,9 +119,13 @@ class OpenVinoSession:
             return compiled(core, fixed, options)
 
         self._compile_for = compile_for
+        self._long = LongCalls()
+        self._forks = forks.count()
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
         """See `cpu.Session.run`."""
+        if self._forks != forks.count():
+            raise forks.refuse("openvino", "has no threads in a child, so that a call would never end")
         first = next(iter(inputs.values()))
         exact = first.shape if first.shape in self._exact else None
         idle = self._requests.setdefault((exact, *outputs), deque())
@@ -132,7 +139,10 @@ class OpenVinoSession:
         results = list(out) if out is not None else [self._empty(name, first.shape) for name in outputs]
         for name, result in zip(outputs, results, strict=True):
             request.set_tensor(name, tensor(result, shared_memory=True))
-        request.infer()
+        if self._long.direct(inputs):
+            request.infer()
+        else:
+            self._long.run(inputs, request.infer, request.cancel)
         idle.append(request)
         return results
 

@@ -16,8 +16,10 @@ from vae_export.errors import BackendError, BundleError, InputError, require
 from vae_export.manifest import Model
 from vae_export.onnx_reader import Arrays
 
+from . import forks
 from .backend import Settings
 from .gpu import Gpu, Shape
+from .interrupts import LongCalls, interruptible
 from .lanes import GpuBackend, Lane, bucket
 
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
@@ -49,14 +51,40 @@ class OrtSession:
         ort = _runtime("cpu")
         self.version = str(ort.__version__)
         self._arrays = arrays  # the session leans on their memory
-        self._session = _open(ort, name, graph, model, "cpu", {}, arrays, threads)
+        self._session = interruptible(lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads))
         self._run = _shortest_run(self._session)
+        self._options = ort.RunOptions
+        self._long = LongCalls()
+        self._running: list[None] = []  # one for each call under way
+        self._forks = forks.count()
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
         """See `cpu.Session.run`."""
-        return self._run(outputs, inputs, None) if out is None else self._into(outputs, inputs, out)
+        if self._forks != forks.count():
+            self._after_fork()
+        self._running.append(None)
+        try:
+            if self._long.direct(inputs):
+                return self._run(outputs, inputs, None) if out is None else self._into(outputs, inputs, out, None)
+            options = self._options()
 
-    def _into(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any]) -> list[Any]:
+            def stop() -> None:
+                options.terminate = True
+
+            def work() -> list[Any]:
+                return self._run(outputs, inputs, options) if out is None else self._into(outputs, inputs, out, options)
+
+            return self._long.run(inputs, work, stop)
+        finally:
+            self._running.pop()
+
+    def _after_fork(self) -> None:
+        """Without its threads ONNX Runtime computes in the caller's; but a call under way may have held its locks."""
+        if self._running:
+            raise forks.refuse("onnxruntime", "was computing at that moment, which nobody goes on with here")
+        self._forks = forks.count()
+
+    def _into(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any], options: Any) -> list[Any]:
         """Run, the results in these arrays: large ones are the memory that ONNX Runtime writes to."""
         if sum(target.nbytes for target in out) >= _BOUND_BYTES:
             binding = self._session.io_binding()
@@ -66,9 +94,9 @@ class OrtSession:
                 binding.bind_output(name, "cpu", 0, target.dtype.type, target.shape, target.ctypes.data)
             # Another shape is one reason to fail; all others the run below tells by itself.
             with contextlib.suppress(Exception):
-                self._session.run_with_iobinding(binding)
+                self._session.run_with_iobinding(binding, options)
                 return list(out)
-        found = self._run(outputs, inputs, None)
+        found = self._run(outputs, inputs, options)
         if [value.shape for value in found] != [target.shape for target in out]:
             return found
         for target, value in zip(out, found, strict=True):
@@ -176,14 +204,14 @@ class _Sessions:
         self._sessions = {}
 
 
-def _shortest_run(session: Any) -> Callable[[Sequence[str], Mapping[str, Any], None], list[Any]]:
-    """What takes the names of outputs, inputs and None as a session's `run` does: the C++ beneath it, where this
+def _shortest_run(session: Any) -> Callable[[Sequence[str], Mapping[str, Any], Any], list[Any]]:
+    """What takes the names of outputs, inputs and options as a session's `run` does: the C++ beneath it, where this
     version of ONNX Runtime has it there.
 
     The Python around that looks for missing inputs, for arrays of other devices and for captured graphs, which takes a
     fifth of a small model's time. Here inputs are those of `Model.ends`, arrays of the host, and nothing is captured.
     """
-    run: Callable[[Sequence[str], Mapping[str, Any], None], list[Any]]
+    run: Callable[[Sequence[str], Mapping[str, Any], Any], list[Any]]
     run = getattr(getattr(session, "_sess", None), "run", session.run)
     return run
 
@@ -231,6 +259,9 @@ def _open(
     settings = session_options(ort, arrays, threads)
     # A plan for each shape that was seen, each with memory of its own, is for shapes that stay.
     settings.enable_mem_pattern = not model.data.named()
+    if device == "cpu":
+        # Nor is an arena, which keeps what the largest of ever new shapes took, and gaps between them.
+        settings.enable_cpu_mem_arena = not model.data.named()
     provider = _PROVIDERS[device]
     try:
         session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)

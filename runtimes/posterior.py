@@ -43,7 +43,8 @@ class Posterior:
         Raises:
             InputError: the encoder is deterministic.
         """
-        std: Array = np.exp(np.float32(0.5) * self._gaussian())
+        with np.errstate(over="ignore"):  # infinite where float32 has no such number
+            std: Array = np.exp(np.float32(0.5) * self._gaussian())
         return std
 
     def mode(self) -> Array:

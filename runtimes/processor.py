@@ -14,6 +14,8 @@ from pathlib import Path
 
 from vae_export.builds import Processor
 
+from .threads import cores
+
 #: What matters to graphs, by Linux' names. All else that a processor has is left out of records.
 _X86 = (
     *("avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert"),
@@ -76,17 +78,6 @@ def processor() -> Processor:
         cores=cores(),
         threads=len(_allowed()),
     )
-
-
-def cores() -> int:
-    """The cores that this process may use; threads of one core count once, where Linux tells which they are."""
-    allowed, found = _allowed(), set()
-    for cpu in allowed:
-        try:
-            found.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            return len(allowed)
-    return len(found)
 
 
 def general(known: frozenset[str]) -> frozenset[str]:

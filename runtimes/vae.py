@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
@@ -60,6 +60,8 @@ class VAE:
         facts: Mapping[str, Any] | None = None,
         budget: Budget | None = None,
         tiled: Mapping[str, Tiled] | None = None,
+        check_range: bool = True,
+        reopen: tuple[Callable[..., VAE], tuple[Any, ...]] | None = None,
     ) -> None:
         """Join a model's description and a backend that has its graphs.
 
@@ -71,6 +73,8 @@ class VAE:
             facts: for `describe`: as `Opened.facts`; None is that of a bundle's own graphs.
             budget: for the memory of intermediate results; None is no limit.
             tiled: what was measured of tiles, by graph: where they are seen, the first tiled call warns.
+            check_range: as for `load`.
+            reopen: a function of a module, and arguments, that open the same again; without it there is no pickle.
 
         Raises:
             InputError: micro_batch is below 1.
@@ -84,7 +88,8 @@ class VAE:
         own: Mapping[str, Any] = {"precision": "float32", "build": None, "passed_over": {}, "notes": []}
         self._facts = dict(own if facts is None else facts)
         self._seams = Seams(tiled or {})
-        self._data = ArrayCheck("x", model, on_gpu=backend.on_gpu)
+        self._reopen = reopen
+        self._data = ArrayCheck("x", model, on_gpu=backend.on_gpu, check_range=check_range)
         self._latent = ArrayCheck("z", model, on_gpu=backend.on_gpu)
         # What each graph gives for one example, where that holds for every call: without named dimensions.
         self._gives = {} if model.data.named() else {graph: self._expected(graph, {}) for graph in backend.graphs}
@@ -546,6 +551,18 @@ class VAE:
         """Give back what the backend holds; the VAE cannot be used afterwards."""
         self._backend.close()
 
+    def __reduce__(self) -> tuple[Callable[..., VAE], tuple[Any, ...]]:
+        """For pickle, and so for processes that are spawned: the bundle is opened again there, by its path.
+
+        Raises:
+            InputError: it was not made by `load`.
+        """
+        if self._reopen is None:
+            raise InputError(
+                "a VAE that load did not make has no path to be opened again by. Load the bundle where it is needed"
+            )
+        return self._reopen
+
     def __enter__(self) -> VAE:
         return self
 
@@ -646,8 +663,13 @@ class VAE:
                 if axes:
                     return self._tiled(graph, first, outputs, rows, axes, on_device, out)
         targets = None if out is None else (out,)
-        results = self._backend.run(graph, inputs, outputs, rows, on_device=on_device, out=targets)
         shape = next(iter(inputs.values())).shape
+        if self._budget is None:
+            results = self._backend.run(graph, inputs, outputs, rows, on_device=on_device, out=targets)
+        else:
+            sizes = self.model.input_sizes(graph, tuple(shape[1:]))
+            with self._budget.held(graph, sizes, min(rows, shape[0])):
+                results = self._backend.run(graph, inputs, outputs, rows, on_device=on_device, out=targets)
         gives = self._gives.get(graph)
         expected = (shape[0], *(self._example(graph, tuple(shape[1:])) if gives is None else gives))
         for result in results:

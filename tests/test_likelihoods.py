@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from vae_export.trainers.objective import log_prob_of
 
-from vae_export import likelihoods, noise
+from vae_export import elbo, likelihoods, noise
 from vae_export.errors import InputError
 from vae_export.manifest import DECODER_OUTPUTS, Data, Latent, Likelihood, Model, Posterior
 
@@ -111,3 +111,21 @@ def test_draws_follow_the_distribution(kind: str) -> None:
 def test_none_is_refused_in_words() -> None:
     with pytest.raises(InputError, match=r"no likelihood p\(x\|z\), so that it has no ELBO"):
         of("none")
+
+
+def test_no_value_overflows() -> None:
+    """Logits, variances and scales far beyond any model's: no warning, and limits where there are any."""
+    logits = np.array([-1e6, -800.0, 0.0, 800.0, 1e6])
+    np.testing.assert_array_equal(likelihoods.sigmoid(logits), [0.0, 0.0, 0.5, 1.0, 1.0])
+    x = np.array([[0.0, 1.0]])
+    far = {"sample": np.zeros_like(x), "sample_logvar": np.full_like(x, -1e4)}
+    terms = likelihoods.Gaussian().log_prob_terms(x, far)
+    assert terms[0, 0] == pytest.approx(5e3, rel=1e-3)
+    assert terms[0, 1] == -np.inf
+    levels = likelihoods.DiscretizedLogistic(Data(shape=(2,), range=(0.0, 1.0)))
+    for log_scale in (-1e4, 1e4):
+        found = levels.log_prob_terms(x, {"location": np.zeros_like(x), "log_scale": np.full_like(x, log_scale)})
+        assert not np.isnan(found).any()
+    kl = elbo.kl_between_terms(*(np.array([value]) for value in (0.0, -1e4, 0.0, -1e4)))
+    np.testing.assert_array_equal(kl, [0.0])
+    assert elbo.kl_terms(np.zeros(1), np.full(1, 1e4))[0] == np.inf

@@ -94,6 +94,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Start = Annotated[int, typer.Option(help="Index of the first example.")]
+AnyRange = Annotated[bool, typer.Option("--any-range", help="Take values beyond the data's range: no check.")]
 Resize = Annotated[bool, typer.Option("--resize", help="Scale pictures of another size.")]
 
 
@@ -543,6 +544,7 @@ def reconstruct(
     seed: Annotated[int | None, typer.Option(help="Draw from the posterior, not its mean.")] = None,
     start: Start = 0,
     resize: Resize = False,
+    any_range: AnyRange = False,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
     no_build: NoBuildOption = False,
@@ -551,7 +553,7 @@ def reconstruct(
     """Encode and decode examples."""
     from vae_export import images
 
-    with _load("reconstruct", bundle, device, build, no_build, precision) as vae:
+    with _load("reconstruct", bundle, device, build, no_build, precision, any_range) as vae:
         data = vae.model.data
         images.check_target(_place(out, bundle), data)
         x = images.read(input, data, resize=resize)
@@ -570,6 +572,7 @@ def score(
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Write there, not to the terminal.")] = None,
     resize: Resize = False,
+    any_range: AnyRange = False,
     device: DeviceOption = Device.auto,
     build: BuildOption = None,
     no_build: NoBuildOption = False,
@@ -579,7 +582,7 @@ def score(
     from vae_export import files, images, scoring
 
     place = _place(out, bundle) if out else None
-    with _load("score", bundle, device, build, no_build, precision) as vae:
+    with _load("score", bundle, device, build, no_build, precision, any_range) as vae:
         x = images.read(input, vae.model.data, resize=resize)
         columns = scoring.score(vae, x, k=k, seed=seed, start=start)
     text = scoring.to_json(columns) if json else scoring.to_csv(columns)
@@ -706,7 +709,13 @@ def _say(line: str) -> None:
 
 
 def _load(
-    verb: str, bundle: Path, device: Device, build: Path | None, no_build: bool, precision: RunPrecision | None
+    verb: str,
+    bundle: Path,
+    device: Device,
+    build: Path | None,
+    no_build: bool,
+    precision: RunPrecision | None,
+    any_range: bool = False,
 ) -> VAE:
     """Open a bundle as the options say, and say what runs."""
     from vae_export.runtimes import load, said
@@ -714,7 +723,8 @@ def _load(
     if build and no_build:
         raise InputError(f"{verb}: name one of --build and --no-build")
     chosen: Path | Literal[False] | None = False if no_build else build
-    vae = load(bundle, device=device.value, build=chosen, precision=precision.value if precision else None)
+    wanted = precision.value if precision else None
+    vae = load(bundle, device=device.value, build=chosen, precision=wanted, check_range=not any_range)
     facts = vae.describe()
     _say("; ".join([said(facts), *facts["notes"]]))
     return vae

@@ -31,7 +31,8 @@ def kl_terms(mean: Array, logvar: Array) -> Float64:
     Kingma & Welling 2014, appendix B: ½ (mean² + exp(logvar) − 1 − logvar).
     """
     mean, logvar = np.asarray(mean, np.float64), np.asarray(logvar, np.float64)
-    return 0.5 * (mean * mean + (np.expm1(logvar) - logvar))
+    with np.errstate(over="ignore"):  # a variance above float64's has no finite divergence
+        return 0.5 * (mean * mean + (np.expm1(logvar) - logvar))
 
 
 def kl(mean: Array, logvar: Array) -> Float64:
@@ -43,8 +44,10 @@ def kl_between_terms(mean_p: Array, logvar_p: Array, mean_q: Array, logvar_q: Ar
     """KL(p || q) between two diagonal Gaussians for each dimension, in nats: (B, *latent) float64."""
     mean_p, mean_q = np.asarray(mean_p, np.float64), np.asarray(mean_q, np.float64)
     log_ratio = np.asarray(logvar_p, np.float64) - np.asarray(logvar_q, np.float64)
-    precision_q = np.exp(-np.asarray(logvar_q, np.float64))
-    terms: Float64 = 0.5 * (np.expm1(log_ratio) - log_ratio + (mean_p - mean_q) ** 2 * precision_q)
+    square = (mean_p - mean_q) ** 2
+    with np.errstate(over="ignore", invalid="ignore"):  # a variance below float64's: equal means stay equal
+        moved = np.where(square == 0.0, 0.0, square * np.exp(-np.asarray(logvar_q, np.float64)))
+        terms: Float64 = 0.5 * (np.expm1(log_ratio) - log_ratio + moved)
     return terms
 
 

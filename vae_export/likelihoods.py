@@ -56,7 +56,7 @@ class Gaussian:
 
     def sample(self, outputs: Outputs, seed: int, first: int) -> Array:
         """Mean plus deviation times a standard normal draw."""
-        return _gaussian_sample(outputs["sample"], np.exp(0.5 * outputs["sample_logvar"]), seed, first)
+        return _gaussian_sample(outputs["sample"], _exp(0.5 * outputs["sample_logvar"]), seed, first)
 
 
 class GaussianFixed:
@@ -92,7 +92,8 @@ class DiscretizedLogistic:
     def log_prob_terms(self, x: Array, outputs: Outputs) -> Float64:
         """Log of σ((x + ½ step − location) / scale) − σ((x − ½ step − location) / scale)."""
         centered = np.asarray(x, np.float64) - outputs["location"]
-        inverse = np.exp(-np.asarray(outputs["log_scale"], np.float64))
+        # Beyond these limits e^x or the product with x would leave float64.
+        inverse = np.exp(-np.clip(np.asarray(outputs["log_scale"], np.float64), -600.0, 600.0))
         upper, lower = (centered + self._step / 2) * inverse, (centered - self._step / 2) * inverse
         # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l−u)), which does not cancel.
         width = self._step * inverse
@@ -104,7 +105,7 @@ class DiscretizedLogistic:
         """The level nearest to location + scale · logit(u), within the range."""
         location = outputs["location"]
         uniform = _uniforms(location, seed, first)
-        drawn = location + np.exp(outputs["log_scale"]) * (np.log(uniform) - np.log1p(-uniform))
+        drawn = location + _exp(outputs["log_scale"]) * (np.log(uniform) - np.log1p(-uniform))
         level = np.clip(np.rint((drawn - self._low) / self._step), 0, self.LEVELS - 1)
         sample: Array = (self._low + level * self._step).astype(np.float32)
         return sample
@@ -132,9 +133,19 @@ def of(model: Model) -> Likelihood:
     return _KINDS[model.likelihood.kind](model.likelihood, model.data)
 
 
+def sigmoid(value: Array) -> Float64:
+    """1 / (1 + e^−value) in float64, in the form that overflows for no value. Any shape, kept."""
+    value = np.asarray(value, np.float64)
+    small = np.exp(-np.abs(value))
+    result: Float64 = np.where(value >= 0, 1.0, small) / (1.0 + small)
+    return result
+
+
 def _gaussian_terms(x: Array, mean: Array, logvar: Float64 | np.float64) -> Float64:
     error = np.asarray(x, np.float64) - mean
-    terms: Float64 = -0.5 * (LOG_2PI + logvar + error * error * np.exp(-logvar))
+    with np.errstate(over="ignore", invalid="ignore"):  # a variance below float64's: no error stays none
+        scaled = np.where(error == 0.0, 0.0, error * error * np.exp(-logvar))
+    terms: Float64 = -0.5 * (LOG_2PI + logvar + scaled)
     return terms
 
 
@@ -142,6 +153,13 @@ def _gaussian_sample(mean: Array, deviation: Array | np.float32, seed: int, firs
     eps = noise.normals(seed, noise.LIKELIHOOD, first, len(mean), mean[0].size)
     drawn: Array = mean + deviation * eps.reshape(mean.shape)
     return drawn
+
+
+def _exp(value: Array) -> Array:
+    """e^value, infinite where the type has no such number."""
+    with np.errstate(over="ignore"):
+        result: Array = np.exp(value)
+    return result
 
 
 def _uniforms(like: Array, seed: int, first: int) -> Float64:

@@ -14,7 +14,7 @@ from typing import Any
 from vae_export import timing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
-from vae_export.runtimes.processor import cores
+from vae_export.runtimes.threads import cores
 
 from . import memory as memories
 from .cells import Cell, Examples, check_verbs

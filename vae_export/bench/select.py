@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vae_export.bundle import Bundle
 from vae_export.errors import BackendError, InputError, require
-from vae_export.runtimes.processor import cores
+from vae_export.runtimes.threads import cores
 
 from . import peers
 from .report import Absent, reason

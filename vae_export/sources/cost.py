@@ -73,7 +73,10 @@ class _Live(TorchDispatchMode):
             query, key = args[0], args[1]
             weights = query.numel() // query.shape[-1] * key.shape[-2] * query.element_size()
             self.peak = max(self.peak, self.now + 2 * weights)
-        for value in result if isinstance(result, (tuple, list)) else (result,):
+        values = result if isinstance(result, (tuple, list)) else (result,)
+        # What aliases an argument is no memory of its own: a view of a weight must not count as the weight.
+        aliases = any(returned.alias_info is not None for returned in func._schema.returns)
+        for value in () if aliases else values:
             if isinstance(value, Tensor):
                 self._hold(value.untyped_storage())
         self.peak = max(self.peak, self.now)

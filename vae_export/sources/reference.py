@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vae_export import deviations, golden, noise
+from vae_export import deviations, golden, likelihoods, noise
 from vae_export.deviations import Deviations
 from vae_export.errors import InputError
 from vae_export.golden import EXTREMES, Reference, Rows
@@ -446,7 +446,7 @@ def _check_claims(model: Model, posterior: golden.Tensors, prior: golden.Tensors
                 f"{values.min():g} to {values.max():g}"
             )
     if model.likelihood.kind == "bernoulli":
-        error = np.abs(prior["sample"] - np.exp(-np.logaddexp(0.0, -prior["logits"]))).max()
+        error = np.abs(prior["sample"] - likelihoods.sigmoid(prior["logits"])).max()
         if error > 1e-6:
             raise InputError(
                 f"export: decode must return (sample, logits) with sample = sigmoid(logits); they differ by {error:.3g}"
