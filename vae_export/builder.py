@@ -32,6 +32,7 @@ from vae_export.errors import BackendError, InputError, VaeExportError, Verifica
 from vae_export.manifest import GRAPHS, Model
 from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
+from vae_export.progress import Progress, silent
 from vae_export.runtimes import Settings, flavours, machine, open_backend
 from vae_export.runtimes import processor as here
 from vae_export.runtimes.backend import Array, Way
@@ -44,7 +45,6 @@ BATCHES = (1, 8, 64)
 #: Rows on which half precision is evaluated on behalf of a device, and how many at once.
 _ROWS, _BATCH = 24, 8
 _TOOLS = (*("vae-export", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),)
-_Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build(
     refittable: bool = False,
     seconds: float | None = None,
     overwrite: bool = False,
-    progress: _Progress = lambda step: None,
+    progress: Progress = silent,
 ) -> Built:
     """Make a build from a bundle, and prove, where the target runs on this machine, that it computes the same.
 
@@ -173,7 +173,7 @@ def refit(
     *,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    progress: _Progress = lambda step: None,
+    progress: Progress = silent,
 ) -> Built:
     """Put a bundle's weights into the engines of a refittable build of the same architecture.
 
@@ -205,7 +205,7 @@ def rebuild(bundle: Bundle, record: Build) -> Path:
     Raises:
         BackendError, VerificationError: as for `build`.
     """
-    return _make(bundle, builds.target(record.target), record.options, None, True, lambda step: None).path
+    return _make(bundle, builds.target(record.target), record.options, None, True, silent).path
 
 
 def _make(
@@ -214,7 +214,7 @@ def _make(
     options: Options,
     out: Path | None,
     overwrite: bool,
-    progress: _Progress,
+    progress: Progress,
     old: BuildFolder | None = None,
     measured_at: _MeasuredAt | None = None,
 ) -> Built:
@@ -328,7 +328,7 @@ def _write(
     measured: Certificate | None,
     unmeasured: str | None,
     engine: Engine | None,
-    progress: _Progress,
+    progress: Progress,
     *,
     overwrite: bool,
     measurements: tuple[Measurement, ...] = (),
@@ -387,7 +387,7 @@ def _graphs(
     calibration: Array,
     options: Options,
     name: str,
-    progress: _Progress,
+    progress: Progress,
     *,
     doubles: bool,
 ) -> tuple[dict[str, bytes], dict[str, dict[str, int]], dict[str, dict[str, str]], tuple[str, ...]]:

@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 import msgspec
 import numpy as np
 
-from vae_export.deviations import Float64, unit
+from vae_export.deviations import unit
+from vae_export.elbo import Float64
 from vae_export.errors import BundleError, VerificationError
 from vae_export.golden import Rows
 from vae_export.records import Record, check_text

@@ -216,16 +216,11 @@ def export(
         require(module, extra, "export")
     from vae_export import layouts, report
     from vae_export.exporter import export as run
+    from vae_export.progress import bar
 
     described = _described(config, size, held_out, shape, likelihood, data_range, variance, multiple_of)
     console = _console()
-    with console.status("export") as status, contextlib.ExitStack() as stack:
-
-        def progress(step: str) -> None:
-            status.update(step)
-            if "minutes" in step:
-                console.print(step)
-
+    with bar(console) as progress, contextlib.ExitStack() as stack:
         place = bundle
         if layout == Layout.optimum:
             layouts.check_target(bundle, overwrite=force)
@@ -369,12 +364,9 @@ def build(
     if bundle is None:
         raise InputError("build: name a BUNDLE, the folder that `vae-export export` wrote")
     from vae_export import builder
+    from vae_export.progress import bar
 
-    with console.status("build") as status:
-
-        def progress(step: str) -> None:
-            status.update(step)
-
+    with bar(console) as progress:
         if refit:
             asked = (target, size, static, tf32, nhwc, refittable, passes, seconds)
             if any(asked) or (precision, budget, batch) != (Precision.fp32, Budget.int8, "1,8,64"):
@@ -724,7 +716,9 @@ def _load(
         raise InputError(f"{verb}: name one of --build and --no-build")
     chosen: Path | Literal[False] | None = False if no_build else build
     wanted = precision.value if precision else None
-    vae = load(bundle, device=device.value, build=chosen, precision=wanted, check_range=not any_range)
+    vae = load(
+        bundle, device=device.value, build=chosen, precision=cast("Wanted | None", wanted), check_range=not any_range
+    )
     facts = vae.describe()
     _say("; ".join([said(facts), *facts["notes"]]))
     return vae

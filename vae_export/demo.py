@@ -13,6 +13,7 @@ from rich.console import Console
 from vae_export import golden, images, report
 from vae_export.bundle import Bundle
 from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, require
+from vae_export.progress import bar
 from vae_export.verifier import verify
 
 _MARK = ".vae-export-demo"
@@ -47,7 +48,8 @@ def demo(out: Path, console: Console) -> None:
     trained = time.perf_counter()
 
     console.rule("export: PyTorch → ONNX, measured against PyTorch in float64")
-    export(checkpoint, path, overwrite=True, progress=lambda step: console.print(f"  {step}"))
+    with bar(console) as progress:
+        export(checkpoint, path, overwrite=True, progress=progress)
 
     console.rule("verify: measured again, without PyTorch")
     certificate = verify(path, opened=lambda line: console.print(f"  {line}"))

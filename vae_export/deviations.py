@@ -22,8 +22,10 @@ shares of values that are off by more than 1/255 and 2/255, the mean squared err
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vae_export import elbo
 from vae_export.elbo import Array, Float64
@@ -117,15 +119,14 @@ def unit(quantity: str, tensors: Outputs) -> Float64 | float:
     """
     rows, what, how = quantity.split(".")
     if rows == "elbo":
-        scale: Float64 = tensors["scale"]
-        return scale
+        return np.asarray(tensors["scale"], np.float64)
     if how != "max" or what in ("pixel", "picture"):
         return 1.0
     values = tensors[f"prior.{what}" if rows == "prior" else what]
     return max(float(np.abs(values).max()), _TINY)
 
 
-def largest(measured: Array, reference: Array) -> Float64:
+def largest(measured: npt.NDArray[Any], reference: npt.NDArray[Any]) -> Float64:
     """The largest absolute error of each row: (n, …) → (n,). Not-a-number and infinity stay what they are."""
     return _row_max(np.abs(np.asarray(measured, np.float64) - reference))
 

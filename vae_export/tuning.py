@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,12 @@ from vae_export.golden import Reference
 from vae_export.graph import compose, edit, passes, quantize
 from vae_export.manifest import GRAPHS, Model, parts_of
 from vae_export.pixels import is_picture
+from vae_export.progress import Progress
 from vae_export.runtimes import VAE, Settings, processor
 from vae_export.runtimes.backend import Backend, Way
 from vae_export.runtimes.cpu import CpuBackend
 
 Array = npt.NDArray[np.float32]
-Progress = Callable[[str], None]
 #: A graph and the identity of a candidate for it.
 Place = tuple[str, int]
 

@@ -84,9 +84,9 @@ class Perturbed(TorchDispatchMode):
                 part.addcmul_(part + size, noise)
         if value.ndim > 2:  # (B, C, …): what all positions of a channel share
             flat = value.view(*value.shape[:2], -1)
-            size = ACCUMULATED * math.sqrt(terms) * flat.square().mean(dim=(1, 2), keepdim=True).sqrt()
+            sizes = ACCUMULATED * math.sqrt(terms) * flat.square().mean(dim=(1, 2), keepdim=True).sqrt()
             shared = torch.cat([noise for _, noise in self._parts(flat[:, :, 0].reshape(-1))])
-            flat.add_(size * shared.view(*value.shape[:2], 1))
+            flat.add_(sizes * shared.view(*value.shape[:2], 1))
 
     def _parts(self, flat: Tensor) -> Any:
         """Pieces of a vector, each with noise of its size."""
@@ -116,8 +116,8 @@ def _summed(name: str, args: Any) -> int:
     if name == "convolution":
         weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
         if not transposed:
-            return math.prod(weight.shape[1:])
-        return max(1, len(weight) // groups * math.prod(weight.shape[2:]) // math.prod(stride))
+            return int(math.prod(weight.shape[1:]))
+        return max(1, int(len(weight) // groups * math.prod(weight.shape[2:]) // math.prod(stride)))
     if name in ("mm", "bmm"):
         return int(args[0].shape[-1])
     if name in ("addmm", "baddbmm"):
