@@ -127,7 +127,7 @@ def certificates(
                 rows.append(row | {"problem": built.unmeasured})
                 continue
             made[name][target, precision] = built.path
-            worst = {c.quantity: c.measured for c in built.certificate.checks if c.graph == "end to end"}
+            worst = {c.id: c.measured for c in built.certificate.checks if c.graph == "end to end"}
             row |= {"passed": built.certificate.passed, "elbo_worst": worst["ELBO, worst"]}
             rows.append(row | {"certificate": built.certificate.to_dict()})
     return made, rows

@@ -259,9 +259,6 @@ def _open(
     settings = session_options(ort, arrays, threads)
     # A plan for each shape that was seen, each with memory of its own, is for shapes that stay.
     settings.enable_mem_pattern = not model.data.named()
-    if device == "cpu":
-        # Nor is an arena, which keeps what the largest of ever new shapes took, and gaps between them.
-        settings.enable_cpu_mem_arena = not model.data.named()
     provider = _PROVIDERS[device]
     try:
         session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)

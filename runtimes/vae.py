@@ -367,8 +367,8 @@ class VAE:
         x = self._data("elbo", x)
         if self.model.has_elbo and self._fused("score", x.shape[1:]):
             eps = Normals(seed, noise.POSTERIOR, start, (len(x), *self._example("encoder", x.shape[1:])))
-            fused, divergence, bound = self._run("score", {"x": x, "eps": eps}, SCORE_OUTPUTS)
-            return Elbo(bound, fused, divergence)
+            fused, divergence, _ = self._run("score", {"x": x, "eps": eps}, SCORE_OUTPUTS)
+            return Elbo(fused - divergence, fused, divergence)  # a runner may subtract in float32
         reconstruction, kl = np.empty(len(x)), np.empty(len(x))
         most = self._rows(x.shape[1:], "encoder", "decoder")
         for rows in slices(len(x), most):

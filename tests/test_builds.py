@@ -110,9 +110,7 @@ def test_a_build_for_the_cpu(bundle: Path, made: Any, precision: str, tolerance:
     again = vae_export.verify(bundle, build=built.path)
     assert again.passed
     assert again.precision == tolerance
-    assert [(c.graph, c.quantity, c.got) for c in again.checks] == [
-        (c.graph, c.quantity, c.got) for c in built.certificate.checks
-    ]
+    assert [(c.id, c.measured) for c in again.checks] == [(c.id, c.measured) for c in built.certificate.checks]
     assert "levels of 255" in {check.unit for check in again.checks}
 
 
@@ -214,15 +212,17 @@ def test_after_a_build_in_auto_a_plain_load_is_as_before(
 
     exact = vae_export.build(bundle, "cpu").path
     with vae_export.load(bundle) as vae:
-        before = vae.sample(7, seed=1), vae.encode(vae.sample(3)).mean
+        x = np.clip(vae.sample(3), 0, 1)
+        before = vae.sample(7, seed=1), vae.encode(x).mean
     with monkeypatch.context() as patch:
         patch.setattr(tuning.Tuner, "_choose", fastest)
         built = vae_export.build(bundle, "cpu", precision="auto", batches=[8])
     assert built.path == exact.with_name("cpu-auto")
-    assert (built.record.in_words(), built.record.exact, built.record.tolerance) == ("int8", False, "int8")
+    assert (built.record.in_words(), built.record.exact) == ("int8", False)
+    assert set(built.record.held_to.values()) == {"int8"}
     with vae_export.load(bundle) as vae:
         assert [vae.describe()[name] for name in RUNS] == ["float32", str(exact), {"cuda": NO_GPU}]
-        after = vae.sample(7, seed=1), vae.encode(vae.sample(3)).mean
+        after = vae.sample(7, seed=1), vae.encode(x).mean
     assert all(map(np.array_equal, before, after))
     if "vnni" in processor.features():
         with vae_export.load(bundle, precision="auto") as vae:
@@ -239,16 +239,10 @@ def test_an_auto_build_that_stayed_in_float32_holds_its_certificate(
     built = vae_export.build(bundle, "cpu", precision="auto", batches=[8])
     assert built.certificate is not None
     assert built.certificate.precision == "float32"
-    assert (built.record.holds, built.record.exact) == ("float32", True)
+    assert built.record.exact
     assert vae_export.verify(bundle, build=built.path).precision == "float32"
     with vae_export.load(bundle, device="cpu") as vae:
         assert vae.describe()["build"] == str(built.path)
-    # Without that certificate it is not taken by itself.
-    rewrite(built.path, holds=None)
-    with vae_export.load(bundle, device="cpu") as vae:
-        assert vae.describe()["passed_over"] == {
-            "build cpu-auto": "its certificate is int8's, not float32's: precision='auto' takes it"
-        }
 
 
 @pytest.mark.parametrize("place", ["cpu", "cpu-int8", "cpu-auto"])
@@ -408,9 +402,8 @@ def test_records_of_earlier_versions_are_read(copy: Any) -> None:
     path = copy("cpu")
     rewrite(path, processor=None)
     text = (path / SEAL.file).read_text()
-    assert "processor" not in text
+    assert '"processor"' not in text
     assert "requires" not in text
-    assert "holds" not in text
     assert BuildFolder(path).record.exact
 
 
@@ -432,8 +425,9 @@ def test_other_kernels_for_other_batches_are_told(bundle: Path, copy: Any) -> No
 
 
 def test_steps_are_told(bundle: Path, tmp_path: Path) -> None:
-    steps: list[str] = []
-    vae_export.build(bundle, "cpu", out=tmp_path / "b", progress=steps.append)
+    told: list[str] = []
+    vae_export.build(bundle, "cpu", out=tmp_path / "b", progress=lambda step, share=None: told.append(step))
+    steps = [step for step in told if not step.startswith("the machine is busy")]
     graphs = ("encoder", "decoder", "generate", "reconstruct", "score")
     assert steps[:6] == [*(f"measuring the {name}" for name in graphs), "measuring the certificate"]
     assert sorted(steps[6:-1]) == [f"measuring the {name} against its parts" for name in graphs[2:]]
@@ -442,8 +436,8 @@ def test_steps_are_told(bundle: Path, tmp_path: Path) -> None:
 
 def test_every_kind_of_model(member: Any, tmp_path: Path) -> None:
     """Vectors, whose autoencoder has neither variance nor pictures, and named sizes."""
-    for name, graphs in (("plain", 3), ("spatial-named", 5)):
-        built = vae_export.build(member(name).bundle, "cpu", out=tmp_path / name, precision="fp16")
+    for name, precision, graphs in (("plain", "fp16", 3), ("spatial-named", "fp32", 5)):
+        built = vae_export.build(member(name).bundle, "cpu", out=tmp_path / name, precision=precision)
         assert built.certificate is not None
         assert built.certificate.passed
         assert len(built.record.graphs) == graphs
@@ -1281,7 +1275,7 @@ def test_what_runs_is_said_first(run: Run, bundle: Path, made: Any, own_cache: P
         assert succeeded(done) == "x.npy: 3 samples, seed 1, from 0\n"
         assert done.stderr.startswith(line)
         assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
-    done = run("reconstruct", bundle, "x.npy", "--out", "r.npy", "--precision", "fp16")
+    done = run("reconstruct", bundle, "x.npy", "--out", "r.npy", "--precision", "fp16", "--any-range")
     assert (succeeded(done), done.stderr.startswith(low)) == ("r.npy: 3 reconstructions\n", True)
     done = run("score", bundle, "x.npy", "--precision", "fp16")
     assert succeeded(done).startswith("index,elbo,reconstruction,kl\n")

@@ -81,7 +81,7 @@ def test_verify_says_no(run: Run, digits: dict[str, Path], tmp_path: Path) -> No
     change(path, "decoder", one_bias)
     done = run("verify", path)
     failed(done, 1, "gaussian differs from its reference:\n  ")
-    assert "decoder: sample, worst is" in done.stderr
+    assert "decoder: sample, worst of draws from the prior is" in done.stderr
     assert "FAILED" in done.stdout
     done = run("verify", path, "--json")
     assert done.returncode == 1

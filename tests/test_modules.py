@@ -234,7 +234,10 @@ def test_what_the_manifest_says() -> None:
     assert len(trained.held_out) == 20
     assert module.resolve(user(nominal=True)).model.likelihood.nominal
     model = module.resolve(spatial()).model
-    assert [str(dim) for dim in model.data.shape] == ["1", *(f"{n} (a multiple of 4)" for n in ("height", "width"))]
+    assert [str(dim) for dim in model.data.shape] == [
+        "1",
+        *(f"{n} (a multiple of 4, at least 4)" for n in ("height", "width")),
+    ]
     assert [str(dim) for dim in model.latent.shape] == ["2", "height/2", "width/2"]
     other = vanilla()
     assert trained.origin.weights_sha256 == module.resolve(other).origin.weights_sha256

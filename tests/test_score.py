@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import zoo
 from vae_export.runtimes import VAE, Budget, open_backend, open_bundle
 
 import vae_export
-from vae_export import elbo, golden, graph, likelihoods, noise, verifier
+from vae_export import elbo, golden, graph, likelihoods, noise, tuning, verifier
 from vae_export.builds import BuildFolder
 from vae_export.bundle import Bundle
 from vae_export.errors import BundleError, InputError
@@ -39,6 +40,9 @@ TERM = 8 * 2.0**-24
 #: Of the sum of absolute terms: decoding on another path may round otherwise.
 SUM = 2e-6
 WITH_ELBO = [name for name in zoo.MEMBERS if name != "plain"]
+#: Made-up weights amplify rounding: these are refused in float16, whose ELBO would be off by more than 1e-3.
+_REFUSED = ("conv-gaussian", "spatial", "spatial-named")
+BUILT = [(name, kind) for name in WITH_ELBO for kind in ("fp32", "fp16") if kind == "fp32" or name not in _REFUSED]
 
 Builds = Callable[[str, str], Path]
 
@@ -53,7 +57,9 @@ def built(member: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
             out = tmp_path_factory.mktemp("score") / f"{name}-{precision}"
             # Without forms, the fused graph and its parts are of the same nodes.
             options = {"precision": precision, "passes": "none"}
-            made[name, precision] = vae_export.build(member(name).bundle, "cpu", out=out, **options).path
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tuning, "WORTH", math.inf)  # however slow it is: what it computes is tested
+                made[name, precision] = vae_export.build(member(name).bundle, "cpu", out=out, **options).path
         return made[name, precision]
 
     return get
@@ -68,8 +74,7 @@ def session(raw: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(raw, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", WITH_ELBO)
+@pytest.mark.parametrize(("name", "precision"), BUILT)
 def test_the_graph_against_numpy(member: Any, built: Builds, name: str, precision: str) -> None:
     """Encoder and decoder of the same build, joined by NumPy, their terms and sums in float64."""
     source = member(name).source
@@ -92,9 +97,9 @@ def test_the_graph_against_numpy(member: Any, built: Builds, name: str, precisio
     assert np.array_equal(bound, got - divergence)
 
 
-@pytest.mark.parametrize("name", WITH_ELBO)
-def test_the_graph_is_valid(member: Any, built: Builds, name: str) -> None:
-    proto = onnx.ModelProto.FromString(BuildFolder(built(name, "fp16")).graphs()["score"])
+@pytest.mark.parametrize(("name", "precision"), BUILT)
+def test_the_graph_is_valid(member: Any, built: Builds, name: str, precision: str) -> None:
+    proto = onnx.ModelProto.FromString(BuildFolder(built(name, precision)).graphs()["score"])
     onnx.checker.check_model(proto, full_check=True)
     kinds = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
 
@@ -115,8 +120,7 @@ def by_parts(path: Path, build: Path, **options: Any) -> VAE:
     return vae
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", WITH_ELBO)
+@pytest.mark.parametrize(("name", "precision"), BUILT)
 def test_the_elbo_by_parts_and_in_one(member: Any, built: Builds, name: str, precision: str) -> None:
     """Of the whole batch and of any split, from any start."""
     path, build = member(name).bundle, built(name, precision)
@@ -189,7 +193,7 @@ def test_the_certificate_measures_it(member: Any, counted: Counted) -> None:
     assert verifier.measure(manifest.model, counted, reference, "right").passed
     counted.factor = 1 + 1e-4
     failed = [check for check in verifier.measure(manifest.model, counted, reference, "off").checks if not check.passed]
-    assert {check.quantity.partition(",")[0] for check in failed} == {"ELBO", "reconstruction", "KL"}
+    assert {check.id for check in failed} == {"elbo.bound.max", "elbo.reconstruction.max", "elbo.kl.max"}
 
 
 def test_models_without_an_elbo_have_none(member: Any, built: Builds) -> None:

@@ -56,7 +56,7 @@ def test_a_diffusers_folder(tmp_path: Path) -> None:
     assert vae_export.Bundle(tmp_path / "b").manifest.golden.held_out == 8
     bundle = json.loads(done(run("inspect", "b", *at, "--json")))
     assert bundle["costs"] == source["costs"]
-    assert "nearest to its budget" in done(run("inspect", "b"))
+    assert "nearest to its tolerance" in done(run("inspect", "b"))
     assert "wrong" not in shown
     done(run("export", "vae", "o", *at, "--layout", "optimum"))
     assert (

@@ -119,7 +119,7 @@ def test_of_any_model_on_its_backend(spatial: Any, size: int, overlap: float, mi
 
     module = spatial.source.module
     x, z, tile = 32 * images(2, 3, 52, 84), latents(2, 4, 13, 21), Tile(size, overlap)
-    with vae_export.load(spatial.bundle, device="cpu", micro_batch=micro_batch) as vae:
+    with vae_export.load(spatial.bundle, device="cpu", micro_batch=micro_batch, check_range=False) as vae:
         posterior = vae.encode(x, tile=tile)
         rounding.assert_near([posterior.mean, posterior.logvar], encode, module, x)
         rounding.assert_near([vae.decode(z, tile=tile)], decode, module, z)
@@ -563,7 +563,7 @@ def test_tiles_that_are_seen_are_told_once(patches: dict[bool, Path]) -> None:
         assert vae.describe()["tiles"] == {"decoder": words}
         vae.decode(z)
         vae.decode(z, tile=96)  # not cut
-        vae.encode(images(1, 3, 64, 96), tile=32)
+        vae.encode(np.clip(images(1, 3, 64, 96), 0, 1), tile=32)
         with pytest.warns(vae_export.TileWarning, match=f"tile: the decoder sees more .*: {words}, .* Leave tile and"):
             vae.decode(z, tile=32)
         vae.decode(z, tile=32)

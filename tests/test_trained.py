@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 def test_it_exports_and_verifies(bundle: Callable[[str], tuple[Path, Certificate]], name: str) -> None:
     path, certificate = bundle(name)
     assert certificate.passed
-    assert certificate.examples["held_out"] == _ROWS
+    assert 8 <= certificate.examples["held_out"] <= _ROWS
     vae_export.verify(path, device="cpu").require()
 
 

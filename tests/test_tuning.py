@@ -319,15 +319,24 @@ def test_the_certificate_is_headed_by_what_runs(bundle: Path, monkeypatch: pytes
     tuner = _tuner(Bundle(bundle), precision="auto", budget="int8")
     full = {graph: [Way(raw)] for graph, raw in tuner.base.items()}
     low = full | {"decoder": [*full["decoder"], Way(tuner.base["decoder"], precision="int8")]}
-    fused = full | {"generate": [Way(b"", precision="bf16")]}
-    assert tuner._precisions(full) == {"encoder": "fp32", "decoder": "fp32"}
-    assert tuner._precisions(low) == {"encoder": "fp32", "decoder": "int8"}
-    assert tuner._precisions(fused) == {"encoder": "fp32", "decoder": "bf16"}
     assert tuner._quickly(full).precision == "float32"
     assert tuner._quickly(low).precision == "encoder float32, decoder int8"
     tuner = _tuner(Bundle(bundle), precision="auto", budget="fp16")
-    assert tuner._precisions(low) == {"encoder": "fp32", "decoder": "fp16"}
-    assert tuner._precisions(full) == {"encoder": "fp32", "decoder": "fp32"}
+    assert tuner._quickly(low).precision == "encoder float32, decoder float16"
+
+
+def test_what_encoder_and_decoder_are_held_to() -> None:
+    """The least exact of all that they are in, and no looser than a budget."""
+    full = [("encoder", "fp32"), ("decoder", "fp32")]
+    for added, budget, expected in (
+        ([], None, ("float32", "float32")),
+        ([("decoder", "int8")], "int8", ("float32", "int8")),
+        ([("decoder", "int8")], "fp16", ("float32", "float16")),
+        ([("generate", "bf16")], None, ("float32", "bfloat16")),
+        ([("score", "fp16")], None, ("float16", "float16")),
+        ([("encoder", "tf32")], None, ("tf32", "float32")),
+    ):
+        assert tuple(builds.held_to([*full, *added], budget).values()) == expected
 
 
 def test_however_few_golden_rows_there_are(bundle: Path) -> None:

@@ -40,6 +40,7 @@ FILE = "golden.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
 #: The file is kept below this size by leaving rows out.
 LIMIT = 32 << 20
+_HEADER = 64 << 10
 
 #: Fixed examples at the ends of the data's range, which come first in x.
 EXTREMES = 4
@@ -103,6 +104,8 @@ class Reference:
 
     def shrunk(self, limit: int = LIMIT) -> Reference:
         """The same in at most `limit` bytes: large sizes and then rows are left out. The extremes stay."""
+        if sum(rows.nbytes for rows in (Rows({}, self.tensors), *self.others)) <= limit - _HEADER:
+            return self
         sizes, others, room = [], [], limit // 2
         kept = iter(self.others)
         for size in self.record.sizes:
@@ -127,7 +130,7 @@ class Reference:
             size["prior." not in name] += value.nbytes
         fixed = size[True] // rows[True] * EXTREMES
         free = size[True] - fixed + size[False]
-        share = min(1.0, max(0.0, (limit - (64 << 10) - fixed) / free))
+        share = min(1.0, max(0.0, (limit - _HEADER - fixed) / free))
         if share == 1.0:
             return self
         return self._kept(max(1, int(share * (rows[True] - EXTREMES))), max(1, int(share * rows[False])))

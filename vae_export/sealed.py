@@ -152,8 +152,8 @@ class SealedFolder(Generic[T]):
         held = self._open.get(name)
         try:
             with contextlib.nullcontext(held) if held else self._opened(name) as file:
-                file.seek(0)
                 left = self._check_status(path, os.fstat(file.fileno()), expected) + 1
+                file.seek(0)
                 while left and (piece := file.read(min(left, _PIECE))):
                     left -= len(piece)
                     digest.update(piece)

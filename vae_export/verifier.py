@@ -223,7 +223,8 @@ class _Run:
         fused = self.backend.graphs
         parameters: Mapping[str, Array] | None = None
         if "reconstruct" not in fused or (self.model.has_elbo and "score" not in fused):
-            parameters = vae.likelihood(posterior.sample(self.seed, part.start) if gaussian else posterior.mode())
+            z = posterior.sample(self.seed, part.start) if gaussian else posterior.mode()
+            parameters = vae.likelihood(np.where(np.isfinite(z), z, np.float32(0)))  # the encoder's checks tell of it
         if "reconstruct" in fused:
             sample = vae.reconstruct(x, seed=self.seed if gaussian else None, start=part.start)
         else:
