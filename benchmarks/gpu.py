@@ -128,7 +128,7 @@ def certificates(
                 continue
             made[name][target, precision] = built.path
             worst = {c.id: c.measured for c in built.certificate.checks if c.graph == "end to end"}
-            row |= {"passed": built.certificate.passed, "elbo_worst": worst["ELBO, worst"]}
+            row |= {"passed": built.certificate.passed, "elbo_worst": worst["elbo.bound.max"]}
             rows.append(row | {"certificate": built.certificate.to_dict()})
     return made, rows
 
