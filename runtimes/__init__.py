@@ -94,7 +94,7 @@ def load(
             needed is known from counts in the manifest, times a factor for safety: it is an estimate, not a limit
             that is enforced. Calls from several threads wait for each other where the budget does not hold them at
             once.
-        check_range: refuse data that exceed the range of the manifest by more than a tenth of its width (half a
+        check_range: refuse data that exceed the range of the manifest by more than 45 % of its width (half a
             level of 256 for a discretized logistic likelihood). False is for data without bounds, such as
             standardized features; a Bernoulli likelihood has no density outside of [0, 1], and refuses all the same.
 

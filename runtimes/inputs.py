@@ -18,7 +18,7 @@ _UINT8 = np.dtype(np.uint8)
 _UINT32 = np.dtype(np.uint32)
 _CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged (dlpack.h)
 #: How far data may exceed their range, in its width.
-_SLACK, _HALF_LEVEL = 0.1, 0.5 / 255
+_SLACK, _HALF_LEVEL = 0.45, 0.5 / 255
 _ONE = int(np.float32(1.0).view(np.uint32))
 
 
@@ -29,8 +29,8 @@ class ArrayCheck:
         """Prepare the check of `x` (examples of the model's data) or of `z` (its latents).
 
         A Bernoulli likelihood has no density outside of [0, 1]: its data are refused there. Other data may exceed
-        their range by half a level of 256 (discretized logistic) or by a tenth of its width, as resampled and noisy
-        pictures do; what is farther off is data of another scale.
+        their range by half a level of 256 (discretized logistic) or by 45 % of its width, as a model's own means and
+        noisy pictures do; what is farther off is data of another scale.
 
         Args:
             name: `x` or `z`.
