@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import size_dependent
+import sympy
 import torch
 import zoo
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
 
 import vae_export
+from vae_export import tracing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
 from vae_export.sources import module
@@ -739,3 +741,16 @@ def test_factories_that_are_refused(factories: Path, spec: str, options: dict[st
     with pytest.raises(InputError, match=words):
         module.from_factory(spec, **options)
     assert sys.path == before
+
+
+def test_that_a_product_of_sizes_is_not_one_is_passed_over() -> None:
+    """As that one size is not: PyTorch notes both of layouts, and the certificate has the smallest size."""
+    height, width = sympy.symbols("height width", integer=True, positive=True)
+    symbols = {height: "height", width: "width"}
+    places = [{"height": 4, "width": 4}, {"height": 64, "width": 32}]
+    product = sympy.Max(1, height // 4) * sympy.Max(1, width // 4)
+    assert tracing._broken([product > 1], symbols, places) is None
+    assert tracing._broken([product > 1], symbols, places) is None
+    broken = tracing._broken([product > 2], symbols, places)
+    assert broken is not None
+    assert broken.sizes == {"height": 4, "width": 4}

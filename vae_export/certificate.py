@@ -23,8 +23,8 @@ VERSION: Final = 2
 
 GraphName = Literal["encoder", "decoder", "end to end"]
 
-#: How many spreads float32's tolerance is: what rounding of the same model by other kernels takes is up to 5, and what
-#: a wrong graph takes begins at 100 (docs/certificate.md).
+#: How many spreads float32's tolerance is: twice what the runners take, so that another processor's kernels have room
+#: (docs/certificate.md has both sides, and what is too small a fault to be seen).
 SPREADS: Final = 16.0
 #: The least spread, in the quantity's unit: a result is itself rounded, by half a unit in the last place at most.
 LEAST_SPREAD: Final = 2.0**-24

@@ -265,7 +265,7 @@ def _broken(
 
     Two kinds are passed over, which PyTorch notes for every convolution whether or not a result depends on them, and
     which the certificate is measured on: limits of the batch, by which it chooses an implementation, and that a size
-    is not 1.
+    or a product of sizes is not 1.
     """
     for condition in conditions:
         free = condition.free_symbols
@@ -275,6 +275,8 @@ def _broken(
             continue
         if isinstance(condition, sympy.Unequality) and sympy.Integer(1) in condition.args:
             continue
+        if isinstance(condition, (sympy.StrictLessThan, sympy.StrictGreaterThan)) and condition.lts == 1:
+            continue  # the same of what is never below 1
         tried: set[tuple[int, ...]] = set()
         for place in places:
             sizes = {symbol: place[symbols[symbol]] for symbol in free}

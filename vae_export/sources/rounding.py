@@ -4,8 +4,8 @@ A perturbed run multiplies every weight, and every result of an operation that r
 half a unit in float32's last place and ξ is uniform in [−1, 1] (Parker 1997, Monte Carlo Arithmetic). Products that are
 summed over K terms round at every partial sum as well: by a random walk that is ACCUMULATED · √K · u of the sums'
 root mean square, one part of it alone in each value and one that all positions of a channel share, as they do where
-neighbours are nearly equal. The constant was measured: with it oneDNN, ONNX Runtime and OpenVINO deviate by 0.5 to 3
-times as much as a perturbed run at K from 9 to 4,608 (docs/certificate.md).
+neighbours are nearly equal. The constant was chosen by measurement, so that what oneDNN, ONNX Runtime and OpenVINO take
+does not grow with K (docs/certificate.md).
 """
 
 from __future__ import annotations
