@@ -92,7 +92,7 @@ class Eager:
 
     def draw(self, mean: Any, logvar: Any, eps: Normals) -> Any:
         """Never called: see `on_gpu`."""
-        raise NotImplementedError
+        raise AssertionError("arrays on the GPU are refused before")
 
     def describe(self) -> Mapping[str, Any]:
         """See `Backend.describe`."""

@@ -219,6 +219,34 @@ def test_after_a_build_in_lower_precision_a_plain_load_is_as_before(bundle: Path
         assert not np.array_equal(vae.sample(7, seed=1), before[0])
 
 
+def test_after_a_build_in_auto_a_plain_load_is_as_before(
+    digits: dict[str, Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, even where the least exact that holds was chosen."""
+
+    def least_exact(tuner: Any, graph: str, refused: Any) -> Any:
+        rows = [row for row in tuner.timed[graph] if tuning._why_not(graph, row.candidate, refused) is None]
+        return [max(rows, key=lambda row: tuning._RANK[row.candidate.precisions[graph]])]
+
+    trained = digits["gaussian"]
+    with vae_export.load(trained) as vae:
+        x = np.clip(vae.sample(3), 0, 1)
+        before = vae.sample(7, seed=1), vae.encode(x).mean
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning.Tuner, "_choose", least_exact)
+        built = vae_export.build(trained, "cpu", precision="auto", batches=[8], seconds=0.02)
+    assert built.path.name == "cpu-auto"
+    assert not built.record.exact
+    with vae_export.load(trained) as vae:
+        assert [vae.describe()[name] for name in RUNS[:2]] == ["float32", None]
+        after = vae.sample(7, seed=1), vae.encode(x).mean
+    assert all(map(np.array_equal, before, after))
+    with vae_export.load(trained, precision="auto") as vae:
+        assert [vae.describe()[name] for name in RUNS[:2]] == [built.record.in_words(), str(built.path)]
+        asked = vae.sample(7, seed=1), vae.encode(x).mean
+    assert not all(map(np.array_equal, before, asked))
+
+
 def test_an_auto_build_that_stayed_in_float32_holds_its_certificate(
     bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
