@@ -50,7 +50,7 @@ def interruptible(work: Callable[[], T], stop: Callable[[], None] = lambda: None
 class LongCalls:
     """Which calls of a session are long: those in the main thread of more bytes than any that was seen to be quick.
 
-    How long a graph takes depends on its inputs' sizes alone, so that what is quick once is never given a thread again.
+    How long a graph takes depends on its inputs' sizes alone: calls of no more bytes than a quick one get no thread.
     """
 
     def __init__(self) -> None:

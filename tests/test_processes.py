@@ -182,7 +182,8 @@ def test_data_of_another_scale_is_refused(member: Callable[[str], Any], name: st
 
 
 _LONG = """
-import sys, time, numpy as np, onnx
+import signal, sys, time, numpy as np, onnx
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may have it ignored
 from onnx import TensorProto as T, helper as h, numpy_helper
 from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
 from vae_export.runtimes.backend import Settings, Way
