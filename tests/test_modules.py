@@ -754,3 +754,13 @@ def test_that_a_product_of_sizes_is_not_one_is_passed_over() -> None:
     broken = tracing._broken([product > 2], symbols, places)
     assert broken is not None
     assert broken.sizes == {"height": 4, "width": 4}
+
+
+def test_a_limit_of_the_whole_batch_is_passed_over() -> None:
+    """PyTorch chooses implementations by how much there is to do: Stable Diffusion's attention has such a limit."""
+    batch, height, width = sympy.symbols("batch height width", integer=True, positive=True)
+    symbols = {batch: "batch", height: "height", width: "width"}
+    places = [{"batch": 64, "height": 65, "width": 65}]
+    assert tracing._broken([batch * height * width <= 262144], symbols, places) is None
+    assert tracing._broken([height * width <= 4096], symbols, places) is not None  # a size's own
+    assert tracing._broken([sympy.Eq(batch * height, 8)], symbols, places) is not None  # a baked number

@@ -264,14 +264,14 @@ def _broken(
     """The first condition that does not hold for some place.
 
     Two kinds are passed over, which PyTorch notes for every convolution whether or not a result depends on them, and
-    which the certificate is measured on: limits of the batch, by which it chooses an implementation, and that a size
-    or a product of sizes is not 1.
+    which the certificate is measured on: limits of the batch, alone or times sizes, by which it chooses an
+    implementation, and that a size or a product of sizes is not 1.
     """
     for condition in conditions:
         free = condition.free_symbols
         if not free or not free <= set(symbols):
             continue  # a size that depends on values
-        if {symbols[symbol] for symbol in free} == {"batch"} and not isinstance(condition, sympy.Equality):
+        if "batch" in {symbols[symbol] for symbol in free} and not isinstance(condition, sympy.Equality):
             continue
         if isinstance(condition, sympy.Unequality) and sympy.Integer(1) in condition.args:
             continue
