@@ -371,3 +371,29 @@ def test_a_graph_that_differs_leaves_no_bundle(tmp_path: Path, monkeypatch: pyte
 def test_sources_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         vae_export.export(dataclasses.replace(zoo.plain(), **changes), tmp_path / "b")
+
+
+class Tiny(zoo.Plain):
+    """Constants that nearly do nothing, where they are all that keeps a result finite or a thousandth away."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.into(torch.relu(x - 1.9))  # zero for nearly all data
+        return (hidden - hidden) / ((hidden - hidden).abs() + 1e-15) + super().encode(x) * 1.000005
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return super().decode(z) / (
+            1.000005 - 1e-12 + torch.relu(z - 9).sum(1, keepdim=True) / (z.abs() + 1e-30)[:, :1]
+        )
+
+
+def test_constants_that_nearly_do_nothing_stay(tmp_path: Path) -> None:
+    """PyTorch's exporter optimizes a sum with less than 1e-8 away, and a product with what is near to 1."""
+    module = zoo.fill(Tiny())
+    certificate = vae_export.export(dataclasses.replace(zoo.plain(), module=module), tmp_path / "b")
+    assert certificate.passed
+    x = zoo.pictures(3, (12,))
+    with vae_export.load(tmp_path / "b") as vae, torch.no_grad():
+        mean = vae.encode(x).mean
+        assert np.isfinite(mean).all()
+        exact = module.double().encode(torch.from_numpy(x).double()).numpy()
+        assert np.abs(mean - exact).max() < 1e-6  # without the factor it is off by five times as much

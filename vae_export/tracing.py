@@ -31,6 +31,8 @@ from vae_export.sources.adapter import advice
 OPSET = 20
 #: Weights beside a graph, as Optimum calls them.
 WEIGHTS = "model.onnx_data"
+_ARITHMETIC = ("Add", "Sub", "Mul", "Div")
+_NEARLY_ZERO, _NEARLY_ONE = 2e-8, 2e-5  # how near the optimizer's rules go, twice
 _TRACE_BATCH = 3  # not 1, which tracing would take for a constant
 #: Multiples of a named dimension's unit, above its smallest, at which an assumption is tried.
 _STEPS = (*range(9), 11, 12, 15, 16, 23, 31, 32, 63, 64, 127, 128)
@@ -87,11 +89,14 @@ def trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) ->
                 dynamic_shapes=(axes,),
                 opset_version=OPSET,
                 verbose=False,
+                optimize=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise _refusal(kind, error, named, example.shape, model) from error
     assert program is not None
     _check_every_size(kind, program.exported_program, named, example.shape, model)
+    _keep_small_constants(program.model)
+    program.optimize()
     graph = program.model
     _rename_inner(graph)
     ends = zip((*graph.graph.inputs, *graph.graph.outputs), (*inputs, *outputs), strict=True)
@@ -315,6 +320,29 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _keep_small_constants(model: onnx_ir.Model) -> None:
+    """Hide from the optimizer scalars that it would take for 0 or 1: an epsilon of 1e-15, a factor of 1.000005.
+
+    Its rules for adding 0 and multiplying by 1 match scalars to 1e-8 and 1e-5 (onnxscript 0.7, `rewriter`), and nothing
+    but scalars. With one axis they broadcast alike.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type not in _ARITHMETIC:
+            continue
+        for index, value in enumerate(node.inputs):
+            other = node.inputs[1 - index]
+            tensor = None if value is None else onnx_ir.convenience.get_const_tensor(value)
+            if tensor is None or other is None or other.shape is None or not len(other.shape) or tensor.numpy().ndim:
+                continue
+            array = tensor.numpy()
+            number = float(array) if array.dtype.kind == "f" else 0.0
+            if 0 < abs(number) < _NEARLY_ZERO or 0 < abs(number - 1) < _NEARLY_ONE:
+                constant = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(array.reshape(1))})
+                assert node.graph is not None  # it is one of the graph's nodes
+                node.graph.insert_before(node, constant)
+                node.replace_input_with(index, constant.outputs[0])
 
 
 def _rename_inner(model: onnx_ir.Model) -> None:
