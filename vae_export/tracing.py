@@ -98,10 +98,11 @@ def trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) ->
     _keep_small_constants(program.model)
     program.optimize()
     graph = program.model
-    _rename_inner(graph)
     ends = zip((*graph.graph.inputs, *graph.graph.outputs), (*inputs, *outputs), strict=True)
     for value, tensor in ends:
+        value.name = tensor.name  # the optimizer renames what is given twice
         value.shape = onnx_ir.Shape(tensor.shape)
+    _rename_inner(graph)
     exact_norm.apply(graph)
     _forget_origin(graph)
     data = apart(graph, WEIGHTS)
