@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from zoo import CONFIG, ORIGIN, fill, pictures
+from zoo import CONFIG, ORIGIN, pictures
 
+from vae_export import noise
 from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
 from vae_export.sources.protocol import Trained
 
@@ -72,7 +73,9 @@ def _tiny(random: np.random.Generator) -> Config:
 
 def _dc(random: np.random.Generator) -> Config:
     head, levels = int(random.choice([2, 4, 8])), int(random.integers(2, 4))
-    widths = [head * int(random.integers(1, 4)) for _ in range(levels)]
+    widths = [head * int(random.integers(1, 4))]
+    while len(widths) < levels:  # the shortcuts around a change of size take whole multiples
+        widths.append(widths[-1] * int(random.integers(1, 3)))
     blocks = ["ResBlock"] * (levels - 1) + [str(random.choice(["ResBlock", "EfficientViTBlock"]))]
     scales: list[list[int]] = [[]] * (levels - 1) + [[[], [3], [5]][random.integers(3)]]
     return {
@@ -157,13 +160,13 @@ class Everything(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) → mean and log-variance (B, latent, H/4, W/4), the latter in [−3, 0.5]."""
         mean, logvar = (self.to_latent(self.down(x)) * 0.7).chunk(2, dim=1)
-        return mean, (8 * logvar).clamp(*CLAMP)
+        return mean, (3 * logvar - 1).clamp(*CLAMP)
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(B, latent, h, w) → mean and log-variance (B, C, 4h, 4w), the latter in [−3, 0.5]."""
         features = self.up(z)[..., 1:-1, 1:-1]
         mean, logvar = (self.to_data(features) * 0.7).chunk(2, dim=1)
-        return mean, (8 * logvar).clamp(*CLAMP)
+        return mean, (3 * logvar - 1).clamp(*CLAMP)
 
 
 #: Channels, width, groups of norms, latents, height and width of the data.
@@ -178,14 +181,20 @@ EVERYTHING: dict[str, tuple[int, int, int, int, int, int]] = {
 
 
 def everything(name: str) -> Trained:
-    """The model of a name in EVERYTHING, with weights and statistics that are made without a random stream."""
+    """The model of a name in EVERYTHING, with weights and statistics that are the same everywhere.
+
+    Weights are independent (He et al., 2015), so that what is wrong in an early layer reaches the results.
+    """
     channels, width, groups, latent, *size = EVERYTHING[name]
-    module = fill(Everything(channels, width, groups, latent))
+    module = Everything(channels, width, groups, latent).eval()
     with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            values = noise.normals(index, noise.TRAINER, 0, 1, parameter.numel()).reshape(parameter.shape)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
+            parameter.copy_(torch.from_numpy(values) * (2 / fan_in) ** 0.5)
         for child in module.modules():
             if isinstance(child, (nn.BatchNorm2d, nn.GroupNorm)):
-                child.weight.mul_(0.1).add_(1)
-                child.bias.mul_(0.1)
+                child.weight.add_(1)
             if isinstance(child, nn.BatchNorm2d):
                 places = torch.arange(width)
                 child.running_mean.copy_(0.2 * torch.sin(places))

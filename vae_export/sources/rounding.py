@@ -6,6 +6,9 @@ summed over K terms round at every partial sum as well: by a random walk that is
 root mean square, one part of it alone in each value and one that all positions of a channel share, as they do where
 neighbours are nearly equal. The constant was chosen by measurement, so that what oneDNN, ONNX Runtime and OpenVINO take
 does not grow with K (docs/certificate.md).
+
+A norm takes a mean away, which may be much larger than what is left: kernels that do so after scaling, as x·s − m·s,
+round in units of m·s. Where one pixel or a few are normalized that is the larger part.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ _EXACT = {
     "stack", "threshold", "threshold_", "tril", "triu", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "where", "zero_", "zeros", "zeros_like", "_to_copy", "_upsample_nearest_exact2d",
 }  # fmt: skip
+#: Operations that give a result, means and inverse deviations.
+_NORMS = {"native_batch_norm", "native_group_norm", "native_layer_norm"}
 #: Random numbers that are kept; a tensor takes its own from a random place on.
 _KEPT = 1 << 21
 
@@ -58,6 +63,8 @@ class Perturbed(TorchDispatchMode):
             return result
         taken = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
         outputs = result if isinstance(result, (tuple, list)) else (result,)
+        if name in _NORMS and outputs[1].numel():  # a batch norm outside of training has no statistics
+            self._round(*_centred(name, args, outputs))
         for value in outputs[:1] if "norm" in name else outputs:  # a norm's others are its statistics
             rounded = isinstance(value, Tensor) and value.dtype == torch.float64 and value.numel()
             if rounded and (name.endswith("_") or value.untyped_storage()._cdata not in taken):
@@ -75,24 +82,30 @@ class Perturbed(TorchDispatchMode):
             value.copy_(copied)
             return
         if not terms or value.ndim < 2:
-            for part, noise in self._parts(value.view(-1)):
-                part.addcmul_(part, noise)
+            for part in value.view(-1).split(_KEPT // 2):
+                part.addcmul_(part, self._drawn(len(part)))
             return
-        for row in value.view(len(value), -1):
-            size = ACCUMULATED * math.sqrt(terms) * float(row.square().mean().sqrt())
-            for part, noise in self._parts(row):
-                part.addcmul_(part + size, noise)
-        if value.ndim > 2:  # (B, C, …): what all positions of a channel share
-            flat = value.view(*value.shape[:2], -1)
-            sizes = ACCUMULATED * math.sqrt(terms) * flat.square().mean(dim=(1, 2), keepdim=True).sqrt()
-            shared = torch.cat([noise for _, noise in self._parts(flat[:, :, 0].reshape(-1))])
-            flat.add_(sizes * shared.view(*value.shape[:2], 1))
+        sizes = ACCUMULATED * math.sqrt(terms) * value.flatten(1).square().mean(dim=1).sqrt()
+        self._round(value.view(*value.shape[:2], -1), sizes.view(-1, 1, 1))
+        self._perturb(value, 0)
 
-    def _parts(self, flat: Tensor) -> Any:
-        """Pieces of a vector, each with noise of its size."""
-        for part in flat.split(_KEPT // 2):
-            first = int(torch.randint(_KEPT - len(part) + 1, (), generator=self._generator))
-            yield part, self._noise[first : first + len(part)]
+    def _round(self, value: Tensor, sizes: Tensor) -> None:
+        """Add noise of some sizes to (B, C, n): to each value its own, and what all n share."""
+        batch, channels, count = value.shape
+        sizes = sizes.expand(batch, channels, 1)
+        step = max(1, _KEPT // 2 // count)
+        for row, size in zip(value, sizes, strict=True):
+            for part, each in zip(row.split(step), size.split(step), strict=True):
+                part.addcmul_(each, self._drawn(part.numel()).view(part.shape))
+        if count > 1:
+            value.addcmul_(sizes, self._drawn(batch * channels).view(batch, channels, 1))
+
+    def _drawn(self, count: int) -> Tensor:
+        """Noise for so many values."""
+        if count <= _KEPT // 2:
+            first = int(torch.randint(_KEPT - count + 1, (), generator=self._generator))
+            return self._noise[first : first + count]
+        return torch.cat([self._drawn(min(_KEPT // 2, count - first)) for first in range(0, count, _KEPT // 2)])
 
 
 def perturb_weights(module: nn.Module, exact: nn.Module, noise: Perturbed) -> None:
@@ -109,6 +122,22 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def _uniform(count: int, generator: torch.Generator) -> Tensor:
     return (torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * UNIT
+
+
+def _centred(name: str, args: Any, outputs: Any) -> tuple[Tensor, Tensor]:
+    """The result of a norm as (B, C, n), and the mean that it took away in the result's units, (B, C, 1)."""
+    result, mean, scale = outputs[:3]
+    sizes, weight = (mean * scale).abs(), args[2 if name == "native_layer_norm" else 1]
+    if name == "native_layer_norm":
+        sizes = sizes.reshape(1, -1, 1)
+        typical = 1.0 if weight is None else weight.abs().mean()
+        return result.view(1, sizes.shape[1], -1), sizes * typical
+    channels = result.shape[1]
+    sizes = sizes.view(-1 if name == "native_group_norm" else 1, mean.shape[-1])
+    sizes = sizes.repeat_interleave(channels // sizes.shape[1], dim=1)
+    if weight is not None:
+        sizes = sizes * weight.abs()
+    return result.view(len(result), channels, -1), sizes[:, :, None]
 
 
 def _summed(name: str, args: Any) -> int:
