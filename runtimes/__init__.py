@@ -396,9 +396,9 @@ def _open_build(
         for name, variants in folder.variants().items():
             ways[name] = []
             for variant, graph in variants:
-                onnx_reader.check_operators(graph, name)
+                arrays = onnx_reader.check_operators(graph, name)
                 taken = variant.runner, variant.precision, variant.threads, variant.up_to, variant.exact
-                ways[name].append(Way(graph, *taken))
+                ways[name].append(Way(graph, *taken, arrays=arrays))
         return Opened(CpuBackend(ways, bundle.manifest.model, settings), folder, passed_over, _notes(record, here))
     graphs = folder.graphs()
     engine = record.engine

@@ -58,7 +58,7 @@ class Way:
     threads: int | None = None
     up_to: int | None = None
     exact: tuple[Mapping[str, int], ...] = ()
-    arrays: Arrays = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=Arrays)
 
     def __str__(self) -> str:
         limit = "" if self.up_to is None else f" up to {self.up_to}"

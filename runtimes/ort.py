@@ -231,7 +231,9 @@ def _runtime(device: str) -> ModuleType:
 def session_options(ort: ModuleType, arrays: Arrays, threads: int | None = None) -> Any:
     """Settings for a session on ONNX bytes whose weights, as far as they lie beside the graph, are these arrays.
 
-    Their memory must outlive the session. `threads` are those inside one call; None leaves it to ONNX Runtime.
+    Their memory must outlive the session. `threads` are those inside one call; None leaves it to ONNX Runtime. What
+    a graph makes of constants alone is computed with each call, not while it is opened, where it was not told how
+    much that is.
     """
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # a failed call raises: what it logs beside that is for no user
@@ -239,6 +241,8 @@ def session_options(ort: ModuleType, arrays: Arrays, threads: int | None = None)
         settings.intra_op_num_threads = threads
     # Bytes of its own format would be taken for what they are: unchecked by us.
     settings.add_session_config_entry("session.load_model_format", "ONNX")
+    if not arrays.foldable:
+        settings.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     if arrays:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
         settings.add_external_initializers(list(arrays), values)

@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.defs import get_all_schemas
 
-from vae_export import onnx_reader
+from vae_export import onnx_attributes, onnx_reader
 from vae_export.errors import BundleError
+from vae_export.onnx_constants import Graph
 
 
 def model(*nodes: onnx.NodeProto, **fields: object) -> bytes:
@@ -27,7 +28,7 @@ def operators(graph: onnx.GraphProto) -> list[str]:
 def test_same_operators_as_onnx(member: Callable[..., object], name: str) -> None:
     for path in member(name).bundle.glob("*/model.onnx"):
         raw = path.read_bytes()
-        assert list(onnx_reader._model_operators(memoryview(raw), "m")) == operators(onnx.load(path).graph)
+        assert list(onnx_reader._model_operators(memoryview(raw), "m", Graph())) == operators(onnx.load(path).graph)
         onnx_reader.check_operators(raw, "m")
 
 
@@ -83,6 +84,36 @@ def test_attributes_that_no_backend_should_see(operator: str, attributes: dict[s
         onnx_reader.check_operators(model(helper.make_node(operator, ["x"], ["y"], **attributes)), "m")
 
 
+@pytest.mark.parametrize(
+    ("operator", "inputs", "outputs", "message"),
+    [
+        ("Split", ["x"], ["a", "", "b"], "of its 3 outputs, 1 have no name; expected a name for each"),
+        ("LayerNormalization", ["x", "w", ""], ["y"], "of its 3 inputs, 1 have no name; expected a name for each"),
+        *(
+            (operator, ["x"], ["y"], "it can end the process where sizes do not fit")
+            for operator in sorted(onnx_attributes._UNSAFE)
+        ),
+    ],
+)
+def test_nodes_that_no_backend_should_see(operator: str, inputs: list[str], outputs: list[str], message: str) -> None:
+    with pytest.raises(BundleError, match=rf"m: {operator}: {message}.*\. It is not run"):
+        onnx_reader.check_operators(model(helper.make_node(operator, inputs, outputs)), "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dims": [2, 0]}, r"m: the weight 'w' has the sizes \[2, 0\]; expected none of them to be 0"),
+        ({"dims": [1 << 40]}, r"m: the weight 'w' has \d+ bytes, which do not hold \[1099511627776\] values"),
+    ],
+)
+def test_weights_of_sizes_that_no_backend_should_see(changes: dict[str, object], message: str) -> None:
+    tensor = TensorProto(data_type=TensorProto.FLOAT, name="w", raw_data=bytes(8), **changes)
+    graph = helper.make_graph([], "g", [], [], initializer=[tensor])
+    with pytest.raises(BundleError, match=message):
+        onnx_reader.check_operators(helper.make_model(graph).SerializeToString(), "m")
+
+
 def test_names_that_steer_a_terminal() -> None:
     for text in ("\x1b[31m", "\u202e"):
         with pytest.raises(BundleError, match="has characters that cannot be printed") as caught:
@@ -117,7 +148,15 @@ def varint(value: int) -> bytes:
 
 
 NODE = field(4, b"RandomNormal")
+ATTRIBUTE = field(1, b"axis") + varint(20 << 3) + varint(2)
 HIDDEN = {
+    "a number of fixed width that other readers skip": field(7, field(5, varint(1 << 3 | 1) + bytes(8))),
+    "an attribute twice": field(7, field(1, field(4, b"Relu") + 2 * field(5, ATTRIBUTE))),
+    "an attribute with two numbers": field(
+        7, field(1, field(4, b"Relu") + field(5, ATTRIBUTE + 2 * (varint(3 << 3) + varint(1))))
+    ),
+    "an attribute without a type": field(7, field(1, field(4, b"Relu") + field(5, field(1, b"axis")))),
+    "two weights of a name": field(7, 2 * field(5, field(8, b"w"))),
     "a key above 32 bits": field(7, field(1, NODE, more=1 << 32)),
     "an external location above 32 bits": field(7, field(5, varint(14 << 3) + varint(1 + (1 << 32)))),
     "an external location without the mark": field(7, field(5, field(13, b"")) + field(1, field(4, b"Relu"))),

@@ -82,7 +82,9 @@ def optimum(bundle: str | os.PathLike[str], path: str | os.PathLike[str], *, ove
                 (folder / _WEIGHTS).write_bytes(data)
             (folder / "model.onnx").write_bytes(graph.write(changed))
             (folder / "config.json").write_bytes(config)
-            _check_same(name, _run(sources[name], value, arrays[name]), _run(str(folder / "model.onnx"), value, {}))
+            _check_same(
+                name, _run(sources[name], value, arrays[name]), _run(str(folder / "model.onnx"), value, Arrays())
+            )
 
 
 def _check_model(model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Which values attributes of ONNX operators may have: a backend that meets others may end the process.
+"""Which nodes, and which values of attributes of ONNX operators: a backend that meets others may end the process.
 
 Attributes mean the same in all operators of the standard that have them, so one table by name serves all. Fields of
 onnx.proto3's AttributeProto come in as they lie on the wire.
@@ -37,6 +37,26 @@ _RANGES: Final[dict[str, tuple[int, int, int]]] = {
     "transA": (_INT, 0, 1),
     "transB": (_INT, 0, 1),
 }
+
+#: Where sizes that are only known when they are run do not fit, these read or write beyond their arrays, or abort.
+_UNSAFE: Final = {"DFT", "MaxRoiPool", "ReverseSequence", "RoiAlign", "STFT"}
+
+
+def node_problem(operator: str, inputs: list[str], outputs: list[str]) -> str | None:
+    """What is wrong with a node itself, in words, or None.
+
+    Args:
+        operator: of the standard.
+        inputs: names of its inputs; one that is left out has an empty one.
+        outputs: likewise.
+    """
+    if operator in _UNSAFE:
+        return "it can end the process where sizes do not fit, which cannot be told before. Use other operators"
+    if operator == "Split" and "" in outputs:
+        return f"of its {len(outputs)} outputs, {outputs.count('')} have no name; expected a name for each"
+    if operator == "LayerNormalization" and "" in inputs:
+        return f"of its {len(inputs)} inputs, {inputs.count('')} have no name; expected a name for each that is listed"
+    return None
 
 
 def problem(name: str, kind: int, number: int | None, numbers: list[int], outputs: int) -> str | None:
