@@ -674,8 +674,9 @@ class VAE:
         expected = (shape[0], *(self._example(graph, tuple(shape[1:])) if gives is None else gives))
         for result in results:
             if result.shape != expected:
+                of = f"{self.name}: " if self.name else ""
                 raise BundleError(
-                    f"{self.name}: the {graph} gave shape {result.shape}; the manifest promises {expected}. The bundle "
+                    f"{of}the {graph} gave shape {result.shape}; the manifest promises {expected}. The bundle "
                     "contradicts itself: export the model again"
                 )
         return results

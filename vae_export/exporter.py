@@ -111,10 +111,13 @@ def export(
     costs = cost.count(source)
     records = {kind: msgspec.structs.replace(record, cost=costs[kind]) for kind, record in records.items()}
     reference = references.compute(source, costs, progress)
-    backend = open_backend(graphs, model, device="cpu", weights=weights)
-    measured = verifier.measure(model, backend, reference, name, progress=progress)
-    measured.require()
-    tiled = tiles_check.measure_tiles(model, backend, reference.tensors["x"][golden.EXTREMES :], costs)
+    try:
+        backend = open_backend(graphs, model, device="cpu", weights=weights)
+        measured = verifier.measure(model, backend, reference, name, progress=progress)
+        measured.require()
+        tiled = tiles_check.measure_tiles(model, backend, reference.tensors["x"][golden.EXTREMES :], costs)
+    except BundleError as error:  # the graphs are not what the model is said to be
+        raise InputError(f"export: {error}") from None
     measured = msgspec.structs.replace(measured, checks=(*measured.checks, *tiles_check.checks(tiled)))
     records = {kind: msgspec.structs.replace(record, tiled=tiled.get(kind)) for kind, record in records.items()}
 

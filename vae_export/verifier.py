@@ -17,7 +17,7 @@ from vae_export.bundle import Bundle
 from vae_export.certificate import TOLERANCES, Certificate, Check, GraphName, Tolerance, rounding_tolerance
 from vae_export.deviations import Deviations
 from vae_export.elbo import Array, Float64
-from vae_export.errors import BackendError, BundleError
+from vae_export.errors import BundleError
 from vae_export.golden import Reference, Rows
 from vae_export.manifest import Model
 from vae_export.pixels import to_uint8
@@ -118,7 +118,9 @@ def measure(
         progress: told the share of the work that is done.
 
     Raises:
-        BundleError: the golden examples are of a version that had no conditioning.
+        BundleError: the golden examples are of a version that had no conditioning, or a graph fails at a batch or size
+            that the model is said to take, or gives another shape.
+        BackendError: memory has run out.
     """
     record = reference.record
     if record.draws == 0:
@@ -139,10 +141,10 @@ def measure(
             run = _Run(model, backend, rows, record.seed, batch, kinds, _latent_std(rows))
             try:
                 meter.collect(index, rows, batch, run, None if batch == max(several) else _FEW)
-            except BackendError as error:
+            except BundleError as error:
                 if index == 0:
                     raise
-                raise _fails_at(error, groups[0].sizes, rows.sizes) from error
+                raise _fails_at(error, groups[0].sizes) from error
         done += rows.examples * rows.tensors["x"][0].size
         progress("measuring the certificate", done / work)
     return Certificate(
@@ -175,11 +177,11 @@ def _size(sizes: Mapping[str, int]) -> str | None:
     return ", ".join(f"{name} {size}" for name, size in sizes.items()) or None
 
 
-def _fails_at(error: BackendError, example: Mapping[str, int], sizes: Mapping[str, int]) -> BackendError:
-    return BackendError(
-        f"the graph runs at {_size(example)} and fails at {_size(sizes)}, which the model is said to take: it depends "
-        "on the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without "
-        f"int() or len(), and no constants in split, view or kernel sizes. {error}"
+def _fails_at(error: BundleError, example: Mapping[str, int]) -> BundleError:
+    return BundleError(
+        f"{error}. At {_size(example)} it runs: it depends on the size that it was traced at. Write sizes as "
+        "x.shape[2] and x.shape[3] of the tensor at hand, without int() or len(), and no constants in split, view or "
+        "kernel sizes"
     )
 
 
