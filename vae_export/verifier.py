@@ -29,6 +29,7 @@ BATCHES = (1, 2, 7, 64)
 _FEW = 16
 #: Rows whose results are held at once, in bytes of the data.
 _HELD = 32 << 20
+_STEP = "measuring the certificate"
 #: The id of the check of a fused graph that makes pictures, and of that which compares two splits of a batch.
 PICTURE, SPLIT = "prior.picture.max", "splits.max"
 
@@ -133,20 +134,25 @@ def measure(
     batches = tuple(affordable or [min(batches)])
     groups = reference.groups(model)
     meter = _Meter(model, kinds, [_size(rows.sizes) for rows in groups])
-    work = sum(rows.examples * rows.tensors["x"][0].size for rows in groups)
+    runs = [
+        (index, rows, batch, None if batch == max(several) else _FEW)
+        for index, rows in enumerate(groups)
+        for several in [batches if index == 0 else (max(rows.examples, rows.prior),)]
+        for batch in several
+    ]
+    work = sum(count * rows.tensors["x"][0].size for _, rows, _, most in runs for count in _counts(rows, most))
     done = 0
-    for index, rows in enumerate(groups):
-        several = batches if index == 0 else (max(rows.examples, rows.prior),)
-        for batch in several:
-            run = _Run(model, backend, rows, record.seed, batch, kinds, _latent_std(rows))
-            try:
-                meter.collect(index, rows, batch, run, None if batch == max(several) else _FEW)
-            except BundleError as error:
-                if index == 0:
-                    raise
-                raise _fails_at(error, groups[0].sizes) from error
-        done += rows.examples * rows.tensors["x"][0].size
-        progress("measuring the certificate", done / work)
+    progress(_STEP, 0.0)
+    for index, rows, batch, most in runs:
+        run = _Run(model, backend, rows, record.seed, batch, kinds, _latent_std(rows))
+        try:
+            for count in meter.collect(index, rows, batch, run, most):
+                done += count * rows.tensors["x"][0].size
+                progress(_STEP, done / work)
+        except BundleError as error:
+            if index == 0:
+                raise
+            raise _fails_at(error, groups[0].sizes) from error
     return Certificate(
         bundle=name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -185,6 +191,12 @@ def _fails_at(error: BundleError, example: Mapping[str, int]) -> BundleError:
     )
 
 
+def _counts(rows: Rows, most: int | None) -> tuple[int, int]:
+    """Examples and draws from the prior that run, where there are more than `most`."""
+    counts = rows.examples, rows.prior
+    return counts if most is None else (min(most, counts[0]), min(most, counts[1]))
+
+
 @dataclass(frozen=True)
 class _Run:
     """One size at one batch size."""
@@ -207,11 +219,11 @@ class _Run:
         """Whether a graph is below float32."""
         return any(kind != "float32" for kind in self.kinds.values())
 
-    def slices(self, count: int, most: int | None) -> Iterator[slice]:
+    def slices(self, count: int) -> Iterator[slice]:
         """Parts of rows whose results are held at once: whole batches."""
         held = max(1, _HELD // (self.rows.tensors["x"][0].nbytes * self.batch)) * self.batch
-        for first in range(0, count if most is None else min(most, count), held):
-            yield slice(first, min(first + held, count if most is None else min(most, count)))
+        for first in range(0, count, held):
+            yield slice(first, min(first + held, count))
 
     def data(self, part: slice) -> tuple[Deviations, list[Array]]:
         """Deviations on rows of data, and the encoder's outputs."""
@@ -296,11 +308,12 @@ class _Meter:
         self._first: dict[tuple[int, str], list[Array]] = {}
         self._apart = 0.0
 
-    def collect(self, group: int, rows: Rows, batch: int, run: _Run, most: int | None) -> None:
-        """Run all rows of a size, or the first `most`."""
+    def collect(self, group: int, rows: Rows, batch: int, run: _Run, most: int | None) -> Iterator[int]:
+        """Run all rows of a size, or the first `most`; what is given is how many ran, part by part."""
         self._groups[group] = rows
-        for graph, count, function in (("encoder", rows.examples, run.data), ("decoder", rows.prior, run.prior)):
-            for part in run.slices(count, most):
+        functions = (("encoder", run.data), ("decoder", run.prior))
+        for (graph, function), count in zip(functions, _counts(rows, most), strict=True):
+            for part in run.slices(count):
                 found, outputs = function(part)
                 self._wrong[graph] += sum(int((~np.isfinite(value)).sum()) for value in outputs)
                 if part.start == 0:
@@ -308,6 +321,7 @@ class _Meter:
                 for quantity, values in found.items():
                     measured = _Measured(group, batch, part.start, np.asarray(values, np.float64))
                     self._measured.setdefault(quantity, []).append(measured)
+                yield part.stop - part.start
 
     def _compare(self, group: int, graph: str, outputs: list[Array]) -> None:
         """How far the first rows are from those of the batch size before."""
