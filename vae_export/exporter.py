@@ -29,7 +29,7 @@ from vae_export import (
 )
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
-from vae_export.errors import BundleError, InputError
+from vae_export.errors import BundleError, InputError, check_flags
 from vae_export.manifest import Graph, Manifest, SizeDim
 from vae_export.onnx_reader import Weights
 from vae_export.progress import Progress, silent
@@ -85,6 +85,7 @@ def export(
         VerificationError: the exported graphs differ from the model by more than their budgets.
     """
     path = Path(path)
+    check_flags("export", overwrite=overwrite)
     bundle.check_target(path, overwrite=overwrite)
     source = sources.resolve(source, **described)
     _check_size(source)
