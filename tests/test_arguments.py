@@ -108,8 +108,10 @@ def test_numbers_of_numpy_are_taken() -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+def test_names_that_no_file_can_have(digits: dict[str, Path], tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"^'.*a\\\S+b' is no name of a file\. Choose another path$"):
         vae_export.export(user(), tmp_path / name)
+    with pytest.raises(InputError, match="is no name of a file"):
+        vae_export.build(digits["gaussian"], "cpu", out=tmp_path / name)
     with pytest.raises(InputError, match="is no name of a file"), files.atomic_file(tmp_path / name):
         raise AssertionError("refused before")

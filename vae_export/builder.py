@@ -230,6 +230,7 @@ def _make(
     if out is None:
         builds.check_cache()
     path = out or builds.cached(manifest, builds.slot(target.name, options.wanted))
+    files.check_name(path)
     if path.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     replace = overwrite or out is None
