@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 from vae_export import builds, onnx_reader
 from vae_export.builds import Build, BuildFolder, BuiltGraph, Engine, Options, Processor, Wanted
 from vae_export.bundle import Bundle
-from vae_export.errors import BackendError, BundleError, InputError, VaeExportError
+from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, check_flags
 from vae_export.manifest import GRAPHS, Model
 from vae_export.onnx_reader import Weights
 
@@ -110,6 +110,7 @@ def load(
     asked = {**locals(), "path": Path(path).absolute()}
     if isinstance(build, (str, os.PathLike)):
         asked["build"] = Path(build).absolute()
+    check_flags("load", check_range=check_range)
     limit = None if max_memory is None else parse_bytes(max_memory)
     bundle = Bundle(path)
     settings = Settings(micro_batch=micro_batch, threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
@@ -227,7 +228,7 @@ def open_bundle(
 
 
 def _checked(name: str, precision: object) -> Wanted | None:
-    if precision is None or precision in get_args(Wanted):
+    if precision is None or (isinstance(precision, str) and precision in get_args(Wanted)):
         return cast("Wanted | None", precision)
     raise InputError(f"load: {name} is {precision!r}; expected {', '.join(get_args(Wanted))}")
 
@@ -261,14 +262,14 @@ def _open_named(bundle: Bundle, folder: BuildFolder, asked: Wanted | None, devic
 def _check_settings(device: str, build: object, settings: Settings) -> None:
     if build is True:
         raise InputError("load: build is True; expected the folder of a build, False for none, or None to choose")
-    if device not in ("auto", "cpu", "cuda"):
+    if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
         raise InputError(f"load: device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
     threads, lanes = settings.threads, settings.lanes
     if threads is not None and not (isinstance(threads, int) and 1 <= threads < 1 << 16):
         raise InputError(f"load: threads is {threads!r}; expected a number from 1 on, or None")
     if not (isinstance(lanes, int) and 1 <= lanes <= 64):
         raise InputError(f"load: lanes is {lanes!r}; expected a number from 1 to 64")
-    if settings.cuda_graphs not in (None, True, False):
+    if settings.cuda_graphs is not None and not isinstance(settings.cuda_graphs, bool):
         raise InputError(f"load: cuda_graphs is {settings.cuda_graphs!r}; expected True, False or None")
 
 

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vae_export.errors import BackendError
+from vae_export.errors import BackendError, VaeExportError
 from vae_export.manifest import Model
 from vae_export.noise import Normals
 
 from .backend import Settings, Value, Way, slices
+from .failures import failure
 from .threads import cores
 
 
@@ -49,6 +50,7 @@ class CpuBackend:
             BundleError: a runner does not accept a graph, or finds another than the model has.
         """
         self.graphs = frozenset(ways)
+        self._model = model
         self._said = {name: [str(way) for way in chosen] for name, chosen in ways.items()}  # not their bytes
         allowed, counted = cores(), set[int]()
         opened: dict[tuple[Any, ...], Session] = {}
@@ -86,10 +88,11 @@ class CpuBackend:
             if up_to is None or n <= up_to:
                 try:
                     return session.run(outputs, inputs, out)
-                except BackendError:
+                except VaeExportError:
                     raise
                 except Exception as error:  # the runners' exceptions have no common base
-                    raise BackendError(f"{session.runner} {session.version} failed in the {graph}: {error}") from error
+                    sizes = self._model.input_sizes(graph, tuple(first.shape[1:]))
+                    raise failure(graph, f"{session.runner} {session.version}", n, sizes, error) from error
         raise BackendError("this VAE was closed; load the bundle again")
 
     def _sliced(

@@ -16,6 +16,7 @@ from vae_export.errors import BackendError, require
 from vae_export.noise import Normals
 
 from . import machine
+from .failures import words
 
 _THREADS = 256  # of a block
 _KEPT_BYTES = 256 << 20  # of freed memory, for the next results
@@ -208,7 +209,7 @@ class Gpu:
                 f"the GPU {self.name} is out of memory for {what}. Use a smaller micro_batch or fewer lanes, or close "
                 "what else runs on it"
             )
-        return BackendError(f"CUDA failed for {what}: {error}")
+        return BackendError(f"CUDA failed for {what}: {words(error)}")
 
     def copy(self, target: int, source: int, size: int, stream: Any) -> None:
         """Copy between addresses of the GPU and of pinned memory, in the order of a stream."""

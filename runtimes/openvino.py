@@ -15,6 +15,7 @@ from vae_export.errors import BackendError, BundleError, require
 from vae_export.manifest import Model, Tensor
 
 from . import forks
+from .failures import words
 from .interrupts import LongCalls
 
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
@@ -92,7 +93,7 @@ class OpenVinoSession:
             read = core.read_model(graph, b"")
             self._compiled = compiled(core, read, options)
         except Exception as error:  # OpenVINO's exceptions have no base but RuntimeError
-            raise BundleError(f"{name}: OpenVINO {self.version} does not open it: {error}") from None
+            raise BundleError(f"{name}: OpenVINO {self.version} does not open it: {words(error)}") from None
         self._check_ends()
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if used != hint:
@@ -137,13 +138,17 @@ class OpenVinoSession:
         for name, value in inputs.items():
             request.set_tensor(name, tensor(value, shared_memory=True))
         results = list(out) if out is not None else [self._empty(name, first.shape) for name in outputs]
-        for name, result in zip(outputs, results, strict=True):
-            request.set_tensor(name, tensor(result, shared_memory=True))
+        targets = [tensor(result, shared_memory=True) for result in results]
+        for name, target in zip(outputs, targets, strict=True):
+            request.set_tensor(name, target)
         if self._long.direct(inputs):
             request.infer()
         else:
             self._long.run(inputs, request.infer, request.cancel)
         idle.append(request)
+        # What is smaller than it should be is written to the beginning of the memory, and nothing is said.
+        if any(target.shape != self._ov.Shape(result.shape) for target, result in zip(targets, results, strict=True)):
+            return [np.array(target.data) for target in targets]
         return results
 
     def _compiled_for(self, shape: tuple[int, ...] | None) -> Any:

@@ -18,6 +18,7 @@ from vae_export.onnx_reader import Arrays
 
 from . import forks
 from .backend import Settings
+from .failures import words
 from .gpu import Gpu, Shape
 from .interrupts import LongCalls, interruptible
 from .lanes import GpuBackend, Lane, bucket
@@ -268,7 +269,7 @@ def _open(
         session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)
     except Exception as error:
         kind = BundleError if device == "cpu" else BackendError  # a device has reasons of its own
-        raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {error}") from None
+        raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {words(error)}") from None
     if session.get_providers()[0] != provider:
         raise BackendError(
             f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "

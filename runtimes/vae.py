@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vae_export import elbo, likelihoods, noise
-from vae_export.errors import BundleError, InputError
+from vae_export.errors import BundleError, InputError, check_flags
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_OUTPUTS, Model, Tiled, shape_text
 from vae_export.noise import Normals
 from vae_export.pixels import is_picture, to_uint8
@@ -119,8 +119,9 @@ class VAE:
         Raises:
             InputError: x is not such an array, or the tile does not suit the model.
         """
-        if type(x) is np.ndarray and tile is None and not pad:  # the shortest way
+        if type(x) is np.ndarray and tile is None and pad is False:  # the shortest way
             return self._posterior(self._data("encode", x))
+        check_flags("encode", pad=pad)
         tile = tile_of(tile)
         x, on_device = self._examples("encode", x, pad)
         if not on_device:
@@ -156,8 +157,9 @@ class VAE:
             InputError: z or out is not such an array, the tile does not suit the model, or the manifest names no
                 scaling.
         """
-        if type(z) is np.ndarray and tile is None and not scaled and out is None:  # the shortest way
+        if type(z) is np.ndarray and tile is None and scaled is False and out is None:  # the shortest way
             return self._run("decoder", {"z": self._latent("decode", z)}, _SAMPLE)[0]
+        check_flags("decode", scaled=scaled)
         tile = tile_of(tile)
         z, on_device = self._latent.anywhere("decode", z)
         if on_device:
@@ -209,6 +211,7 @@ class VAE:
             InputError: an argument is out of range, draw was asked of a model without a likelihood, or out is not such
                 an array.
         """
+        check_flags("sample", draw=draw)
         z = self._prior("sample", n, seed, start, size, on_device, out)
         if out is not None:
             check_out("sample", out, (len(z), *self._example("decoder", z.shape[1:])), np.float32)
@@ -268,6 +271,7 @@ class VAE:
         self, verb: str, n: int, seed: int, start: int, size: Mapping[str, int] | None, on_device: bool, out: Any
     ) -> Normals:
         """The address of n latents of the prior."""
+        check_flags(verb, on_device=on_device)
         n = _count(verb, "n", n, 1)
         start = _count(verb, "start", start, 0)
         if on_device and not self._backend.on_gpu:
@@ -321,6 +325,7 @@ class VAE:
             InputError: x or out is not such an array, the tile does not suit the model, or seed or start is out of
                 range.
         """
+        check_flags("reconstruct", pad=pad)
         tile = tile_of(tile)
         given, (x, on_device) = x, self._examples("reconstruct", x, pad)
         if on_device:
@@ -470,7 +475,7 @@ class VAE:
                 f"edit: direction has shape {direction.shape}; expected finite values of shape {expected}, "
                 "or the same with a batch"
             )
-        if not (isinstance(strength, (int, float, np.number)) and np.isfinite(strength)):
+        if not (isinstance(strength, (int, float, np.number)) and abs(strength) <= float(np.finfo(float).max)):
             raise InputError(f"edit: strength is {strength!r}; expected a finite number")
         with np.errstate(over="ignore"):  # too far is told by decode's own check
             z = (mean + float(strength) * direction.astype(np.float64)).astype(np.float32)
@@ -674,8 +679,9 @@ class VAE:
         expected = (shape[0], *(self._example(graph, tuple(shape[1:])) if gives is None else gives))
         for result in results:
             if result.shape != expected:
+                of = f"{self.name}: " if self.name else ""
                 raise BundleError(
-                    f"{self.name}: the {graph} gave shape {result.shape}; the manifest promises {expected}. The bundle "
+                    f"{of}the {graph} gave shape {result.shape}; the manifest promises {expected}. The bundle "
                     "contradicts itself: export the model again"
                 )
         return results

@@ -404,6 +404,7 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
         assert name in shown
     failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 8,64")
     failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
+    failed(run("bench", path, "--batches", 2**40), 2, "expected numbers from 1 on, at most 2147483647")
     failed(
         run("bench", path, "--target", "cuda"),
         2,

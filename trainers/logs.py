@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from vae_export import files
+from vae_export.errors import printable
 
 from . import checkpoint
 from .checkpoint import Epoch
@@ -90,7 +91,7 @@ class Log:
 
     def say(self, message: str) -> None:
         """Tell the person something."""
-        self._console.print(escape(message), highlight=False, soft_wrap=True)
+        self._console.print(escape(printable(message)), highlight=False, soft_wrap=True)
 
 
 def write_curve(path: Path, history: tuple[Epoch, ...]) -> None:

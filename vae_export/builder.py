@@ -28,7 +28,7 @@ from vae_export.builds import (
 )
 from vae_export.bundle import Bundle
 from vae_export.certificate import Certificate
-from vae_export.errors import BackendError, InputError, VaeExportError, VerificationError, require
+from vae_export.errors import BackendError, InputError, VaeExportError, VerificationError, check_flags, require
 from vae_export.manifest import GRAPHS, Model
 from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
@@ -119,8 +119,13 @@ def build(
         VerificationError: the build differs from the golden examples by more than its precision's budget.
     """
     wanted = builds.target(target)
+    if not isinstance(sizes, (list, tuple)):
+        raise InputError(f"build: sizes is {sizes!r}; expected a sequence of sizes such as [{{'height': 64}}]")
+    if out is not None and not isinstance(out, (str, os.PathLike)):
+        raise InputError(f"build: out is {out!r}; expected the path of a folder, or None for the cache")
+    check_flags("build", static=static, tf32=tf32, nhwc=nhwc, refittable=refittable, overwrite=overwrite)
     for name, value, known in (("precision", precision, get_args(Asked)), ("budget", budget, get_args(Precision))):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise InputError(f"build: {name} is {value!r}; expected {', '.join(known)}")
     _check_options(
         wanted,
@@ -138,7 +143,8 @@ def build(
     bundle = Bundle(path)
     model = bundle.manifest.model
     options = Options(
-        precision=precision, budget=budget, passes=chosen, tf32=tf32, nhwc=nhwc, refittable=refittable
+        precision=precision, budget=budget, passes=chosen, tf32=bool(tf32), nhwc=bool(nhwc),
+        refittable=bool(refittable),
     )  # fmt: skip
     if model.data.named() and not sizes:
         sizes = [_golden_sizes(model, golden.decode(bundle.read(golden.FILE), bundle.manifest.golden, model))]
@@ -147,7 +153,7 @@ def build(
         options = msgspec.structs.replace(options, profiles=profiles)
     if precision != "auto" and budget != "int8":
         raise InputError(f"build: budget {budget} is for precision auto; precision is {precision}. Drop one")
-    if seconds is not None and not 0 < seconds < math.inf:
+    if seconds is not None and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
         raise InputError(f"build: seconds is {seconds!r}; expected a number above 0")
     batches = tuple(dict.fromkeys(profile.batch[2] for profile in profiles))
     measured_at = _MeasuredAt(batches, sizes[0] if sizes else {}, seconds)
@@ -224,6 +230,7 @@ def _make(
     if out is None:
         builds.check_cache()
     path = out or builds.cached(manifest, builds.slot(target.name, options.wanted))
+    files.check_name(path)
     if path.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     replace = overwrite or out is None

@@ -74,7 +74,7 @@ def target(name: str) -> Target:
     Raises:
         InputError: there is none of this name.
     """
-    if not (found := _TARGET.fullmatch(name)):
+    if not isinstance(name, str) or not (found := _TARGET.fullmatch(name)):
         raise InputError(f"build: target is {name!r}; expected {_TARGETS}")
     flavour: FlavourName | None = None
     if name.startswith("tensorrt"):

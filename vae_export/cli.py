@@ -16,19 +16,46 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
+import typer.core
 
+from vae_export import terminal
 from vae_export.cli_train import numbers, train
 from vae_export.errors import EXPORT_NEEDS, BackendError, BundleError, InputError, VaeExportError, printable, require
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vae_export.builds import Wanted
     from vae_export.runtimes import VAE
     from vae_export.sources import Described
 
+
+#: Typer's own or click's, as its version has it.
+_USAGE_ERROR = cast("type[Any]", typer.BadParameter.__base__)
+
+
+class _Verbs(typer.core.TyperGroup):
+    """A usage error quotes what was typed, which may be a stranger's file's name."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _printable_usage():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_usage():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _printable_usage() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        error.message = printable(error.message)
+        raise
+
+
 app = typer.Typer(
     name="vae-export",
+    cls=_Verbs,
     help="Take a trained variational autoencoder from PyTorch to a verified bundle, and run it without PyTorch.",
     no_args_is_help=True,
     add_completion=False,
@@ -127,7 +154,7 @@ def main() -> None:
             _exit(f"{error.filename or 'file system'}: {error.strerror or error}", InputError.exit_code)
         if not isinstance(error, Exception):
             raise
-        typer.echo(printable(traceback.format_exc()), err=True)
+        terminal.say(traceback.format_exc(), err=True)
         _exit(f"{_FAULT} {type(error).__name__}: {error}. {_REPORT}", _SOFTWARE)
 
 
@@ -138,7 +165,7 @@ _REPORT = "Please report it, with the lines above and what `vae-export doctor` p
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {printable(message)}", err=True)
+    terminal.say(f"error: {message}", err=True)
     sys.exit(code)
 
 
@@ -160,7 +187,7 @@ def demo(out: Annotated[Path, typer.Option(help="Where the results go.")] = Path
     """Train on handwritten digits, export, verify, run without PyTorch, and write pictures."""
     from vae_export import demo as module
 
-    module.demo(out, _console())
+    module.demo(out, terminal.console())
 
 
 app.command()(train)
@@ -219,8 +246,7 @@ def export(
     from vae_export.progress import bar
 
     described = _described(config, size, held_out, shape, likelihood, data_range, variance, multiple_of)
-    console = _console()
-    with bar(console) as progress, contextlib.ExitStack() as stack:
+    with bar(terminal.console(err=True)) as progress, contextlib.ExitStack() as stack:
         place = bundle
         if layout == Layout.optimum:
             layouts.check_target(bundle, overwrite=force)
@@ -228,8 +254,8 @@ def export(
         certificate = run(source, place, overwrite=force, progress=progress, **described)
         if layout == Layout.optimum:
             layouts.optimum(place, bundle, overwrite=force)
-    console.print(report.certificate(certificate))
-    typer.echo(f"{bundle} is written and verified")
+    terminal.console().print(report.certificate(certificate))
+    terminal.say(f"{bundle} is written and verified")
 
 
 def _described(
@@ -292,20 +318,22 @@ def verify(
 ) -> None:
     """Measure the certificate of a bundle's own graphs, or of a build, again, on this machine, without PyTorch."""
     from vae_export import certificate, files, report
+    from vae_export.progress import bar
     from vae_export.verifier import verify as run
 
     place = _place(out, bundle) if out else None
     cached = _cached("verify", bundle, target, precision)
     if build and cached:
         raise InputError("verify: name one of --build and --target (or --precision)")
-    measured = run(bundle, device=device.value, build=cached or build, opened=_say)
+    with bar(terminal.console(err=True)) as progress:
+        measured = run(bundle, device=device.value, build=cached or build, progress=progress, opened=_say)
     if place:
         with files.atomic_file(place) as stage:
             stage.write_bytes(certificate.encode(measured))
     if json:
         _print_json(measured.to_dict())
     else:
-        _console().print(report.certificate(measured))
+        terminal.console().print(report.certificate(measured))
     measured.require()
 
 
@@ -353,7 +381,7 @@ def build(
 
     from vae_export import report
 
-    console = _console()
+    console = terminal.console()
     if passes == "list":
         for module in ("onnx", "onnx_ir", "onnxscript"):
             require(module, "build", "build")
@@ -366,7 +394,7 @@ def build(
     from vae_export import builder
     from vae_export.progress import bar
 
-    with bar(console) as progress:
+    with bar(terminal.console(err=True)) as progress:
         if refit:
             asked = (target, size, static, tf32, nhwc, refittable, passes, seconds)
             if any(asked) or (precision, budget, batch) != (Precision.fp32, Budget.int8, "1,8,64"):
@@ -406,10 +434,10 @@ def build(
     if built.certificate:
         console.print(report.certificate(built.certificate))
     proven = f"not executed here, so without a certificate: {built.unmeasured}"
-    typer.echo(f"{built.path} is written, {'and verified' if built.certificate else proven}")
+    terminal.say(f"{built.path} is written, {'and verified' if built.certificate else proven}")
     if not (out or refit or built.record.exact):
         wanted = built.record.options.wanted
-        typer.echo(
+        terminal.say(
             f"It computes in {built.record.in_words()}: load takes it with precision={wanted!r} (--precision {wanted})"
         )
 
@@ -446,8 +474,8 @@ def inspect(
             _print_json({"kind": "build", **msgspec.to_builtins(folder.record), "unlisted": folder.unlisted()})
         else:
             if folder.record.measurements:
-                _console().print(report.measurements(folder.record))
-            _console().print(report.build(path, folder.record))
+                terminal.console().print(report.measurements(folder.record))
+            terminal.console().print(report.build(path, folder.record))
         return
     if configs.is_checkpoint(path) and not (path / MANIFEST).exists():
         plain = msgspec.to_builtins(configs.read(path))
@@ -455,7 +483,7 @@ def inspect(
             _print_json({"kind": "checkpoint", **plain})
         else:
             for part in ("model", "data", "train", "split", "result"):
-                _console().print(report.facts(f"{path}: {part}", plain[part] or {}))
+                terminal.console().print(report.facts(f"{path}: {part}", plain[part] or {}))
         return
     if not (path / MANIFEST).exists() and (path.exists() or ":" in source):
         described = _described(config, None, None, shape, likelihood, data_range, variance, multiple_of)
@@ -480,7 +508,7 @@ def inspect(
         _print_json({"kind": "bundle", **plain, "unlisted": unlisted})
     else:
         for table in report.bundle(path, opened.manifest, measured, unlisted, cached, costs):
-            _console().print(table)
+            terminal.console().print(table)
 
 
 def _inspect_source(source: str, described: Described, sizes: dict[str, int] | None, *, json: bool) -> None:
@@ -501,7 +529,7 @@ def _inspect_source(source: str, described: Described, sizes: dict[str, int] | N
         plain = {"model": msgspec.to_builtins(trained.model), "origin": msgspec.to_builtins(trained.origin)}
         _print_json({"kind": "source", **plain, "costs": costs})
     else:
-        _console().print(report.source(source, trained.model, trained.origin, costs))
+        terminal.console().print(report.source(source, trained.model, trained.origin, costs))
 
 
 @app.command()
@@ -525,7 +553,7 @@ def sample(
     with _load("sample", bundle, device, build, no_build, precision) as vae:
         images.check_target(_place(out, bundle), vae.model.data)
         images.write(out, vae.sample(n, seed, start, draw=draw, size=sizes), vae.model.data)
-    typer.echo(f"{out}: {n} samples, seed {seed}, from {start}")
+    terminal.say(f"{out}: {n} samples, seed {seed}, from {start}")
 
 
 @app.command()
@@ -551,7 +579,7 @@ def reconstruct(
         x = images.read(input, data, resize=resize)
         reconstruction = vae.reconstruct(x, seed, start)
         images.write(out, x, data, below=reconstruction)
-    typer.echo(f"{out}: {len(x)} reconstructions")
+    terminal.say(f"{out}: {len(x)} reconstructions")
 
 
 @app.command()
@@ -582,7 +610,7 @@ def score(
         with files.atomic_file(place) as stage:
             stage.write_text(text, encoding="utf-8")
     else:
-        typer.echo(text, nl=False)
+        typer.echo(text, nl=False)  # numbers, and maybe many
 
 
 @app.command()
@@ -623,7 +651,7 @@ def bench(
     place = _place(plot, bundle) if plot else None
     if place:
         module.check_plot(place)
-    console = _console()
+    console = terminal.console()
     cached = _cached("bench", bundle, target, precision)
     builds = [*(build or ()), *([cached] if cached else ())]
     if no_build and builds:
@@ -632,7 +660,7 @@ def bench(
         module.candidates(
             bundle, builds=builds, source=source, with_peers=peers, threads=threads, own=no_build
         ) as selection,
-        console.status("bench") as status,
+        terminal.console(err=True).status("bench") as status,
     ):
         for runner in selection.runners:
             if isinstance(runner, Ours):
@@ -657,7 +685,7 @@ def bench(
         return
     console.print(module.table(report))
     for line in module.summary(report):
-        typer.echo(line)
+        terminal.say(line)
 
 
 @app.command()
@@ -681,7 +709,7 @@ def doctor(json: Json = False) -> None:
         basics |= {title: state.get("version") or state["problem"] for title, state in found["tensorrt"].items()}
         basics["noise on the GPU"] = found["kernels"].get("problem") or "its kernels compile"
         basics["cache of builds"] = found["cache"].get("problem") or found["cache"]["path"]
-        console = _console()
+        console = terminal.console()
         console.print(report.facts("this machine", basics))
         extras = {}
         for name, extra in found["extras"].items():
@@ -690,14 +718,14 @@ def doctor(json: Json = False) -> None:
             extras[f"[{name}]"] = f"{extra['purpose']}: {packages}{install}"
         console.print(report.facts("extras", extras))
     for problem in found["problems"]:
-        typer.echo(f"problem: {problem}", err=True)
+        terminal.say(f"problem: {problem}", err=True)
     if "problem" in found["onnxruntime"]:
         raise typer.Exit(BackendError.exit_code)
 
 
 def _say(line: str) -> None:
     """What runs, before anything else is printed: not on stdout, which may be CSV or JSON."""
-    typer.echo(line, err=True)
+    terminal.say(line, err=True)
 
 
 def _load(
@@ -759,23 +787,7 @@ def _sizes(verb: str, text: str) -> dict[str, int]:
         raise InputError(f"{verb}: size is {text!r}; expected names and numbers such as height=64,width=96") from None
 
 
-def _console() -> Console:
-    from rich.console import Console
-    from rich.segment import Segment
-
-    class Safe(Console):
-        """What names of files and records hold is read in a terminal and does no more."""
-
-        def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
-            for part in super().render(*args, **options):
-                yield part if part.control else Segment(printable(part.text), part.style)
-
-    console = Safe()
-    # In a pipe or a log there is no width to ask for, and 80 columns would break every table.
-    return console if console.is_terminal else Safe(width=140)
-
-
 def _print_json(value: object) -> None:
     import json
 
-    typer.echo(json.dumps(value, indent=2))
+    typer.echo(json.dumps(value, indent=2))  # in ASCII

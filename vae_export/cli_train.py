@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vae_export import terminal
 from vae_export.errors import TRAIN_NEEDS, InputError, require
 
 
@@ -182,7 +183,7 @@ def train(
         "{} active latents": result.active_units,
         "squared error {:.4g}": result.squared_error,
     }
-    typer.echo(f"{out}: " + ", ".join(form.format(value) for form, value in figures.items() if value is not None))
+    terminal.say(f"{out}: " + ", ".join(form.format(value) for form, value in figures.items() if value is not None))
 
 
 def numbers(what: str, text: str, separator: str = ",") -> tuple[int, ...]:

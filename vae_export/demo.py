@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vae_export import golden, images, report
+from vae_export import golden, images, report, terminal
 from vae_export.bundle import Bundle
 from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, require
 from vae_export.progress import bar
@@ -48,11 +48,11 @@ def demo(out: Path, console: Console) -> None:
     trained = time.perf_counter()
 
     console.rule("export: PyTorch → ONNX, measured against PyTorch in float64")
-    with bar(console) as progress:
+    with bar(terminal.console(err=True)) as progress:
         export(checkpoint, path, overwrite=True, progress=progress)
 
     console.rule("verify: measured again, without PyTorch")
-    certificate = verify(path, opened=lambda line: console.print(f"  {line}"))
+    certificate = verify(path, opened=lambda line: terminal.say(f"  {line}"))
     table = report.certificate(certificate)
     console.print(table)
     (out / "certificate.txt").write_text(report.as_text(table), encoding="utf-8")

@@ -45,6 +45,19 @@ class BackendError(VaeExportError):
     exit_code = 4
 
 
+def check_flags(verb: str, **flags: object) -> None:
+    """Refuse what is neither true nor false, such as an array.
+
+    Raises:
+        InputError: a flag is no such thing.
+    """
+    for name, value in flags.items():
+        try:
+            bool(value)
+        except Exception:  # arrays of several libraries, each with an error of its own
+            raise InputError(f"{verb}: {name} is a {type(value).__name__}; expected True or False") from None
+
+
 class TileWarning(UserWarning):
     """A call is cut into tiles, and the export measured that this visibly changes what the model gives."""
 

@@ -29,7 +29,7 @@ from vae_export import (
 )
 from vae_export import manifest as manifests
 from vae_export.certificate import Certificate
-from vae_export.errors import BundleError, InputError
+from vae_export.errors import BundleError, InputError, check_flags
 from vae_export.manifest import Graph, Manifest, SizeDim
 from vae_export.onnx_reader import Weights
 from vae_export.progress import Progress, silent
@@ -85,6 +85,7 @@ def export(
         VerificationError: the exported graphs differ from the model by more than their budgets.
     """
     path = Path(path)
+    check_flags("export", overwrite=overwrite)
     bundle.check_target(path, overwrite=overwrite)
     source = sources.resolve(source, **described)
     _check_size(source)
@@ -111,10 +112,13 @@ def export(
     costs = cost.count(source)
     records = {kind: msgspec.structs.replace(record, cost=costs[kind]) for kind, record in records.items()}
     reference = references.compute(source, costs, progress)
-    backend = open_backend(graphs, model, device="cpu", weights=weights)
-    measured = verifier.measure(model, backend, reference, name, progress=progress)
-    measured.require()
-    tiled = tiles_check.measure_tiles(model, backend, reference.tensors["x"][golden.EXTREMES :], costs)
+    try:
+        backend = open_backend(graphs, model, device="cpu", weights=weights)
+        measured = verifier.measure(model, backend, reference, name, progress=progress)
+        measured.require()
+        tiled = tiles_check.measure_tiles(model, backend, reference.tensors["x"][golden.EXTREMES :], costs)
+    except BundleError as error:  # the graphs are not what the model is said to be
+        raise InputError(f"export: {error}") from None
     measured = msgspec.structs.replace(measured, checks=(*measured.checks, *tiles_check.checks(tiled)))
     records = {kind: msgspec.structs.replace(record, tiled=tiled.get(kind)) for kind, record in records.items()}
 

@@ -22,10 +22,21 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: something is at `path` already and overwrite is false, or it is not a folder.
     """
+    check_name(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path} exists and is not a folder. Choose another path")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already. Choose another path, or overwrite it on purpose (--force)")
+
+
+def check_name(path: Path) -> None:
+    """Refuse what no file can be called."""
+    try:
+        if 0 not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise InputError(f"{str(path)!r} is no name of a file. Choose another path")
 
 
 @contextlib.contextmanager
@@ -69,6 +80,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Folders on the way are made. What is no plain file, such as a device, is written to directly. What writers left
     that were killed is removed, on systems that have `flock`.
     """
+    check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         yield path

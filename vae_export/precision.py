@@ -25,6 +25,7 @@ from vae_export.manifest import Model
 from vae_export.runtimes import VAE, Settings, open_backend
 from vae_export.runtimes.backend import Way
 from vae_export.runtimes.cpu import CpuBackend
+from vae_export.runtimes.ort import session_options
 
 if TYPE_CHECKING:
     from vae_export.graph.quantize import Bits
@@ -99,8 +100,7 @@ def record(graph: bytes, feeds: Sequence[Feed]) -> dict[str, Activation]:
         if not value.is_graph_output():
             tapped.graph.outputs.append(value)
     names = [str(value.name) for value in tapped.graph.outputs]
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings = session_options(ort, {})
     session = ort.InferenceSession(graphs.write(tapped), settings, providers=["CPUExecutionProvider"])
     kept = min(_KEPT, _KEPT_TOGETHER // max(1, len(feeds)))
     largest: dict[str, float] = {}
@@ -148,8 +148,7 @@ def largest(graph: bytes, feeds: Sequence[Feed]) -> dict[str, float]:
         size.shape = onnx_ir.Shape(())
         names[str(size.name)] = str(value.name)
         main.outputs.append(size)
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings = session_options(ort, {})
     settings.enable_mem_pattern = False
     session = ort.InferenceSession(graphs.write(watched), settings, providers=["CPUExecutionProvider"])
     found: dict[str, float] = {}

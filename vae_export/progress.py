@@ -29,7 +29,13 @@ def silent(step: str, share: float | None = None) -> None:
 
 @contextlib.contextmanager
 def bar(console: Console) -> Iterator[Progress]:
-    """Show the step that is under way, with a bar and the time that is left where its share is known."""
+    """Show the step that is under way, with a bar and the time that is left where its share is known.
+
+    Where the console is no terminal, nothing is shown.
+    """
+    if not console.is_terminal:
+        yield silent
+        return
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Shown
 

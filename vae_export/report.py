@@ -51,7 +51,8 @@ def certificate(measured: Certificate) -> Table:
     for check in measured.checks:
         verdict = "" if check.tolerance is None else "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
         allowed, own = (f"{v:.3g}" if v is not None else "" for v in (check.tolerance, check.pytorch))
-        table.add_row(check.graph, check.quantity, f"{check.measured:.3g}", allowed, own, check.unit, verdict)
+        quantity, unit = Text(check.quantity), Text(check.unit)
+        table.add_row(check.graph, quantity, f"{check.measured:.3g}", allowed, own, unit, verdict)
     return table
 
 
@@ -207,15 +208,15 @@ def measurements(record: Build) -> Table:
         shown.add_column(heading, justify="right" if heading in ("batch", "ms", "spread") else "left")
     for row in record.measurements:
         shown.add_row(
-            row.graph,
+            Text(row.graph),
             str(row.batch),
             row.runner,
             row.precision,
             "" if row.threads is None else str(row.threads),
-            ", ".join(row.passes),
+            Text(", ".join(row.passes)),
             "" if row.median_us is None else f"{row.median_us / 1e3:,.3f}",
             "" if row.spread is None else f"{row.spread:.0%}",
-            row.verdict,
+            Text(row.verdict),
         )
     return shown
 

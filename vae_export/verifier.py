@@ -17,7 +17,7 @@ from vae_export.bundle import Bundle
 from vae_export.certificate import TOLERANCES, Certificate, Check, GraphName, Tolerance, rounding_tolerance
 from vae_export.deviations import Deviations
 from vae_export.elbo import Array, Float64
-from vae_export.errors import BackendError, BundleError
+from vae_export.errors import BundleError
 from vae_export.golden import Reference, Rows
 from vae_export.manifest import Model
 from vae_export.pixels import to_uint8
@@ -29,6 +29,7 @@ BATCHES = (1, 2, 7, 64)
 _FEW = 16
 #: Rows whose results are held at once, in bytes of the data.
 _HELD = 32 << 20
+_STEP = "measuring the certificate"
 #: The id of the check of a fused graph that makes pictures, and of that which compares two splits of a batch.
 PICTURE, SPLIT = "prior.picture.max", "splits.max"
 
@@ -118,7 +119,9 @@ def measure(
         progress: told the share of the work that is done.
 
     Raises:
-        BundleError: the golden examples are of a version that had no conditioning.
+        BundleError: the golden examples are of a version that had no conditioning, or a graph fails at a batch or size
+            that the model is said to take, or gives another shape.
+        BackendError: memory has run out.
     """
     record = reference.record
     if record.draws == 0:
@@ -131,20 +134,25 @@ def measure(
     batches = tuple(affordable or [min(batches)])
     groups = reference.groups(model)
     meter = _Meter(model, kinds, [_size(rows.sizes) for rows in groups])
-    work = sum(rows.examples * rows.tensors["x"][0].size for rows in groups)
+    runs = [
+        (index, rows, batch, None if batch == max(several) else _FEW)
+        for index, rows in enumerate(groups)
+        for several in [batches if index == 0 else (max(rows.examples, rows.prior),)]
+        for batch in several
+    ]
+    work = sum(count * rows.tensors["x"][0].size for _, rows, _, most in runs for count in _counts(rows, most))
     done = 0
-    for index, rows in enumerate(groups):
-        several = batches if index == 0 else (max(rows.examples, rows.prior),)
-        for batch in several:
-            run = _Run(model, backend, rows, record.seed, batch, kinds, _latent_std(rows))
-            try:
-                meter.collect(index, rows, batch, run, None if batch == max(several) else _FEW)
-            except BackendError as error:
-                if index == 0:
-                    raise
-                raise _fails_at(error, groups[0].sizes, rows.sizes) from error
-        done += rows.examples * rows.tensors["x"][0].size
-        progress("measuring the certificate", done / work)
+    progress(_STEP, 0.0)
+    for index, rows, batch, most in runs:
+        run = _Run(model, backend, rows, record.seed, batch, kinds, _latent_std(rows))
+        try:
+            for count in meter.collect(index, rows, batch, run, most):
+                done += count * rows.tensors["x"][0].size
+                progress(_STEP, done / work)
+        except BundleError as error:
+            if index == 0:
+                raise
+            raise _fails_at(error, groups[0].sizes) from error
     return Certificate(
         bundle=name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -175,12 +183,18 @@ def _size(sizes: Mapping[str, int]) -> str | None:
     return ", ".join(f"{name} {size}" for name, size in sizes.items()) or None
 
 
-def _fails_at(error: BackendError, example: Mapping[str, int], sizes: Mapping[str, int]) -> BackendError:
-    return BackendError(
-        f"the graph runs at {_size(example)} and fails at {_size(sizes)}, which the model is said to take: it depends "
-        "on the size that it was traced at. Write sizes as x.shape[2] and x.shape[3] of the tensor at hand, without "
-        f"int() or len(), and no constants in split, view or kernel sizes. {error}"
+def _fails_at(error: BundleError, example: Mapping[str, int]) -> BundleError:
+    return BundleError(
+        f"{error}. At {_size(example)} it runs: it depends on the size that it was traced at. Write sizes as "
+        "x.shape[2] and x.shape[3] of the tensor at hand, without int() or len(), and no constants in split, view or "
+        "kernel sizes"
     )
+
+
+def _counts(rows: Rows, most: int | None) -> tuple[int, int]:
+    """Examples and draws from the prior that run, where there are more than `most`."""
+    counts = rows.examples, rows.prior
+    return counts if most is None else (min(most, counts[0]), min(most, counts[1]))
 
 
 @dataclass(frozen=True)
@@ -205,11 +219,11 @@ class _Run:
         """Whether a graph is below float32."""
         return any(kind != "float32" for kind in self.kinds.values())
 
-    def slices(self, count: int, most: int | None) -> Iterator[slice]:
+    def slices(self, count: int) -> Iterator[slice]:
         """Parts of rows whose results are held at once: whole batches."""
         held = max(1, _HELD // (self.rows.tensors["x"][0].nbytes * self.batch)) * self.batch
-        for first in range(0, count if most is None else min(most, count), held):
-            yield slice(first, min(first + held, count if most is None else min(most, count)))
+        for first in range(0, count, held):
+            yield slice(first, min(first + held, count))
 
     def data(self, part: slice) -> tuple[Deviations, list[Array]]:
         """Deviations on rows of data, and the encoder's outputs."""
@@ -294,11 +308,12 @@ class _Meter:
         self._first: dict[tuple[int, str], list[Array]] = {}
         self._apart = 0.0
 
-    def collect(self, group: int, rows: Rows, batch: int, run: _Run, most: int | None) -> None:
-        """Run all rows of a size, or the first `most`."""
+    def collect(self, group: int, rows: Rows, batch: int, run: _Run, most: int | None) -> Iterator[int]:
+        """Run all rows of a size, or the first `most`; what is given is how many ran, part by part."""
         self._groups[group] = rows
-        for graph, count, function in (("encoder", rows.examples, run.data), ("decoder", rows.prior, run.prior)):
-            for part in run.slices(count, most):
+        functions = (("encoder", run.data), ("decoder", run.prior))
+        for (graph, function), count in zip(functions, _counts(rows, most), strict=True):
+            for part in run.slices(count):
                 found, outputs = function(part)
                 self._wrong[graph] += sum(int((~np.isfinite(value)).sum()) for value in outputs)
                 if part.start == 0:
@@ -306,6 +321,7 @@ class _Meter:
                 for quantity, values in found.items():
                     measured = _Measured(group, batch, part.start, np.asarray(values, np.float64))
                     self._measured.setdefault(quantity, []).append(measured)
+                yield part.stop - part.start
 
     def _compare(self, group: int, graph: str, outputs: list[Array]) -> None:
         """How far the first rows are from those of the batch size before."""

@@ -14,6 +14,7 @@ from typing import Any
 from vae_export import timing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
+from vae_export.manifest import MAX_SIZE
 from vae_export.runtimes.threads import cores
 
 from . import memory as memories
@@ -109,8 +110,8 @@ def _batches(batches: Sequence[int]) -> tuple[int, ...]:
         found = tuple(map(operator.index, batches))
     except TypeError:
         found = ()
-    if not found or min(found) < 1:
-        raise InputError(f"bench: batches are {list(batches)}; expected numbers from 1 on")
+    if not found or min(found) < 1 or max(found) > MAX_SIZE:
+        raise InputError(f"bench: batches are {list(batches)}; expected numbers from 1 on, at most {MAX_SIZE}")
     return tuple(dict.fromkeys(found))
 
 

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vae_export import files
 from vae_export.errors import InputError, require
@@ -166,7 +168,7 @@ def reason(error: Exception) -> str:
 def table(report: Report) -> Table:
     """A line for each verb, batch and runner. `ready s` is what preparing the shape and the first call took."""
     shown = Table(
-        title=f"{report.bundle}: time of a call, {report.threads} threads; runners took turns in one run",
+        title=escape(f"{report.bundle}: time of a call, {report.threads} threads; runners took turns in one run"),
         title_justify="left",
     )
     left = ("verb", "runner")
@@ -180,7 +182,7 @@ def table(report: Report) -> Table:
             shown.add_section()
         shown.add_row(
             *((row.verb, str(row.batch)) if cell != before else ("", "")),
-            row.runner,
+            Text(row.runner),
             f"{row.median * 1e6:,.1f} ({row.p10 * 1e6:,.1f}–{row.p90 * 1e6:,.1f})",
             f"{row.p99 * 1e6:,.1f}",
             f"{row.spread:.1%}",

@@ -75,6 +75,8 @@ def select(text: str | None) -> tuple[str, ...]:
     Raises:
         InputError: there is no such pass.
     """
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"build: passes is {text!r}; expected a text such as 'all,-winograd'")
     words = [word.strip() for word in ("all" if text is None else text).split(",")]
     chosen = set(PASSES) if words[0].startswith("-") else set()
     for word in words:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from vae_export.errors import InputError
+from vae_export.errors import InputError, check_flags
 from vae_export.manifest import (
     DECODER_OUTPUTS,
     Data,
@@ -93,6 +93,7 @@ def resolve(source: Source) -> Trained:
             examples of a batch, or returns what is not recognized.
     """
     low, high = _check_words(source)
+    variance = None if source.variance is None else float(source.variance)
     example = checked_rows("example", source.example, (low, high))
     held_out = None if source.held_out is None else checked_rows("held_out", source.held_out, (low, high))
     shape = example.shape[1:]
@@ -107,10 +108,10 @@ def resolve(source: Source) -> Trained:
             architecture=type(source.module).__name__,
             parameters=sum(p.numel() for p in source.module.parameters()),
             data=Data(shape=data, range=(low, high)),
-            latent=Latent(shape=latents, scaling=source.scaling, shift=source.shift),
+            latent=Latent(shape=latents, scaling=float(source.scaling), shift=float(source.shift)),
             prior="standard_normal",
             posterior=Posterior(kind="deterministic" if deterministic else "diagonal_gaussian"),
-            likelihood=Likelihood(kind=source.likelihood, variance=source.variance, nominal=source.nominal),
+            likelihood=Likelihood(kind=source.likelihood, variance=variance, nominal=bool(source.nominal)),
         )
         name = type(source.module).__name__ if source.name is None else source.name
         origin = Origin(kind="module", name=name, weights_sha256=_digest(source.module))
@@ -120,7 +121,7 @@ def resolve(source: Source) -> Trained:
         "class": type(source.module).__name__,
         "example_shape": shape,
         "likelihood": source.likelihood,
-        "variance": source.variance,
+        "variance": variance,
         "data_range": (low, high),
         "multiple_of": source.multiple_of,
         "outputs": adapter.outputs,
@@ -228,6 +229,13 @@ def _check_words(source: Source) -> tuple[float, float]:
     """What can be refused before the module is tried; the data's range."""
     if not isinstance(source.module, nn.Module):
         raise InputError(f"export: module is {shown(source.module)}; expected a torch.nn.Module with its weights")
+    words = {"likelihood": source.likelihood, "outputs": source.outputs, "name": source.name}
+    numbers = {"variance": source.variance, "scaling": source.scaling, "shift": source.shift}
+    for said, kind, expected in ((words, str, "a text"), (numbers, (int, float, np.number), "a number")):
+        for name, value in said.items():
+            if value is not None and (not isinstance(value, kind) or isinstance(value, (bool, np.complexfloating))):
+                raise InputError(f"export: {name} is {shown(value)}; expected {expected}")
+    check_flags("export", nominal=source.nominal)
     if source.likelihood not in DECODER_OUTPUTS:
         raise InputError(f"export: likelihood is {source.likelihood!r}; expected one of {', '.join(DECODER_OUTPUTS)}")
     if source.outputs is not None and (source.likelihood != "bernoulli" or source.outputs not in get_args(Outputs)):
@@ -273,7 +281,7 @@ def checked_rows(name: str, value: Any, data_range: tuple[float, float]) -> npt.
             f"export: {name} has the type {value.dtype}; expected floating-point values, scaled onto data_range as the "
             "model was given them"
         )
-    if value.ndim < 2 or len(value) == 0:
+    if value.ndim < 2 or value.size == 0:
         raise InputError(
             f"export: {name} has shape {value.shape}; expected (B, *data) with one example or more. A single example "
             "gets its batch axis by [None]"
