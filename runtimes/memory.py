@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import os
 import re
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -46,6 +49,15 @@ def parse_bytes(value: Any) -> int:
             "'2GiB' or '1.5GB'"
         )
     return size
+
+
+@functools.cache
+def of_this_machine() -> int:
+    """Bytes of memory that the machine has; without a bound where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 class Budget:

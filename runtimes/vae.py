@@ -16,6 +16,7 @@ from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_
 from vae_export.noise import Normals
 from vae_export.pixels import is_picture, to_uint8
 
+from . import memory
 from .backend import Array, Backend, Value, slices
 from .inputs import ArrayCheck, check_out
 from .memory import Budget
@@ -280,8 +281,14 @@ class VAE:
             raise InputError(
                 f"{verb}: out is an array of the host, and on_device leaves the result on the GPU. Drop one"
             )
-        latent = self._gives.get("encoder") if size is None else None
-        return Normals(seed, noise.PRIOR, start, (n, *(latent or self.model.latent_shape(size))))
+        known = self._gives.get("encoder") if size is None else None
+        latent = known or self.model.latent_shape(size)
+        if out is None and (needed := 4 * n * math.prod(self._example("decoder", latent))) > memory.of_this_machine():
+            raise InputError(
+                f"{verb}: {n:,} examples take {needed / 2**30:,.0f} GiB, and this machine has "
+                f"{memory.of_this_machine() / 2**30:,.0f} GiB. Draw them in parts, by start"
+            )
+        return Normals(seed, noise.PRIOR, start, (n, *latent))
 
     @overload
     def reconstruct(

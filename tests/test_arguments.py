@@ -35,6 +35,13 @@ FLAGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("verb", ["sample", "generate"])
+def test_more_than_the_machine_holds(vae: vae_export.VAE, verb: str) -> None:
+    said = rf"^{verb}: 99,999,999,999,999 examples take .* GiB, and this machine has .* GiB. Draw them in parts, by"
+    with pytest.raises(InputError, match=said):
+        getattr(vae, verb)(99_999_999_999_999)
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_of_calls(vae: vae_export.VAE, name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} is a ndarray; expected True or False$"):

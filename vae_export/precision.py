@@ -22,6 +22,7 @@ from vae_export.builds import Precision
 from vae_export.errors import require
 from vae_export.golden import Reference
 from vae_export.manifest import Model
+from vae_export.onnx_reader import Arrays
 from vae_export.runtimes import VAE, Settings, open_backend
 from vae_export.runtimes.backend import Way
 from vae_export.runtimes.cpu import CpuBackend
@@ -100,7 +101,7 @@ def record(graph: bytes, feeds: Sequence[Feed]) -> dict[str, Activation]:
         if not value.is_graph_output():
             tapped.graph.outputs.append(value)
     names = [str(value.name) for value in tapped.graph.outputs]
-    settings = session_options(ort, {})
+    settings = session_options(ort, Arrays())
     session = ort.InferenceSession(graphs.write(tapped), settings, providers=["CPUExecutionProvider"])
     kept = min(_KEPT, _KEPT_TOGETHER // max(1, len(feeds)))
     largest: dict[str, float] = {}
@@ -148,7 +149,7 @@ def largest(graph: bytes, feeds: Sequence[Feed]) -> dict[str, float]:
         size.shape = onnx_ir.Shape(())
         names[str(size.name)] = str(value.name)
         main.outputs.append(size)
-    settings = session_options(ort, {})
+    settings = session_options(ort, Arrays())
     settings.enable_mem_pattern = False
     session = ort.InferenceSession(graphs.write(watched), settings, providers=["CPUExecutionProvider"])
     found: dict[str, float] = {}
