@@ -21,7 +21,7 @@ AVX2_TESTS := \
 # What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
 AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
 
-.PHONY: demo test test-avx2 test-gpu setup lint types bench performance overhead passes figures sources margins trained trainer throughput kills gpu record clean
+.PHONY: demo test test-avx2 test-gpu setup lint types bench performance overhead memory passes figures sources margins trained trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -71,6 +71,11 @@ passes: setup
 overhead: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/overhead.py out/bench/overhead.json
+
+# What calls need of memory: many sizes, many threads, given back, and beside PyTorch.
+memory: setup
+	mkdir -p out/bench
+	$(BIN)/python benchmarks/memory.py out/bench/memory.json
 
 # Every figure that is promised of the trainer, likewise.
 trainer: setup
@@ -122,6 +127,7 @@ record: setup out/pythae
 	$(BIN)/python benchmarks/sources.py benchmarks/results/sources-cpu.json
 	$(BIN)/python benchmarks/passes.py benchmarks/results/passes-cpu.json
 	$(BIN)/python benchmarks/overhead.py benchmarks/results/overhead-cpu.json
+	$(BIN)/python benchmarks/memory.py benchmarks/results/memory-cpu.json
 	$(BIN)/python benchmarks/performance.py benchmarks/results/performance-cpu.json --work out/bench/models
 	$(BIN)/python benchmarks/tables.py
 

@@ -119,6 +119,10 @@ class Backend(Protocol):
         """What the graphs really run on: backend, version, device, provider, threads."""
         ...
 
+    def release_memory(self) -> None:
+        """Give back what is kept for later calls. It can run afterwards."""
+        ...
+
     def close(self) -> None:
         """Give back what the backend holds. It cannot run afterwards."""
         ...

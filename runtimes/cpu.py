@@ -11,6 +11,7 @@ from vae_export.errors import BackendError, VaeExportError
 from vae_export.manifest import Model
 from vae_export.noise import Normals
 
+from .arena import trim
 from .backend import Settings, Value, Way, slices
 from .failures import failure
 from .threads import cores
@@ -28,6 +29,10 @@ class Session(Protocol):
         With `out` the results are written into these arrays, which have the shapes that the manifest promises. Where
         the graph gives others, these are returned as they are, for whoever asked to refuse, or it is an error.
         """
+        ...
+
+    def release_memory(self) -> None:
+        """Give back what is kept for later calls and is not used by a call now."""
         ...
 
 
@@ -143,9 +148,17 @@ class CpuBackend:
             facts["graphs"] = self._said
         return facts
 
+    def release_memory(self) -> None:
+        """See `Backend.release_memory`."""
+        for session in {id(one): one for rows in self._sessions.values() for _, one in rows}.values():
+            session.release_memory()
+        trim()
+
     def close(self) -> None:
-        """Drop the sessions."""
+        """Drop the sessions, and give back what they kept."""
+        self.release_memory()
         self._sessions = {}
+        trim()
 
 
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}

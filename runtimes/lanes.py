@@ -353,6 +353,13 @@ class GpuBackend:
             for lane in lanes:
                 lane.run(graph, inputs, outputs, self._at_once(micro_batch), on_device=False)
 
+    def release_memory(self) -> None:
+        """See `Backend.release_memory`: in all lanes, each when no call uses it."""
+        with self._warming, contextlib.ExitStack() as stack:
+            for lane in [stack.enter_context(self._lane("release of memory")) for _ in range(self._count)]:
+                self._gpu.use()
+                lane.reset()
+
     def _at_once(self, micro_batch: int) -> int:
         return min(micro_batch, self._largest or micro_batch)
 

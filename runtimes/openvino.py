@@ -114,9 +114,11 @@ class OpenVinoSession:
         self._compiled_exactly: dict[tuple[int, ...], Any] = {}
         self._compiling = threading.Lock()
 
+        partial = self._ov.PartialShape  # not through self: the cycle would keep the memory of what is not closed
+
         def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> Any:
             fixed = read.clone()
-            fixed.reshape({name: self._ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+            fixed.reshape({name: partial(list(shape)) for name, shape in shapes.items()})
             return compiled(core, fixed, options)
 
         self._compile_for = compile_for
@@ -150,6 +152,12 @@ class OpenVinoSession:
         if any(target.shape != self._ov.Shape(result.shape) for target, result in zip(targets, results, strict=True)):
             return [np.array(target.data) for target in targets]
         return results
+
+    def release_memory(self) -> None:
+        """See `cpu.Session.release_memory`."""
+        self._requests.clear()  # each holds its tensors, those of its last caller, too
+        for compiled in (self._compiled, *list(self._compiled_exactly.values())):
+            compiled.release_memory()
 
     def _compiled_for(self, shape: tuple[int, ...] | None) -> Any:
         """The graph for this shape of its first input alone, compiled on the first call; without one, for all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -16,7 +17,7 @@ from vae_export.errors import BackendError, BundleError, InputError, require
 from vae_export.manifest import Model
 from vae_export.onnx_reader import Arrays
 
-from . import forks
+from . import arena, forks
 from .backend import Settings
 from .failures import words
 from .gpu import Gpu, Shape
@@ -52,12 +53,20 @@ class OrtSession:
         ort = _runtime("cpu")
         self.version = str(ort.__version__)
         self._arrays = arrays  # the session leans on their memory
-        self._session = interruptible(lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads))
+        self._name, self._model = name, model
+        self._outputs = {tensor.name: tensor for tensor in model.ends(name)[1]}
+        # The bytes of each output for one example; with named sizes they are those of the call.
+        self._bytes = {} if model.data.named() else {name: self._empty(name, 1, {}).nbytes for name in self._outputs}
+        # In a child that was forked in the midst of a call the parent's arena may be locked for ever.
+        self._arena = arena.shared(ort) if arena.shared(ort).whole() else None
+        self._session = interruptible(lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads, self._arena))
         self._run = _shortest_run(self._session)
         self._options = ort.RunOptions
         self._long = LongCalls()
-        self._running: list[None] = []  # one for each call under way
+        self._running: list[None] = self._arena.running if self._arena else []  # one for each call under way
         self._forks = forks.count()
+        if self._arena:  # what nobody closes gives its memory back, too
+            weakref.finalize(self, self._arena.give_back).atexit = False
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
         """See `cpu.Session.run`."""
@@ -66,14 +75,16 @@ class OrtSession:
         self._running.append(None)
         try:
             if self._long.direct(inputs):
-                return self._run(outputs, inputs, None) if out is None else self._into(outputs, inputs, out, None)
+                return self._apart(outputs, inputs, None) if out is None else self._into(outputs, inputs, out, None)
             options = self._options()
 
             def stop() -> None:
                 options.terminate = True
 
             def work() -> list[Any]:
-                return self._run(outputs, inputs, options) if out is None else self._into(outputs, inputs, out, options)
+                if out is None:
+                    return self._apart(outputs, inputs, options)
+                return self._into(outputs, inputs, out, options)
 
             return self._long.run(inputs, work, stop)
         finally:
@@ -84,6 +95,23 @@ class OrtSession:
         if self._running:
             raise forks.refuse("onnxruntime", "was computing at that moment, which nobody goes on with here")
         self._forks = forks.count()
+
+    def release_memory(self) -> None:
+        """See `cpu.Session.release_memory`."""
+        if self._arena:
+            self._arena.give_back()
+
+    def _apart(self, outputs: Sequence[str], inputs: Mapping[str, Any], options: Any) -> list[Any]:
+        """Run, the results in memory of their own: in the arena's each would keep a region for as long as it lives."""
+        first = next(iter(inputs.values()))
+        if self._bytes and len(first) * sum([self._bytes[name] for name in outputs]) < _BOUND_BYTES:
+            return [value.copy() for value in self._run(outputs, inputs, options)]
+        sizes = {} if self._bytes else self._model.input_sizes(self._name, tuple(first.shape[1:]))
+        return self._into(outputs, inputs, [self._empty(name, len(first), sizes) for name in outputs], options)
+
+    def _empty(self, output: str, rows: int, sizes: Mapping[str, int]) -> Any:
+        tensor = self._outputs[output]
+        return np.empty(self._model.tensor_shape(tensor, rows, sizes), tensor.dtype)
 
     def _into(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any], options: Any) -> list[Any]:
         """Run, the results in these arrays: large ones are the memory that ONNX Runtime writes to."""
@@ -259,9 +287,12 @@ def _open(
     options: Mapping[str, Any],
     arrays: Arrays,
     threads: int | None = None,
+    memory: arena.Arena | None = None,
 ) -> Any:
-    """A session on a device and on no other."""
+    """A session on a device and on no other, with memory from an arena, or from one of its own."""
     settings = session_options(ort, arrays, threads)
+    if memory:
+        memory.use(settings)
     # A plan for each shape that was seen, each with memory of its own, is for shapes that stay.
     settings.enable_mem_pattern = not model.data.named()
     provider = _PROVIDERS[device]

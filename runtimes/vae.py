@@ -559,6 +559,15 @@ class VAE:
             **self._backend.describe(),
         }
 
+    def release_memory(self) -> None:
+        """Give back the memory that is kept for the next calls, which take it again: the first of them is slower.
+
+        After a call of an unusually large batch or size. Calls that run meanwhile keep theirs. On the CPU that is the
+        memory of intermediate results, which all VAEs of a process share in ONNX Runtime; on a GPU the lanes' buffers,
+        and the CUDA graphs that were captured on them. Weights stay.
+        """
+        self._backend.release_memory()
+
     def close(self) -> None:
         """Give back what the backend holds; the VAE cannot be used afterwards."""
         self._backend.close()

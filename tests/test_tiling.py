@@ -18,8 +18,9 @@ import torch
 import zoo
 import zoo_diffusers
 from diffusers import AutoencoderKL
+from onnx import TensorProto, helper
 from test_bundle import reseal
-from vae_export.runtimes import VAE, Tile, open_bundle, tiling
+from vae_export.runtimes import VAE, Tile, arena, open_bundle, tiling
 from vae_export.runtimes.memory import SAFETY, Budget, parse_bytes
 
 import vae_export
@@ -497,6 +498,54 @@ def test_memory_grows_with_the_tile(spatial: Any, tmp_path: Path) -> None:
     whole, tiled = needed(0), needed(256)
     assert whole > 80 << 20  # eight channels of 1536 × 2048 float32 pixels, at least
     assert tiled < 24 << 20
+
+
+RELEASE = """
+import sys
+import numpy as np
+from vae_export.bundle import Bundle
+from vae_export.runtimes.backend import Settings, Way
+from vae_export.runtimes.cpu import CpuBackend
+from vae_export.runtimes import VAE
+bundle = Bundle(sys.argv[1])
+ways = {name: [Way(graph, runner=sys.argv[2])] for name, graph in bundle.graphs()[0].items()}
+vaes = [VAE(bundle.manifest.model, CpuBackend(ways, bundle.manifest.model, Settings(threads=1))) for _ in range(2)]
+z = np.zeros((1, 4, 384, 512), np.float32)
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+for vae in vaes:
+    vae.decode(z[:, :, :16, :16])
+    vae.release_memory()
+print(resident())
+first = vaes[0].decode(z)
+print(resident())
+vaes[0].release_memory()
+print(resident())
+vaes[1].decode(z)
+vaes[1].close()
+print(resident())
+np.testing.assert_array_equal(vaes[0].decode(z), first)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what a process needs")
+@pytest.mark.parametrize("runner", ["onnxruntime", "openvino"])
+def test_memory_is_given_back(spatial: Any, tmp_path: Path, runner: str) -> None:
+    """When asked for, and when a VAE is closed, whoever still has results; here they are of 36 MiB."""
+    command = [sys.executable, "-c", RELEASE, str(spatial.bundle), runner]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    before, full, *after = (int(line) / 2**20 for line in done.stdout.split())
+    assert full - before > 36 + 100
+    assert len(after) == 2
+    assert all(left - before - 36 < (full - before - 36) / 2 for left in after)
+
+
+def test_what_gives_memory_back_is_a_graph_without_work() -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    assert made.SerializeToString() == arena._IDENTITY
 
 
 class Patches(torch.nn.Module):

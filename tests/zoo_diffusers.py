@@ -45,8 +45,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "dc": {
         "_class_name": "AutoencoderDC", "latent_channels": 4, "attention_head_dim": 4,
-        "encoder_block_types": ["ResBlock", "EfficientViTBlock"],
-        "decoder_block_types": ["ResBlock", "EfficientViTBlock"],
+        # Two, between which the picture is halved and doubled, as in the published ones.
+        "encoder_block_types": ["EfficientViTBlock"] * 2, "decoder_block_types": ["EfficientViTBlock"] * 2,
         "encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8],
         "encoder_layers_per_block": [1, 1], "decoder_layers_per_block": [1, 1],
         "encoder_qkv_multiscales": [[], [5]], "decoder_qkv_multiscales": [[], [5]],

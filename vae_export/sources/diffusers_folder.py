@@ -165,16 +165,23 @@ class _Tiny(_Family):
 
 
 class _DeepCompression(_Family):
-    """AutoencoderDC, whose attention takes another form where the image is small: see `_LinearAttention`."""
+    """AutoencoderDC, whose attention takes another form where the image is small: see `_LinearAttention`.
+
+    Attention leaves channels last in memory. Where PyTorch then halves or doubles a picture by a view, it notes which
+    sizes need a copy, and a trace would hold for these sizes alone; in the usual order none needs one.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
         library = require("diffusers", "diffusers", "export")
         processor = library.models.attention_processor.SanaMultiscaleAttnProcessor2_0
+        blocks = library.models.autoencoders.autoencoder_dc
         for name, part in vae.named_modules():
             if isinstance(getattr(part, "processor", None), processor):
                 _check_linear(name, part)
                 part.processor = _LinearAttention()
+            elif isinstance(part, (blocks.DCDownBlock2d, blocks.DCUpBlock2d)):
+                part.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
 
     @property
     def stride(self) -> int:
