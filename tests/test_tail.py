@@ -19,10 +19,12 @@ from vae_export.runtimes.backend import Way
 from vae_export.runtimes.cpu import CpuBackend
 
 import vae_export
-from vae_export import certificate, golden, graph, noise, precision, report, tail, verifier
+from vae_export import certificate, golden, graph, noise, precision, report, tail, tuning, verifier
 from vae_export.bundle import Bundle
+from vae_export.certificate import Check, Tolerance
 from vae_export.errors import BackendError, VerificationError
 from vae_export.graph.precision import lower
+from vae_export.manifest import GRAPHS
 
 #: x[0] of a decoded draw is a standard normal: 0.2 % of them are above this.
 RARE = 2.9
@@ -203,6 +205,62 @@ def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:
     for record, kind, said in ((none, "int8", True), (none, "float32", False), (few.record, "int8", False)):
         measured = verifier.measure(model, backend, dataclasses.replace(few, record=record), "b", kind, batches=(64,))
         assert (told in measured.absent) == said
+
+
+# What is visible must be faster
+
+
+def _check(which: str, measured: float, *, at_least: bool = False, graph: str = "decoder") -> Check:
+    return Check(id=which, graph=graph, quantity="q", unit="u", measured=measured, tolerance=30.0, at_least=at_least)  # type: ignore[arg-type]
+
+
+def test_beyond_half_precision() -> None:
+    """The farthest beyond what half precision may lose, with its tolerance; on data and on more rows."""
+    within = [_check("decoder.pixel.off1", 0.009), _check("decoder.pixel.psnr", 51.0, at_least=True)]
+    assert certificate.beyond_half(within, "decoder") is None
+    off, worse = _check("decoder.pixel.off1", 0.25), _check("tail.pixel.off2", 0.9)
+    found = certificate.beyond_half([*within, off, _check("prior.pixel.off1", 1.0)], "encoder")
+    assert found is None
+    found = certificate.beyond_half([*within, off], "decoder")
+    assert found == msgspec.structs.replace(off, tolerance=0.01)
+    assert certificate.beyond_half([off, worse], "decoder") == msgspec.structs.replace(worse, tolerance=0.001)
+    rough = _check("decoder.pixel.psnr", 47.3, at_least=True)
+    assert certificate.beyond_half([rough], "decoder") == msgspec.structs.replace(rough, tolerance=50.0)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_what_is_seen_and_no_faster_stays_in_float32(
+    member: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: bool
+) -> None:
+    path = member("linear").bundle
+    lost = _check("decoder.pixel.off1", 0.25)
+    slow = "it is 0.98 times as fast as float32, and more than 1.05 is what counts: float32 stays"
+
+    def seen(checks: Any, name: str) -> Check | None:
+        return lost if both or name == "decoder" else None
+
+    def no_gain(name: str, rows: Any, kind: str) -> str | None:
+        return slow if kind != "fp32" and any(r.candidate.precisions[name] == "fp32" for r in rows) else None
+
+    monkeypatch.setattr(tuning, "beyond_half", seen)
+    monkeypatch.setattr(tuning, "no_gain", no_gain)
+    loose = Tolerance(sigma=9.0, kl=9.0, off1=1.0, off2=1.0, pixel=9.0, psnr=0.0, elbo=9.0)
+    monkeypatch.setitem(certificate.TOLERANCES, "int8", loose)  # type: ignore[misc] # both graphs shall hold
+    told = {name: f"the {name} in int8 loses more than half precision may: {lost}; and {slow}" for name in GRAPHS}
+    options: dict[str, Any] = {"precision": "int8", "batches": (1,), "out": tmp_path / "b"}
+    if both:
+        words = rf"build: int8 is not worth what it loses of linear: .*{'; '.join(map(re.escape, told.values()))}\. "
+        with pytest.raises(VerificationError, match=f"{words}Build with --precision fp32 or auto"):
+            vae_export.build(path, "cpu", **options)
+        return
+    built = vae_export.build(path, "cpu", **options)
+    kinds = {name: {v.precision for v in found.variants} for name, found in built.record.graphs.items()}
+    assert (kinds["encoder"], kinds["decoder"]) == ({"int8"}, {"fp32"})
+    assert told["decoder"] in built.record.absent
+    assert slow in {row.verdict for row in built.record.measurements if row.graph == "decoder"}
+    assert built.record.calibrated == {"calibration": 40, "prior": 40}
+    shown = report.as_text(report.build(built.path, built.record), width=200)
+    assert "40 rows of calibration data, 40 draws from the prior for the decoder" in shown
 
 
 def test_what_activations_are_recorded_on(member: Callable[[str], Any]) -> None:

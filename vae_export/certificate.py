@@ -6,7 +6,7 @@ stand in `TOLERANCES`, in the terms of whoever uses encoder and decoder, each wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import msgspec
@@ -177,6 +177,26 @@ class Check(Record, frozen=True, kw_only=True):
         kind = "at least " * self.at_least
         tolerance = "" if self.tolerance is None else f", tolerance {kind}{self.tolerance:.3g}"
         return f"{self.graph}: {self.quantity} is {self.measured:.3g} {self.unit}{tolerance}{where} [{self.id}]"
+
+
+def beyond_half(checks: Iterable[Check], graph: str) -> Check | None:
+    """What a graph loses beyond what half precision may, or None: what is within it nobody sees.
+
+    Args:
+        checks: of a certificate.
+        graph: `encoder` or `decoder`.
+
+    Returns:
+        Of its checks the one that is farthest beyond, with half precision's tolerance.
+    """
+    half = TOLERANCES["float16"]
+    judged = [
+        msgspec.structs.replace(check, tolerance=getattr(half, JUDGED[what]))
+        for check in checks
+        if check.graph == graph and check.tolerance is not None and (what := check.id.partition(".")[2]) in JUDGED
+    ]
+    worst = max(judged, key=lambda check: check.share, default=None)
+    return None if worst is None or worst.passed else worst
 
 
 class Certificate(Record, frozen=True, kw_only=True):

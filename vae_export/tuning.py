@@ -23,7 +23,7 @@ import numpy.typing as npt
 from vae_export import builds, noise, precision, tail, timing, verifier
 from vae_export import graph as graphs
 from vae_export.builds import Measurement, Options, Precision, Runner, Variant
-from vae_export.certificate import Certificate, Check, output_tolerance
+from vae_export.certificate import Certificate, Check, beyond_half, output_tolerance
 from vae_export.errors import BackendError, VaeExportError, VerificationError
 from vae_export.golden import Reference
 from vae_export.graph import compose, edit, passes, quantize
@@ -139,6 +139,10 @@ class Tuned:
     calibrated: Mapping[str, int]
 
 
+class _NoGainError(VerificationError):
+    """What was asked for is no faster than float32, so that keeping more nodes in float32 would not help."""
+
+
 class Tuner:
     """Finds the fastest way to run a bundle here that holds."""
 
@@ -215,6 +219,8 @@ class Tuner:
         while True:
             try:
                 return self._run()
+            except _NoGainError:
+                raise
             except VerificationError as error:
                 first = first or error  # those of smaller shares name what would hold
                 # Only where nodes were kept as the budget allowed can more of them be kept.
@@ -251,7 +257,7 @@ class Tuner:
             measured = self._judged(ways)
             if not measured.passed:
                 self._refuse(measured, chosen, refused)
-            elif not self._take_back_exact(chosen):
+            elif not self._take_back_exact(chosen) and not self._beside_float32(measured, chosen):
                 break
         dropped = self._fusions(chosen)
         if dropped:
@@ -673,6 +679,37 @@ class Tuner:
                             f"the {graph} in {kind}, compiled for batch {row.batch}, differs from itself by "
                             f"{apart:.3g} of the largest, allowed {allowed:.3g}: it is compiled for all shapes only"
                         )
+        return found
+
+    def _beside_float32(self, measured: Certificate, chosen: Mapping[str, list[Timed]]) -> bool:
+        """Time float32, too, where what was asked for loses more than half precision may: it has to be faster then.
+
+        Returns:
+            Whether there was anything to time: the choice is another then.
+
+        Raises:
+            VerificationError: nothing is left in the precision that was asked for.
+        """
+        kinds = {graph: chosen[graph][0].candidate.precisions[graph] for graph in GRAPHS}
+        found = False
+        for graph, kind in kinds.items():
+            known = {row.candidate.precisions[graph] for row in self.timed[graph]}
+            lost = None if "fp32" in known else beyond_half(measured.checks, graph)
+            if lost is None:
+                continue
+            found = True
+            self.progress(f"measuring the {graph} beside float32")
+            full = [candidate for runner in self.runners for candidate in self._forms(runner, "fp32")]
+            low = {id(row.candidate): row.candidate for row in self.timed[graph]}.values()
+            self.timed[graph] = self._time(graph, [*full, *low])
+            if reason := no_gain(graph, self.timed[graph], kind):
+                self.absent.append(f"the {graph} in {kind} loses more than half precision may: {lost}; and {reason}")
+                kinds[graph] = "fp32"
+        if found and set(kinds.values()) == {"fp32"}:
+            raise _NoGainError(
+                f"build: {self.options.precision} is not worth what it loses of {self.name}: {'; '.join(self.absent)}. "
+                "Build with --precision fp32 or auto"
+            )
         return found
 
     def _apart(self, graph: str, row: Timed) -> float:
