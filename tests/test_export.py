@@ -70,7 +70,7 @@ def test_the_picture_says_what_it_shows(member: Callable[[str], Any]) -> None:
         nominal = msgspec.structs.replace(vae.model.likelihood, nominal=True)
         vae.model = msgspec.structs.replace(vae.model, likelihood=nominal)
         shown = model_card.picture(vae, x, {}, 64)
-        assert (shown.file, shown.caption) == ("reconstructions.png", "held-out data above their reconstructions")
+        assert (shown.file, shown.caption) == ("reconstructions.png", "data above their reconstructions")
         expected = images.pairs(x, vae.reconstruct(x), vae.model.data.range, columns=3)
         assert np.array_equal(shown.image, expected)
         assert model_card.picture(vae, x[:0], {}, 64) is None

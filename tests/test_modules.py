@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
 
 import vae_export
-from vae_export import tracing
+from vae_export import golden, tracing
 from vae_export.bundle import Bundle
 from vae_export.errors import InputError
 from vae_export.sources import module
@@ -234,6 +234,8 @@ def test_what_the_manifest_says() -> None:
     assert trained.model.parameters == sum(p.numel() for p in vanilla().module.parameters())
     assert trained.held_out is not None
     assert len(trained.held_out) == 20
+    assert trained.calibration is not None
+    assert len(trained.calibration) == 3
     assert module.resolve(user(nominal=True)).model.likelihood.nominal
     model = module.resolve(spatial()).model
     assert [str(dim) for dim in model.data.shape] == [
@@ -246,6 +248,34 @@ def test_what_the_manifest_says() -> None:
     with torch.no_grad():
         other.module.fc_mu.bias += 1e-6
     assert trained.origin.weights_sha256 != module.resolve(other).origin.weights_sha256
+
+
+def test_the_example_is_data(tmp_path: Path) -> None:
+    """It is what the bundle is verified on, or, beside held-out data, what a lower precision is chosen by."""
+    x, held_out = zoo.pictures(5, SHAPE), zoo.pictures(300, SHAPE)[5:]
+
+    def rows(name: str, **changes: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+        vae_export.export(user(**changes), tmp_path / name)
+        bundle = Bundle(tmp_path / name)
+        record, model = bundle.manifest.golden, bundle.manifest.model
+        golden_x = golden.decode(bundle.read(golden.FILE), record, model).tensors["x"][record.extremes :]
+        return record, golden_x, golden.decode_calibration(bundle.read(golden.CALIBRATION_FILE), model)
+
+    record, verified, calibration = rows("alone", example=x)
+    assert (record.held_out, record.decoded, len(calibration)) == (5, 251, 0)
+    assert {row.tobytes() for row in verified[:5]} == {row.tobytes() for row in x}
+
+    record, verified, calibration = rows("beside", example=x, held_out=held_out)
+    assert (record.held_out, record.decoded) == (256, 0)
+    assert {row.tobytes() for row in calibration} == {row.tobytes() for row in x}
+
+    record, verified, calibration = rows("held out", example=x, held_out=held_out, keep_example=False)
+    assert (record.held_out, len(calibration)) == (256, 39)
+    assert {row.tobytes() for row in (*verified, *calibration)} == {row.tobytes() for row in held_out}
+
+    record, verified, calibration = rows("made up", example=x, keep_example=False)
+    assert (record.held_out, record.decoded, len(calibration)) == (0, 256, 0)
+    assert not {row.tobytes() for row in verified} & {row.tobytes() for row in x}
 
 
 @pytest.mark.parametrize("name", ["list", "named tuple", "normal", "variance", "object", "diffusers"])
@@ -710,6 +740,7 @@ def test_factories(factories: Path) -> None:
     assert trained.example_shape == SHAPE
     assert trained.model.likelihood.variance == 0.5
     assert trained.model.data.range == (-1.0, 3.0)
+    assert trained.held_out is None  # its example was made up
 
 
 @pytest.mark.parametrize(

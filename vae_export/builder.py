@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 import msgspec
 
-from vae_export import builds, certificate, engines, files, golden, onnx_reader, sealed, verifier, versions
+from vae_export import builds, certificate, engines, files, golden, onnx_reader, sealed, tail, verifier, versions
 from vae_export.builds import (
     Asked,
     Build,
@@ -242,6 +242,7 @@ def _make(
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, model)
     calibration = golden.decode_calibration(bundle.read(golden.CALIBRATION_FILE), model)
     bundle.check()
+    costs = {name: graph.cost for name, graph in manifest.graphs.items()}
     if target.name == "cpu":
         from vae_export import tuning
 
@@ -251,6 +252,7 @@ def _make(
             model,
             reference,
             calibration,
+            costs,
             options,
             measured_at.batches,
             measured_at.sizes,
@@ -267,11 +269,16 @@ def _make(
             measurements=tuned.measurements,
             absent=tuned.absent,
             processor=here.processor(),
+            calibrated=tuned.calibrated,
         )
+    more = None
+    if options.tolerance != "float32":
+        progress("running float32 on more rows")
+        more = tail.make(whole, {}, model, costs, reference, calibration)
     progress(f"graphs in {options.precision}")
-    graphs, changed, kept, absent = _graphs(
-        whole, model, reference, calibration, options, manifest.name, progress, doubles=target.flavour is None
-    )  # fmt: skip
+    graphs, changed, kept, absent, rows = _graphs(
+        *(whole, model, reference, calibration, more, options, manifest.name, progress), doubles=target.flavour is None
+    )
     structures = {name: _structure(graph) for name, graph in graphs.items()}
     engine: Engine | None = None
     made: dict[str, bytes] = graphs
@@ -294,7 +301,7 @@ def _make(
         try:
             full = msgspec.structs.replace(options, precision="fp32").tolerance
             kinds = {part: options.tolerance if part in kept else full for part in GRAPHS}
-            measured = verifier.measure(model, backend, reference, manifest.name, kinds)
+            measured = verifier.measure(model, backend, reference, manifest.name, kinds, more=more)
         finally:
             backend.close()
         measured.require()
@@ -310,6 +317,7 @@ def _make(
         *(bundle, path, target, options, contents, built, measured, unmeasured, engine, progress),
         overwrite=replace,
         absent=absent,
+        calibrated=rows,
     )
 
 
@@ -341,6 +349,7 @@ def _write(
     measurements: tuple[Measurement, ...] = (),
     absent: tuple[str, ...] = (),
     processor: builds.Processor | None = None,
+    calibrated: Mapping[str, int] | None = None,
 ) -> Built:
     """Write a build, whole or not at all."""
     progress("writing the build")
@@ -371,6 +380,7 @@ def _write(
             measurements=measurements,
             absent=absent,
             processor=processor,
+            calibrated=dict(calibrated or {}),
             files=sealed.list_files(folder),
         )
         (folder / builds.SEAL.file).write_bytes(builds.SEAL.encode(record))
@@ -392,15 +402,17 @@ def _graphs(
     model: Model,
     reference: golden.Reference,
     calibration: Array,
+    more: tail.Tail | str | None,
     options: Options,
     name: str,
     progress: Progress,
     *,
     doubles: bool,
-) -> tuple[dict[str, bytes], dict[str, dict[str, int]], dict[str, dict[str, str]], tuple[str, ...]]:
+) -> tuple[dict[str, bytes], dict[str, dict[str, int]], dict[str, dict[str, str]], tuple[str, ...], dict[str, int]]:
     """The bundle's graphs after the passes and in a precision, and the fused ones.
 
-    Beside them what changed in each, what was kept in float32, and what could not be looked at.
+    Beside them what changed in each, what was kept in float32, what could not be looked at, and on which rows
+    activations were recorded.
 
     `doubles` says whether the target computes in float64: TensorRT does not.
     """
@@ -416,13 +428,15 @@ def _graphs(
         base[part] = graph.write(read)
     made, kept = dict(base), {}
     absent: list[str] = []
+    rows: dict[str, int] = {}
     if options.precision in ("fp16", "bf16"):
         seen: Mapping[str, Mapping[str, precisions.Activation]] = {}
         judge: _Rounded | None = None
         try:
             if options.precision == "fp16":  # bfloat16 has float32's range
                 seen = precisions.record_both(base, model, reference, calibration)
-            judge = _Rounded(base, model, reference, options, name)
+                rows = precisions.calibrated(model, reference, calibration)[1]
+            judge = _Rounded(base, model, reference, more, options, name)
         except BackendError as error:  # engines can be built without ONNX Runtime all the same
             absent.append(
                 f"{options.precision} was not evaluated on the CPU, and no value is known to overflow: "
@@ -451,14 +465,20 @@ def _graphs(
         fused["score"] = compose.score(*read_both(), model)
     if is_picture(model.data.shape):
         fused["generate"] = compose.generate(read_both()[1], model)
-    return made | {part: graph.write(fusion) for part, fusion in fused.items()}, changed, kept, tuple(absent)
+    return made | {part: graph.write(fusion) for part, fusion in fused.items()}, changed, kept, tuple(absent), rows
 
 
 class _Rounded:
     """Half precision on behalf of a device that computes in it: judged on the CPU, by arithmetic that rounds."""
 
     def __init__(
-        self, base: Mapping[str, bytes], model: Model, reference: golden.Reference, options: Options, name: str
+        self,
+        base: Mapping[str, bytes],
+        model: Model,
+        reference: golden.Reference,
+        more: tail.Tail | str | None,
+        options: Options,
+        name: str,
     ) -> None:
         """Prepare inputs.
 
@@ -469,7 +489,7 @@ class _Rounded:
 
         require("onnxruntime", "cpu", "build")
         self._base, self._model, self._options, self._name = base, model, options, name
-        self._few = reference.first(_ROWS)
+        self._few, self._more = reference.first(_ROWS), more
         self._large = precisions.large(base, model, reference)
         #: Of each graph what was last out of its budget.
         self.reasons: dict[str, str] = {}
@@ -495,12 +515,15 @@ class _Rounded:
         batches = (min(_BATCH, max(record.examples, record.prior)),)
         try:
             kinds = {name: self._options.tolerance if name == graph else "float32" for name in self._base}
-            measured = verifier.measure(self._model, backend, self._few, self._name, kinds, batches=batches)
+            checks = verifier.measure(self._model, backend, self._few, self._name, kinds, batches=batches).checks
+            if isinstance(self._more, tail.Tail) and all(check.passed for check in checks):
+                rows = self._few.groups(self._model)[0]
+                checks = tuple(verifier.tail_checks(self._model, backend, self._more, kinds, rows))
         except VaeExportError as error:  # what one graph gives is nothing that another takes
             return " ".join(str(error).split())
         finally:
             backend.close()
-        wrong = next((check for check in measured.checks if not check.passed), None)
+        wrong = next((check for check in checks if not check.passed), None)
         if wrong:
             return str(wrong)
         return self._large.problem(graph, rounded, self._model) if self._large else None

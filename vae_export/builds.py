@@ -377,6 +377,9 @@ class Build(Part, frozen=True, kw_only=True):
         measurements: on the CPU, every way to run a graph that was measured, and what became of it.
         absent: what could not be measured there, and why.
         processor: on the CPU, what it was measured on; null for builds of versions that did not look.
+        calibrated: of graphs in 8 bits or float16, how many rows of which kind their activations were recorded on:
+            `calibration` data of the bundle, of its golden examples `held_out` data and `decoded` draws from the prior;
+            and of `prior`, the draws that the decoder was given.
         files: every file of the build but the record, by its path with forward slashes.
     """
 
@@ -395,10 +398,12 @@ class Build(Part, frozen=True, kw_only=True):
     measurements: tuple[Measurement, ...] = ()
     absent: tuple[str, ...] = ()
     processor: Processor | None = None
+    calibrated: dict[str, int] = msgspec.field(default_factory=dict)
     files: dict[str, File]
 
     def __post_init__(self) -> None:
         check_text(self.bundle, self.created, self.target, *self.tools, *self.tools.values(), *self.absent)
+        check_text(*self.calibrated)
         check_paths(self.files)
         named = {graph.file for graph in self.graphs.values()}
         named |= {variant.file for graph in self.graphs.values() for variant in graph.variants}

@@ -6,7 +6,7 @@ stand in `TOLERANCES`, in the terms of whoever uses encoder and decoder, each wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import msgspec
@@ -103,6 +103,17 @@ TOLERANCES: Mapping[str, Tolerance] = {
 }
 
 
+#: What judges a quantity below float32, by the last two parts of its id, for what is measured on data.
+JUDGED: Mapping[str, str] = {
+    "mean.sigma": "sigma",
+    "kl.dimension": "kl",
+    "pixel.max": "pixel",
+    "pixel.off1": "off1",
+    "pixel.off2": "off2",
+    "pixel.psnr": "psnr",
+}
+
+
 class Check(Record, frozen=True, kw_only=True):
     """One measured quantity.
 
@@ -118,6 +129,9 @@ class Check(Record, frozen=True, kw_only=True):
         size: of the row, such as `height 64, width 96`; null where the data have one size.
         batch: the batch size at which it was measured.
         example: the row: of x, or of the draws from the prior.
+        rows: how many rows it is the worst of, where they are not the golden examples; they are told apart in
+            `Certificate.examples`.
+        quantile: what 99.9 % of these rows are within.
     """
 
     id: str
@@ -131,6 +145,8 @@ class Check(Record, frozen=True, kw_only=True):
     size: str | None = None
     batch: int | None = None
     example: int | None = None
+    rows: int | None = None
+    quantile: float | None = None
 
     def __post_init__(self) -> None:
         check_text(self.id, self.quantity, self.unit, self.size or "")
@@ -155,10 +171,32 @@ class Check(Record, frozen=True, kw_only=True):
         parts = [] if self.size is None else [self.size]
         parts += [] if self.batch is None else [f"batch {self.batch}"]
         parts += [] if self.example is None else [f"example {self.example}"]
+        parts += [] if self.rows is None else [f"worst of {self.rows:,} rows"]
+        parts += [] if self.quantile is None else [f"99.9 % are within {self.quantile:.3g}"]
         where = f" ({', '.join(parts)})" if parts else ""
         kind = "at least " * self.at_least
         tolerance = "" if self.tolerance is None else f", tolerance {kind}{self.tolerance:.3g}"
         return f"{self.graph}: {self.quantity} is {self.measured:.3g} {self.unit}{tolerance}{where} [{self.id}]"
+
+
+def beyond_half(checks: Iterable[Check], graph: str) -> Check | None:
+    """What a graph loses beyond what half precision may, or None: what is within it nobody sees.
+
+    Args:
+        checks: of a certificate.
+        graph: `encoder` or `decoder`.
+
+    Returns:
+        Of its checks the one that is farthest beyond, with half precision's tolerance.
+    """
+    half = TOLERANCES["float16"]
+    judged = [
+        msgspec.structs.replace(check, tolerance=getattr(half, JUDGED[what]))
+        for check in checks
+        if check.graph == graph and check.tolerance is not None and (what := check.id.partition(".")[2]) in JUDGED
+    ]
+    worst = max(judged, key=lambda check: check.share, default=None)
+    return None if worst is None or worst.passed else worst
 
 
 class Certificate(Record, frozen=True, kw_only=True):

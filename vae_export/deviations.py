@@ -17,6 +17,7 @@ encoder in those of the latent over the data |
 | `….pixel.max`, `.off1`, `.off2`, `.mse` | of the decoded mean as a share of the data's range: the largest error, the \
 shares of values that are off by more than 1/255 and 2/255, the mean squared error |
 | `elbo.bound.max`, `elbo.reconstruction.max`, `elbo.kl.max` | the absolute error of the ELBO and of its terms, nats |
+| `tail.WHAT.HOW` | below float32, of those above what is judged on data, on many more rows: see `tail` |
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Unpack
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 from torch import nn
 
@@ -136,7 +138,7 @@ def export(
                 (file.parent / tracing.WEIGHTS).write_bytes(weights[kind].data)
         (folder / "config.json").write_bytes(source.config)
         (folder / golden.FILE).write_bytes(rows)
-        (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source))
+        (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source, reference.record.held_out))
         (folder / "verification.json").write_bytes(certificate.encode(measured))
         held_out = kept.tensors["x"][golden.EXTREMES :][: kept.record.held_out]
         picture = model_card.picture(vae, held_out, source.sizes(), min(64, kept.record.prior))
@@ -183,11 +185,20 @@ def _check_size(source: Trained) -> None:
             )
 
 
-def _calibration(source: Trained) -> bytes:
-    """Examples to choose a lower precision by: training data where there is any, else none."""
-    if source.calibration is None:
-        return safetensors.numpy.save({"x": np.zeros((0, *source.example_shape), np.float32)})
-    rows = source.calibration
-    limit = max(1, min(_CALIBRATION_ROWS, _CALIBRATION_LIMIT // rows[0].nbytes))
-    chosen = noise.permutation(references.SEED, noise.VERIFIER, 1, len(rows))[:limit]
-    return safetensors.numpy.save({"x": np.ascontiguousarray(rows[np.sort(chosen)], np.float32)})
+def _calibration(source: Trained, used: int) -> bytes:
+    """Examples to choose a lower precision by: the source's, or what the certificate leaves of held-out data.
+
+    Args:
+        source: the model.
+        used: rows of its held-out data that are golden examples.
+    """
+    rows: npt.NDArray[np.float32] = np.zeros((0, *source.example_shape), np.float32)
+    order: npt.NDArray[np.intp] = np.zeros(0, np.intp)
+    if source.calibration is not None:
+        rows = source.calibration
+        order = noise.permutation(references.SEED, noise.VERIFIER, 1, len(rows))
+    elif source.held_out is not None:
+        rows = source.held_out
+        order = references.order(len(rows))[used:]
+    limit = max(1, min(_CALIBRATION_ROWS, _CALIBRATION_LIMIT // (4 * math.prod(source.example_shape))))
+    return safetensors.numpy.save({"x": np.ascontiguousarray(rows[np.sort(order[:limit])], np.float32)})

@@ -56,11 +56,13 @@ class Rows:
         sizes: of the data's named dimensions; empty where there are none.
         tensors: those of the table above, without prefix.
         extremes: how many of x, the first ones, are at the ends of the data's range.
+        held_out: how many of x, behind the extremes, are data. What comes after them are decoded draws from the prior.
     """
 
     sizes: Mapping[str, int]
     tensors: Tensors
     extremes: int = 0
+    held_out: int = 0
 
     @property
     def examples(self) -> int:
@@ -100,7 +102,7 @@ class Reference:
     def groups(self, model: Model) -> list[Rows]:
         """The rows by size, the example's first."""
         sizes = model.sizes(self.tensors["mean"].shape[1:])
-        return [Rows(sizes, self.tensors, self.record.extremes), *self.others]
+        return [Rows(sizes, self.tensors, self.record.extremes, self.record.held_out), *self.others]
 
     def shrunk(self, limit: int = LIMIT) -> Reference:
         """The same in at most `limit` bytes: large sizes and then rows are left out. The extremes stay."""

@@ -276,6 +276,11 @@ class Model(Part, frozen=True, kw_only=True):
         """Whether there is an ELBO: p(x|z) is named, and q(z|x) has a variance."""
         return self.likelihood.kind != "none" and self.posterior.kind == "diagonal_gaussian"
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether the prior is one that the model was trained with, so that decoded draws from it are samples."""
+        return self.has_elbo and not self.likelihood.nominal
+
     def latent_shape(self, size: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """One latent's shape for data whose named dimensions have these sizes.
 
@@ -457,8 +462,8 @@ class Golden(Part, frozen=True, kw_only=True):
         seed: of the noise.
         reference: what computed the results, such as `PyTorch 2.13.0 float64`.
         extremes: rows at the ends of the data's range.
-        held_out: rows of data that the model was not trained on.
-        decoded: rows of decoded prior draws, which stand in where there is too little held-out data.
+        held_out: rows of data, best such as the model was not trained on.
+        decoded: rows of decoded prior draws, which stand in where there is too little data.
         prior: draws from the prior.
         draws: perturbed runs of the reference from which float32's tolerances come; 0 for bundles that have none, whose
             certificate cannot be measured.

@@ -47,21 +47,21 @@ def picture(vae: VAE, held_out: npt.NDArray[np.float32], sizes: Mapping[str, int
 
     Samples from the prior are shown of models that were trained to have them. A deterministic encoder, or a likelihood
     that is only a convention, has latents of no known distribution: decoded noise would show nothing of such a model,
-    so held-out data stand above their reconstructions.
+    so data stand above their reconstructions.
 
     Args:
         vae: the exported model.
-        held_out: (N, *data) float32 in the data's range: data that it was not trained on; N may be 0.
+        held_out: (N, *data) float32 in the data's range: its golden examples of data; N may be 0.
         sizes: of the data's named dimensions, for samples.
         rows: the most examples that are shown.
 
     Returns:
-        None where the data are no pictures, or where reconstructions would be shown and there are no held-out data.
+        None where the data are no pictures, or where reconstructions would be shown and there are no data.
     """
     model = vae.model
     if not is_picture(model.data.shape):
         return None
-    if _samples(model):
+    if model.has_samples:
         x = vae.sample(rows, size=sizes or None)
         image = images.grid(x, model.data.range, columns=2 * _COLUMNS if rows > 2 * _COLUMNS else _COLUMNS)
         return Picture("samples.png", "samples from the prior", image)
@@ -69,7 +69,7 @@ def picture(vae: VAE, held_out: npt.NDArray[np.float32], sizes: Mapping[str, int
     if not len(x):
         return None
     image = images.pairs(x, vae.reconstruct(x), model.data.range, columns=min(_COLUMNS, len(x)))
-    return Picture("reconstructions.png", "held-out data above their reconstructions", image)
+    return Picture("reconstructions.png", "data above their reconstructions", image)
 
 
 def write(
@@ -139,15 +139,10 @@ absolute terms of log p(x|z) and KL. `vae-export verify` measures it again on yo
 """
 
 
-def _samples(model: Model) -> bool:
-    """Whether the prior is one that the model was trained with, so that samples are samples."""
-    return model.has_elbo and not model.likelihood.nominal
-
-
 def _example(name: str, model: Model, sizes: Mapping[str, int]) -> str:
     """How the bundle is used, as a program that runs in the folder beside it."""
     load = f"vae = vae_export.load({json.dumps(name, ensure_ascii=False)})"
-    if _samples(model):
+    if model.has_samples:
         size = f", size={json.dumps(dict(sizes))}" if sizes else ""
         return f"import vae_export\n\n{load}\nx = vae.sample(16, seed=0{size})"
     low, high = model.data.range

@@ -179,7 +179,7 @@ def _activation(values: npt.NDArray[np.float64], largest: float) -> Activation:
 def record_both(
     graphs: Mapping[str, bytes], model: Model, reference: Reference, calibration: Array
 ) -> dict[str, dict[str, Activation]]:
-    """`record` for an encoder and a decoder: on calibration data and on their latents.
+    """`record` for an encoder and a decoder: on the rows of `calibrated` and on their latents.
 
     Where there is a posterior variance, latents are drawn from the posterior, and as many from the prior, which is what
     the decoder is given, too. The decoder of a deterministic model is given latents of data.
@@ -187,11 +187,10 @@ def record_both(
     Args:
         graphs: `encoder` and `decoder`, serialized, with their weights.
         model: what they compute.
-        reference: whose examples are taken where there is no calibration data.
+        reference: whose examples are taken where there is little calibration data.
         calibration: (n, *data); n may be 0.
     """
-    x = calibration if len(calibration) else reference.tensors["x"][reference.record.extremes :]
-    x = x[: min(_MOST_ROWS, max(_ROWS, _NUMBERS // math.prod(x.shape[1:])))]
+    x, _ = calibrated(model, reference, calibration)
     seen: dict[str, dict[str, Activation]] = {
         graph: record(graphs[graph], [{name: row[None]} for row in rows])
         for graph, (name, rows) in _given(graphs, model, x).items()
@@ -212,6 +211,34 @@ def record_both(
             if size > activation.largest:
                 seen[graph][value] = dataclasses.replace(activation, largest=size, where=where)
     return seen
+
+
+def calibrated(model: Model, reference: Reference, calibration: Array) -> tuple[Array, dict[str, int]]:
+    """The rows on which activations are recorded: calibration data, and where that is little, golden examples.
+
+    Of these, held-out data come before decoded draws from the prior.
+
+    Args:
+        model: whose decoder is given draws from the prior, too, where it has a posterior variance.
+        reference: the golden examples.
+        calibration: (n, *data); n may be 0.
+
+    Returns:
+        (m, *data), and how many of them are what: `calibration`, `held_out`, `decoded`; and `prior`, the draws.
+    """
+    record = reference.record
+    golden = reference.tensors["x"][record.extremes :]
+    data = golden.shape[1:] if not len(calibration) else calibration.shape[1:]
+    most = min(_MOST_ROWS, max(_ROWS, _NUMBERS // math.prod(data)))
+    x = calibration[:most]
+    counts = {"calibration": len(x)}
+    if len(x) < _ROWS:
+        more = stretched(golden[: (_ROWS if len(x) else most) - len(x)], data)
+        held_out = min(record.held_out, len(more))
+        counts |= {"held_out": held_out, "decoded": len(more) - held_out}
+        x = np.concatenate([x.reshape(-1, *data), more])
+    counts["prior"] = len(x) if model.posterior.kind == "diagonal_gaussian" else 0
+    return x, {kind: count for kind, count in counts.items() if count}
 
 
 def size_text(sizes: Mapping[str, int]) -> str:

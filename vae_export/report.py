@@ -29,7 +29,7 @@ def facts(title: str, values: Mapping[str, object]) -> Table:
 def certificate(measured: Certificate) -> Table:
     """The checks of a certificate, one a row, and in the caption what was compared with what."""
     ran = measured.measured
-    kinds = ", ".join(f"{count} {name}" for name, count in measured.examples.items() if count)
+    kinds = ", ".join(f"{count:,} {name}" for name, count in measured.examples.items() if count)
     table = Table(
         title=escape(f"{measured.bundle}: certificate, {measured.precision}"),
         title_justify="left",
@@ -51,7 +51,10 @@ def certificate(measured: Certificate) -> Table:
     for check in measured.checks:
         verdict = "" if check.tolerance is None else "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
         allowed, own = (f"{v:.3g}" if v is not None else "" for v in (check.tolerance, check.pytorch))
-        quantity, unit = Text(check.quantity), Text(check.unit)
+        what = check.quantity
+        if check.rows is not None and check.quantile is not None:
+            what += f" ({check.rows:,}: 99.9 % are within {check.quantile:.3g})"
+        quantity, unit = Text(what), Text(check.unit)
         table.add_row(check.graph, quantity, f"{check.measured:.3g}", allowed, own, unit, verdict)
     return table
 
@@ -152,6 +155,15 @@ def bundle(
     return [facts(manifest.name, overview), graphs, files]
 
 
+#: Kinds of rows, in words.
+_KINDS = {
+    "calibration": "rows of calibration data",
+    "held_out": "golden rows of data",
+    "decoded": "decoded draws from the prior",
+    "prior": "draws from the prior for the decoder",
+}
+
+
 def build(path: Path, record: Build) -> Table:
     """What a build is."""
     options, engine = record.options, record.engine
@@ -171,6 +183,10 @@ def build(path: Path, record: Build) -> Table:
             values[name] = "\n".join(_variants(graph))
     if record.processor:
         values["measured on"] = f"{record.processor}: {', '.join(record.processor.features)}"
+    if record.calibrated:
+        values["activations recorded on"] = ", ".join(
+            f"{count:,} {_KINDS.get(kind, kind)}" for kind, count in record.calibrated.items()
+        )
     if record.absent:
         values["not possible here"] = "\n".join(record.absent)
     if engine:

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vae_export import builds, noise, precision, timing, verifier
+from vae_export import builds, noise, precision, tail, timing, verifier
 from vae_export import graph as graphs
 from vae_export.builds import Measurement, Options, Precision, Runner, Variant
-from vae_export.certificate import Certificate, Check, output_tolerance
+from vae_export.certificate import Certificate, Check, beyond_half, output_tolerance
 from vae_export.errors import BackendError, VaeExportError, VerificationError
 from vae_export.golden import Reference
 from vae_export.graph import compose, edit, passes, quantize
-from vae_export.manifest import GRAPHS, Model, parts_of
+from vae_export.manifest import GRAPHS, Cost, Model, parts_of
 from vae_export.pixels import is_picture
 from vae_export.progress import Progress
 from vae_export.runtimes import VAE, Settings, processor
@@ -129,12 +129,18 @@ class Tuned:
         measurements: everything that was measured.
         absent: what could not be a candidate here, and why.
         certificate: of the whole.
+        calibrated: the rows that activations were recorded on: see `Build.calibrated`.
     """
 
     variants: dict[str, list[tuple[Variant, bytes]]]
     measurements: tuple[Measurement, ...]
     absent: tuple[str, ...]
     certificate: Certificate
+    calibrated: Mapping[str, int]
+
+
+class _NoGainError(VerificationError):
+    """What was asked for is no faster than float32, so that keeping more nodes in float32 would not help."""
 
 
 class Tuner:
@@ -146,6 +152,7 @@ class Tuner:
         model: Model,
         reference: Reference,
         calibration: Array,
+        costs: Mapping[str, Cost | None],
         options: Options,
         batches: Sequence[int],
         sizes: Mapping[str, int],
@@ -160,6 +167,7 @@ class Tuner:
             model: what they compute.
             reference: the golden examples.
             calibration: (n, *data) to record activations on; n may be 0.
+            costs: of an example in each, which decide on how many rows more a lower precision is judged.
             options: precision, budget and passes.
             batches: batch sizes to measure at.
             sizes: of the data's named dimensions, to measure at.
@@ -170,7 +178,7 @@ class Tuner:
         self.model, self.reference, self.options, self.name = model, reference, options, name
         self.seconds, self.progress = seconds, progress
         self.batches, self.sizes = sorted(set(batches)), dict(sizes)
-        self.calibration = calibration
+        self.calibration, self.sources, self.costs = calibration, sources, costs
         self.allowed = passes.select("all") if options.passes is None else options.passes
         self.basic = [passed for passed in self.allowed if passed not in passes.FORMS]
         self.absent: list[str] = []
@@ -193,6 +201,7 @@ class Tuner:
         self.share = _SHARE if options.precision == "auto" else 1.0
         self._rounded: dict[bytes, bytes] = {}
         self._large: list[precision.Large | None] = []
+        self._more: dict[bool, tail.Tail | str] = {}
         self.small = reference.first(_ROWS)
         began = time.perf_counter()
         self._quickly({graph: [Way(self.base[graph])] for graph in GRAPHS})
@@ -206,14 +215,18 @@ class Tuner:
             BackendError: what the precision needs is not installed or not in this processor.
             VerificationError: nothing holds.
         """
+        first: VerificationError | None = None
         while True:
             try:
                 return self._run()
-            except VerificationError:
+            except _NoGainError:
+                raise
+            except VerificationError as error:
+                first = first or error  # those of smaller shares name what would hold
                 # Only where nodes were kept as the budget allowed can more of them be kept.
                 kept = self.options.precision in ("fp16", "int8") and any(self._made.values())
                 if not kept or self.share <= _LAST_SHARE:
-                    raise
+                    raise first from None
                 self.share /= 2
                 self._made, self.timed, self.absent, self._compared, self._inexact = {}, {}, [], {}, set()
 
@@ -244,7 +257,7 @@ class Tuner:
             measured = self._judged(ways)
             if not measured.passed:
                 self._refuse(measured, chosen, refused)
-            elif not self._take_back_exact(chosen):
+            elif not self._take_back_exact(chosen) and not self._beside_float32(measured, chosen):
                 break
         dropped = self._fusions(chosen)
         if dropped:
@@ -255,7 +268,10 @@ class Tuner:
                 measured = self._judged(ways)
             measured.require()
         measurements = tuple(self._records(chosen, refused, dropped))
-        return Tuned(self._variants(chosen, ways), measurements, tuple(self.absent), measured)
+        rows: Mapping[str, int] = {}
+        if self._activations is not None:
+            rows = precision.calibrated(self.model, self.reference, self.calibration)[1]
+        return Tuned(self._variants(chosen, ways), measurements, tuple(self.absent), measured, rows)
 
     def _runners(self) -> list[Runner]:
         """What can be used here; OpenVINO where it is installed."""
@@ -399,14 +415,19 @@ class Tuner:
         return self._activations[graph]
 
     def _problem(self, graph: str, way: Way, share: float) -> str | None:
-        """What is out of a share of the budget, on few rows, with this graph alone in another way than float32.
+        """What is out of a share of the budget, with this graph alone in another way than float32.
 
-        Half precision is judged by arithmetic that rounds, and in a large size, too.
+        It is measured on few golden examples, and if they hold, on the rows of `tail`. Half precision is judged by
+        arithmetic that rounds, and in a large size, too.
         """
         way = self._rounding(way)
         ways = {other: [way if other == graph else Way(self.base[other])] for other in GRAPHS}
         try:
             measured = self._quickly(ways)
+            self._tail(choosing=True)
+            for more in self._more.values():  # those that judge, too, where they refused what was chosen without them
+                if isinstance(more, tail.Tail) and all(_within(check, share) for check in measured.checks):
+                    measured = self._quickly(ways, more)
             if way.precision == "fp16" and (large := self._large_inputs()):
                 problem = large.problem(graph, way.graph, self.model)
                 if problem is not None:
@@ -414,7 +435,9 @@ class Tuner:
         except VaeExportError as error:
             return _line(error)
         wrong = [check for check in measured.checks if not _within(check, share)]
-        return str(wrong[0]) if wrong else None
+        if not wrong:
+            return None
+        return f"{wrong[0]}" + f", of which it may use {share:g} alone" * wrong[0].passed
 
     def _rounding(self, way: Way) -> Way:
         """A way of running a graph in float16, as hardware computes it that has float16; all others as they are."""
@@ -430,29 +453,46 @@ class Tuner:
             self._large.append(precision.large(self.base, self.model, self.reference))
         return self._large[0]
 
-    def _quickly(self, ways: Mapping[str, Sequence[Way]]) -> Certificate:
-        """On few rows, and at one batch, which is no larger than there are rows."""
+    def _tail(self, *, choosing: bool) -> tail.Tail | str:
+        """More rows for what is below float32: to choose by, or to judge what was chosen. Made once."""
+        if choosing not in self._more:
+            self.progress("running float32 on more rows")
+            self._more[choosing] = tail.make(
+                *(self.sources, {}, self.model, self.costs, self.reference, self.calibration), choosing=choosing
+            )
+        return self._more[choosing]
+
+    def _quickly(self, ways: Mapping[str, Sequence[Way]], more: tail.Tail | str | None = None) -> Certificate:
+        """On few golden examples, and at one batch, which is no larger than there are rows."""
         record = self.small.record
-        return self._certificate(ways, self.small, batches=(min(_FEW, max(record.examples, record.prior)),))
+        batches = (min(_FEW, max(record.examples, record.prior)),)
+        return self._certificate(ways, self.small, batches=batches, more=more)
 
     def _judged(self, ways: Mapping[str, Sequence[Way]]) -> Certificate:
         """The certificate of what runs; where it holds, and half precision that rounds does not, of that."""
-        measured = self._certificate(ways, self.reference)
+        lower = any(way.precision != "fp32" for each in ways.values() for way in each)
+        more = self._tail(choosing=False) if lower else None
+        measured = self._certificate(ways, self.reference, more=more)
         rounded = {graph: [self._rounding(way) for way in each] for graph, each in ways.items()}
         if measured.passed and rounded != ways:
             self.progress("measuring float16 with every value rounded")
-            judged = self._certificate(rounded, self.reference)
+            judged = self._certificate(rounded, self.reference, more=more)
             return measured if judged.passed else judged
         return measured
 
     def _certificate(
-        self, ways: Mapping[str, Sequence[Way]], reference: Reference, batches: Sequence[int] = verifier.BATCHES
+        self,
+        ways: Mapping[str, Sequence[Way]],
+        reference: Reference,
+        *,
+        batches: Sequence[int] = verifier.BATCHES,
+        more: tail.Tail | str | None = None,
     ) -> Certificate:
         backend = CpuBackend(ways, self.model, Settings())
         try:
             kinds = [(graph, way.precision) for graph, each in ways.items() for way in each]
             held_to = builds.held_to(kinds, self.options.budget if self.options.precision == "auto" else None)
-            return verifier.measure(self.model, backend, reference, self.name, held_to, batches=batches)
+            return verifier.measure(self.model, backend, reference, self.name, held_to, batches=batches, more=more)
         finally:
             backend.close()
 
@@ -639,6 +679,37 @@ class Tuner:
                             f"the {graph} in {kind}, compiled for batch {row.batch}, differs from itself by "
                             f"{apart:.3g} of the largest, allowed {allowed:.3g}: it is compiled for all shapes only"
                         )
+        return found
+
+    def _beside_float32(self, measured: Certificate, chosen: Mapping[str, list[Timed]]) -> bool:
+        """Time float32, too, where what was asked for loses more than half precision may: it has to be faster then.
+
+        Returns:
+            Whether there was anything to time: the choice is another then.
+
+        Raises:
+            VerificationError: nothing is left in the precision that was asked for.
+        """
+        kinds = {graph: chosen[graph][0].candidate.precisions[graph] for graph in GRAPHS}
+        found = False
+        for graph, kind in kinds.items():
+            known = {row.candidate.precisions[graph] for row in self.timed[graph]}
+            lost = None if "fp32" in known else beyond_half(measured.checks, graph)
+            if lost is None:
+                continue
+            found = True
+            self.progress(f"measuring the {graph} beside float32")
+            full = [candidate for runner in self.runners for candidate in self._forms(runner, "fp32")]
+            low = {id(row.candidate): row.candidate for row in self.timed[graph]}.values()
+            self.timed[graph] = self._time(graph, [*full, *low])
+            if reason := no_gain(graph, self.timed[graph], kind):
+                self.absent.append(f"the {graph} in {kind} loses more than half precision may: {lost}; and {reason}")
+                kinds[graph] = "fp32"
+        if found and set(kinds.values()) == {"fp32"}:
+            raise _NoGainError(
+                f"build: {self.options.precision} is not worth what it loses of {self.name}: {'; '.join(self.absent)}. "
+                "Build with --precision fp32 or auto"
+            )
         return found
 
     def _apart(self, graph: str, row: Timed) -> float:

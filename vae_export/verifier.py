@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from vae_export import deviations, elbo, golden, likelihoods, noise
+from vae_export import deviations, elbo, golden, likelihoods, noise, tail
 from vae_export.bundle import Bundle
-from vae_export.certificate import TOLERANCES, Certificate, Check, GraphName, Tolerance, rounding_tolerance
+from vae_export.certificate import JUDGED, TOLERANCES, Certificate, Check, GraphName, Tolerance, rounding_tolerance
 from vae_export.deviations import Deviations
 from vae_export.elbo import Array, Float64
 from vae_export.errors import BundleError
@@ -23,6 +23,7 @@ from vae_export.manifest import Model
 from vae_export.pixels import to_uint8
 from vae_export.progress import Progress, silent
 from vae_export.runtimes import VAE, Backend, BuildLike, Settings, open_bundle
+from vae_export.tail import Tail
 
 BATCHES = (1, 2, 7, 64)
 #: Rows at all batch sizes but the largest; there all of them are run.
@@ -49,7 +50,9 @@ _GRAPHS: Mapping[str, GraphName] = {
     "encoder": "encoder", "prior": "decoder", "decoder": "decoder", "end_to_end": "end to end", "elbo": "end to end",
 }  # fmt: skip
 #: What the ids' first parts say, behind the quantity.
-_WHERE = {"prior": " of draws from the prior", "decoder": " of latents of data"}
+_WHERE = {"prior": " of draws from the prior", "decoder": " of latents of data", "tail": " of more rows"}
+#: What 99.9 % of the rows of a tail are within is told beside the worst.
+_QUANTILE = 0.999
 
 Precisions = str | Mapping[str, str]
 
@@ -88,7 +91,15 @@ def verify(
     runs = open_bundle(bundle, device=device, build=source, settings=Settings(threads=threads))
     try:
         opened(runs.line())
-        return measure(manifest.model, runs.backend, reference, manifest.name, runs.held_to, progress=progress)
+        more = None
+        if set(runs.held_to.values()) != {"float32"}:
+            progress("running float32 on more rows")
+            costs = {graph: found.cost for graph, found in manifest.graphs.items()}
+            calibration = golden.decode_calibration(bundle.read(golden.CALIBRATION_FILE), manifest.model)
+            more = tail.make(*bundle.graphs(), manifest.model, costs, reference, calibration)
+        return measure(
+            manifest.model, runs.backend, reference, manifest.name, runs.held_to, progress=progress, more=more
+        )
     finally:
         runs.backend.close()
 
@@ -101,12 +112,14 @@ def measure(
     precision: Precisions = "float32",
     batches: Sequence[int] = BATCHES,
     progress: Progress = silent,
+    more: Tail | str | None = None,
 ) -> Certificate:
     """Compare a backend that has a model's graphs with the reference.
 
     In float32 every row must stay within what rounding explains, see `certificate.rounding_tolerance`. Below it encoder
     and decoder are judged apart, each by the tolerances of its own precision and on rows of data; extremes and draws
-    from the prior are reported.
+    from the prior are reported. What is below float32 is measured on more rows, too, beside the bundle's graphs in
+    float32: see `tail`.
 
     Args:
         model: what the graphs compute.
@@ -117,6 +130,7 @@ def measure(
         batches: to measure at; those with more examples than the reference has are left out, but for the smallest. All
             rows run at the largest, the first of them at the others.
         progress: told the share of the work that is done.
+        more: those rows, or why there are none, in words; None leaves them out.
 
     Raises:
         BundleError: the golden examples are of a version that had no conditioning, or a graph fails at a batch or size
@@ -153,24 +167,91 @@ def measure(
             if index == 0:
                 raise
             raise _fails_at(error, groups[0].sizes) from error
+    absent = [f"{_size(size.sizes)}: {size.absent}" for size in record.sizes if size.absent]
+    checks = list(meter.checks())
+    examples = {
+        "extremes": record.extremes,
+        "held_out": record.held_out,
+        "decoded": record.decoded,
+        "prior": record.prior,
+    }
+    lower = set(kinds.values()) != {"float32"}
+    if lower and not record.held_out and not model.has_samples:
+        absent.append("data: the bundle has decoded noise alone. Export the model with held_out (--held-out) data")
+    if isinstance(more, str):
+        absent += [more] if lower else []
+    elif more is not None and (found := tail_checks(model, backend, more, kinds, groups[0])):
+        checks += found
+        examples |= {"more calibration": more.calibration, "more prior": more.draws}
     return Certificate(
         bundle=name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         reference=record.reference,
         measured={**{k: str(v) for k, v in backend.describe().items()}, "machine": platform.machine()},
         precision=_headed(kinds),
-        examples={
-            "extremes": record.extremes,
-            "held_out": record.held_out,
-            "decoded": record.decoded,
-            "prior": record.prior,
-        },
+        examples=examples,
         batches=batches,
         sizes=tuple(filter(None, meter.sizes)),
-        absent=tuple(f"{_size(size.sizes)}: {size.absent}" for size in record.sizes if size.absent),
+        absent=tuple(absent),
         splits_identical=meter.identical,
-        checks=tuple(meter.checks()),
+        checks=tuple(checks),
     )
+
+
+def tail_checks(model: Model, backend: Backend, more: Tail, kinds: Mapping[str, str], rows: Rows) -> list[Check]:
+    """What is below float32, on many rows: of each quantity the worst of them, which is judged like a row of data.
+
+    Args:
+        model: what the graphs compute.
+        backend: has them.
+        more: the rows, and what float32 gives for them.
+        kinds: the precision that encoder and decoder are held to.
+        rows: the golden examples, of whose data a deterministic encoder's unit is.
+    """
+    vae = VAE(model, backend, micro_batch=tail.BATCH)
+    found: Deviations = {}
+    if kinds["encoder"] != "float32":
+        posterior = vae.encode(more.x)
+        outputs = {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+        found |= deviations.encoded(more.posterior, outputs, _latent_std(rows))
+    if kinds["decoder"] != "float32":
+        held = max(1, _HELD // (more.decoded[0].nbytes * tail.BATCH)) * tail.BATCH
+        parts = [slice(first, first + held) for first in range(0, len(more.z), held)]
+        decoded = [
+            deviations.decoded("decoder", {"sample": more.decoded[p]}, {"sample": vae.decode(more.z[p])}, model)
+            for p in parts
+        ]
+        found |= {quantity: np.concatenate([part[quantity] for part in decoded]) for quantity in decoded[0]}
+    checks = []
+    for quantity, values in found.items():
+        graph = quantity.partition(".")[0]
+        what = quantity.partition(".")[2]
+        if what not in JUDGED:
+            continue
+        text, unit = _in_words("tail", what, model)
+        values = np.where(np.isfinite(values), values, np.finfo(np.float64).max)
+        checks.append(
+            Check(
+                id=f"tail.{what}",
+                graph=_GRAPHS[graph],
+                quantity=text,
+                unit=unit,
+                measured=float(values.max()),
+                tolerance=getattr(TOLERANCES[kinds[graph]], JUDGED[what]),
+                example=int(values.argmax()),
+                rows=len(values),
+                quantile=float(np.quantile(values, _QUANTILE, method="higher")),
+            )
+        )
+    return checks
+
+
+def _in_words(prefix: str, what: str, model: Model) -> tuple[str, str]:
+    """A quantity and its unit, by the first part of its id and the last two."""
+    text, unit = _WORDS.get(what, (f"{what.partition('.')[0]}, worst", "of max|reference|"))
+    if what.endswith("sigma") and model.posterior.kind == "deterministic":
+        unit = "standard deviations of the latent over data"
+    return text + _WHERE.get(prefix, ""), unit
 
 
 def _headed(kinds: Mapping[str, str]) -> str:
@@ -378,22 +459,30 @@ class _Meter:
         )  # fmt: skip
 
     def _psnr(self, quantity: str, parts: Sequence[_Measured]) -> Check:
-        """Of the whole of all rows of a size at a batch size, the worst: the extremes apart where it is judged."""
+        """Of the whole of all rows of a size at a batch size, the worst.
+
+        Where it is judged extremes are left out, and data stand for themselves: what decoded noise is like says little
+        of them.
+        """
         prefix = quantity.split(".")[0]
         low = self._lower(prefix)
         worst = math.inf
         where = parts[0]
         for group, batch in dict.fromkeys((part.group, part.batch) for part in parts):
             mine = [part for part in parts if (part.group, part.batch) == (group, batch)]
-            skip = self._groups[group].extremes if low and prefix != "prior" else 0
-            values = np.concatenate([part.values[max(0, skip - part.first) :] for part in mine])
-            if not len(values):
-                continue
-            mse = float(np.mean(values)) if np.isfinite(values).all() else math.inf
-            # Capped at 300 dB, far beyond float64, for results that are equal.
-            decibels = -math.inf if math.isinf(mse) else -10 * math.log10(max(mse, 1e-30))
-            if decibels < worst:
-                worst, where = decibels, mine[0]
+            values = np.concatenate([part.values for part in mine])
+            kinds = [values]
+            if low and prefix != "prior":
+                rows = self._groups[group]
+                kinds = np.split(values, [rows.extremes, rows.extremes + rows.held_out])[1:]
+            for values in kinds:
+                if not len(values):
+                    continue
+                mse = float(np.mean(values)) if np.isfinite(values).all() else math.inf
+                # Capped at 300 dB, far beyond float64, for results that are equal.
+                decibels = -math.inf if math.isinf(mse) else -10 * math.log10(max(mse, 1e-30))
+                if decibels < worst:
+                    worst, where = decibels, mine[0]
         tolerance = low.psnr if low and prefix == "decoder" else None
         text, unit = self._words(f"{prefix}.pixel.psnr")
         return self._check(
@@ -427,15 +516,12 @@ class _Meter:
         low = self._lower("end_to_end" if prefix == "elbo" else prefix)
         assert low is not None
         own = self.model.has_elbo and not self.model.likelihood.nominal
-        value = {
-            "encoder.mean.sigma": low.sigma,
-            "encoder.kl.dimension": low.kl,
-            "decoder.pixel.max": low.pixel,
-            "decoder.pixel.off1": low.off1,
-            "decoder.pixel.off2": low.off2,
-            **({f"elbo.{term}.max": low.elbo for term in ("bound", "reconstruction", "kl")} if own else {}),
-        }.get(quantity)
-        if value is None or (prefix == "decoder" and self.kinds["decoder"] == "float32"):
+        if prefix == "elbo":
+            value = low.elbo if own else None
+        else:
+            judged = JUDGED.get(quantity.partition(".")[2]) if prefix in ("encoder", "decoder") else None
+            value = None if judged is None else getattr(low, judged)
+        if value is None:
             return None
         return np.asarray(value * _scale(quantity, rows), np.float64)[places]
 
@@ -448,15 +534,10 @@ class _Meter:
         return np.asarray(1 + np.floor(255 * share), np.float64)
 
     def _words(self, quantity: str) -> tuple[str, str]:
-        prefix, what, how = quantity.split(".")
+        prefix, _, what = quantity.partition(".")
         if quantity == PICTURE:
             return "worst byte of pictures", "levels of 255"
-        text, unit = _WORDS.get(f"{what}.{how}", (f"{what}, worst", "of max|reference|"))
-        if prefix == "encoder" and how == "max":
-            text, unit = f"{what}, worst", "of max|reference|"
-        if how == "sigma" and self.model.posterior.kind == "deterministic":
-            unit = "standard deviations of the latent over data"
-        return text + _WHERE.get(prefix, ""), unit
+        return _in_words(prefix, what, self.model)
 
     def _check(
         self,

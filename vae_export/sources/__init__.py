@@ -40,6 +40,7 @@ class Described(TypedDict, total=False):
     name: str | None
     scaling: float
     shift: float
+    keep_example: bool
 
 
 def resolve(source: Any, **described: Any) -> Trained:
@@ -89,7 +90,7 @@ def resolve(source: Any, **described: Any) -> Trained:
     return diffusers_folder.load(path, **said)
 
 
-_OF_MODULES = ("held_out", "variance", "multiple_of", "outputs", "nominal", "name", "scaling", "shift")
+_OF_MODULES = ("held_out", "variance", "multiple_of", "outputs", "nominal", "name", "scaling", "shift", "keep_example")
 _OF_FACTORIES = ("shape", "likelihood", "data_range", "variance", "multiple_of")
 
 

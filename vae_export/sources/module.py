@@ -56,19 +56,23 @@ class Source:
 
     Attributes:
         module: the trained module.
-        example: (B, *data), one example or more, as a tensor or an array of floating-point values in `data_range`. To
-            try the module on; it is not kept in the bundle.
+        example: (B, *data), one example or more, as a tensor or an array of floating-point values in `data_range`:
+            data of the kind that the module was trained on. The module is tried on it. It is kept in the bundle, to
+            verify it with or, beside `held_out`, to choose a lower precision by.
         likelihood: p(x|z): `bernoulli`, `gaussian`, `gaussian_fixed`, `discretized_logistic`, or `none`.
         data_range: the smallest and the largest value of the data, such as (0, 1).
         variance: the one variance of `gaussian_fixed`.
         multiple_of: for pictures (C, H, W): any height and width that is a multiple of this will do, from the smallest
             that the module takes. Without it, only the example's own.
-        held_out: (M, *data), data that the module was not trained on, to verify the bundle with; or None.
+        held_out: (M, *data), data that the module was not trained on, to verify the bundle with, which is kept in it;
+            `example` if None. Some hundreds are of use: what is beyond them serves to choose a lower precision by.
         name: what the model is called; the class's name if None.
         outputs: `logits` or `probabilities`, where a Bernoulli decoder leaves open which of them it returns.
         nominal: the module was not trained with this likelihood: it is a convention, and so is the ELBO.
         scaling: for latent diffusion, such a pipeline works on (z − shift) · scaling.
         shift: see scaling.
+        keep_example: whether `example` is data that the bundle may keep. False for made-up values, and for data that
+            must not be passed on: the bundle is then verified on `held_out`, or on what the decoder makes of noise.
     """
 
     module: nn.Module
@@ -83,6 +87,7 @@ class Source:
     nominal: bool = False
     scaling: float = 1.0
     shift: float = 0.0
+    keep_example: bool = True
 
 
 def resolve(source: Source) -> Trained:
@@ -132,7 +137,8 @@ def resolve(source: Source) -> Trained:
         origin=origin,
         config=(json.dumps(said, indent=2) + "\n").encode(),
         example_shape=shape,
-        held_out=held_out,
+        held_out=example if held_out is None and source.keep_example else held_out,
+        calibration=None if held_out is None or not source.keep_example else example,
     )
 
 
@@ -184,7 +190,7 @@ def from_factory(
     low, high = _check_range(data_range)
     waves = np.sin(np.arange(2 * math.prod(shape), dtype=np.float64) * 0.37).reshape(2, *shape)
     example = (low + (high - low) * (0.5 + 0.5 * waves)).clip(low, high).astype(np.float32)
-    return Source(made, example, likelihood, data_range, variance=variance, multiple_of=multiple_of)
+    return Source(made, example, likelihood, data_range, variance=variance, multiple_of=multiple_of, keep_example=False)
 
 
 def _make(spec: str) -> Any:

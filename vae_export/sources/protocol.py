@@ -39,8 +39,9 @@ class Trained:
         origin: where it came from.
         config: the source's own configuration, as JSON; it is kept in the bundle.
         example_shape: (*data): a size to trace and to verify at; of named dimensions, too.
-        held_out: (M, *data) float32, data that the model was not trained on, or None.
-        calibration: (N, *data) float32, data that it was trained on, or None.
+        held_out: (M, *data) float32, data to verify on, best such as the model was not trained on, or None.
+        calibration: (N, *data) float32, other data, such as it was trained on, to choose a lower precision by; what is
+            not needed of held_out if None.
         training: how it was trained, where that is known.
     """
 

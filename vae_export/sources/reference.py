@@ -60,6 +60,11 @@ def rows(costs: Mapping[str, Cost], sizes: Mapping[str, int], row_bytes: int = 0
     return min(_ROWS, max(_FEWEST, int(affordable)))
 
 
+def order(count: int) -> npt.NDArray[np.intp]:
+    """The order in which so many rows of held-out data become golden examples."""
+    return noise.permutation(SEED, noise.VERIFIER, 0, count)
+
+
 def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = silent) -> Reference:
     """Run the PyTorch model in float64 on held-out data, extremes and prior draws; see `golden`.
 
@@ -167,7 +172,7 @@ def _base(source: Trained, costs: Mapping[str, Cost]) -> _Plan:
     count = rows(costs, sizes, 64 * math.prod(data))  # x, the decoded means, and the outputs for draws from the prior
     held_out = np.zeros((0, *data), np.float32)
     if source.held_out is not None:
-        chosen = noise.permutation(SEED, noise.VERIFIER, 0, len(source.held_out))[:count]
+        chosen = order(len(source.held_out))[:count]
         held_out = _resized(np.asarray(source.held_out[np.sort(chosen)], np.float32), data)
     multiply_adds = float((EXTREMES + 2 * count) * _each(costs, sizes))
     draws = DRAWS - (_each(costs, sizes) > _COSTLY)
