@@ -1,4 +1,4 @@
-"""The memory of ONNX Runtime's intermediate results on the CPU: one arena for all sessions of a process.
+"""The memory of ONNX Runtime's intermediate results on the CPU: one arena for all sessions whose data have named sizes.
 
 An arena keeps what it has for the next call. Each session with one of its own would keep what its largest call needed;
 and as it grows by regions of twice the size, none of which can hold a larger tensor together with another, a call of
@@ -60,8 +60,7 @@ class Arena:
         settings.log_severity_level = 4
         self.use(settings)
         self._session = ort.InferenceSession(_IDENTITY, settings, providers=["CPUExecutionProvider"])
-        self._shrink = ort.RunOptions()
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._shrink = shrinking(ort)
         self.give_back()  # only after that the next region is a wide one
 
     def use(self, settings: Any) -> None:
@@ -80,6 +79,13 @@ class Arena:
         if self.whole():
             with contextlib.suppress(Exception):  # what somebody else registered need not be an arena
                 self._session.run(None, {"x": np.zeros(1, np.float32)}, self._shrink)
+
+
+def shrinking(ort: ModuleType) -> Any:
+    """Options of a run after which its arena gives regions back in which nothing is."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 @functools.cache

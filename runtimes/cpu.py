@@ -155,8 +155,7 @@ class CpuBackend:
         trim()
 
     def close(self) -> None:
-        """Drop the sessions, and give back what they kept."""
-        self.release_memory()
+        """Drop the sessions, which gives back what they kept."""
         self._sessions = {}
         trim()
 

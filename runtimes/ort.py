@@ -55,12 +55,13 @@ class OrtSession:
         self._arrays = arrays  # the session leans on their memory
         self._name, self._model = name, model
         self._outputs = {tensor.name: tensor for tensor in model.ends(name)[1]}
-        # The bytes of each output for one example; with named sizes they are those of the call.
-        self._bytes = {} if model.data.named() else {name: self._empty(name, 1, {}).nbytes for name in self._outputs}
-        # In a child that was forked in the midst of a call the parent's arena may be locked for ever.
-        self._arena = arena.shared(ort) if arena.shared(ort).whole() else None
+        # Where sizes stay the session's own arena is as good, and a call takes 2 µs less. In a child that was forked in
+        # the midst of a call the shared one may be locked for ever.
+        shared = model.data.named() and arena.shared(ort).whole()
+        self._arena = arena.shared(ort) if shared else None
         self._session = interruptible(lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads, self._arena))
         self._run = _shortest_run(self._session)
+        self._results = self._apart if self._arena else self._run
         self._options = ort.RunOptions
         self._long = LongCalls()
         self._running: list[None] = self._arena.running if self._arena else []  # one for each call under way
@@ -75,7 +76,7 @@ class OrtSession:
         self._running.append(None)
         try:
             if self._long.direct(inputs):
-                return self._apart(outputs, inputs, None) if out is None else self._into(outputs, inputs, out, None)
+                return self._results(outputs, inputs, None) if out is None else self._into(outputs, inputs, out, None)
             options = self._options()
 
             def stop() -> None:
@@ -83,7 +84,7 @@ class OrtSession:
 
             def work() -> list[Any]:
                 if out is None:
-                    return self._apart(outputs, inputs, options)
+                    return self._results(outputs, inputs, options)
                 return self._into(outputs, inputs, out, options)
 
             return self._long.run(inputs, work, stop)
@@ -97,16 +98,19 @@ class OrtSession:
         self._forks = forks.count()
 
     def release_memory(self) -> None:
-        """See `cpu.Session.release_memory`."""
+        """See `cpu.Session.release_memory`. Without named sizes it takes a call of one example."""
         if self._arena:
             self._arena.give_back()
+            return
+        if self._forks != forks.count():
+            self._after_fork()
+        given = {t.name: np.zeros(self._model.tensor_shape(t, 1, {}), t.dtype) for t in self._model.ends(self._name)[0]}
+        self._run([*self._outputs], given, arena.shrinking(_runtime("cpu")))
 
     def _apart(self, outputs: Sequence[str], inputs: Mapping[str, Any], options: Any) -> list[Any]:
         """Run, the results in memory of their own: in the arena's each would keep a region for as long as it lives."""
         first = next(iter(inputs.values()))
-        if self._bytes and len(first) * sum([self._bytes[name] for name in outputs]) < _BOUND_BYTES:
-            return [value.copy() for value in self._run(outputs, inputs, options)]
-        sizes = {} if self._bytes else self._model.input_sizes(self._name, tuple(first.shape[1:]))
+        sizes = self._model.input_sizes(self._name, tuple(first.shape[1:]))
         return self._into(outputs, inputs, [self._empty(name, len(first), sizes) for name in outputs], options)
 
     def _empty(self, output: str, rows: int, sizes: Mapping[str, int]) -> Any:

@@ -563,8 +563,8 @@ class VAE:
         """Give back the memory that is kept for the next calls, which take it again: the first of them is slower.
 
         After a call of an unusually large batch or size. Calls that run meanwhile keep theirs. On the CPU that is the
-        memory of intermediate results, which all VAEs of a process share in ONNX Runtime; on a GPU the lanes' buffers,
-        and the CUDA graphs that were captured on them. Weights stay.
+        memory of intermediate results, which in ONNX Runtime all VAEs of a process with named sizes share; on a GPU the
+        lanes' buffers, and the CUDA graphs that were captured on them. Weights stay.
         """
         self._backend.release_memory()
 
