@@ -61,7 +61,6 @@ class OrtSession:
         self._arena = arena.shared(ort) if shared else None
         self._session = interruptible(lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads, self._arena))
         self._run = _shortest_run(self._session)
-        self._results = self._apart if self._arena else self._run
         self._options = ort.RunOptions
         self._long = LongCalls()
         self._running: list[None] = self._arena.running if self._arena else []  # one for each call under way
@@ -76,16 +75,14 @@ class OrtSession:
         self._running.append(None)
         try:
             if self._long.direct(inputs):
-                return self._results(outputs, inputs, None) if out is None else self._into(outputs, inputs, out, None)
+                return self._called(outputs, inputs, out, None)
             options = self._options()
 
             def stop() -> None:
                 options.terminate = True
 
             def work() -> list[Any]:
-                if out is None:
-                    return self._results(outputs, inputs, options)
-                return self._into(outputs, inputs, out, options)
+                return self._called(outputs, inputs, out, options)
 
             return self._long.run(inputs, work, stop)
         finally:
@@ -106,6 +103,13 @@ class OrtSession:
             self._after_fork()
         given = {t.name: np.zeros(self._model.tensor_shape(t, 1, {}), t.dtype) for t in self._model.ends(self._name)[0]}
         self._run([*self._outputs], given, arena.shrinking(_runtime("cpu")))
+
+    def _called(
+        self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None, options: Any
+    ) -> list[Any]:
+        if out is not None:
+            return self._into(outputs, inputs, out, options)
+        return self._apart(outputs, inputs, options) if self._arena else self._run(outputs, inputs, options)
 
     def _apart(self, outputs: Sequence[str], inputs: Mapping[str, Any], options: Any) -> list[Any]:
         """Run, the results in memory of their own: in the arena's each would keep a region for as long as it lives."""
