@@ -21,14 +21,18 @@ AVX2_TESTS := \
 # What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
 AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
 
-.PHONY: demo test test-avx2 test-gpu setup lint types bench performance overhead memory passes figures sources margins trained trainer throughput kills gpu record clean
+.PHONY: demo test test-commands test-avx2 test-gpu setup lint types bench performance overhead memory passes figures sources margins trained trainer throughput kills gpu record clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
 
 # Files are dealt out to processes: what a file's tests share is made once.
 test: lint types
-	$(BIN)/pytest -p no:cacheprovider -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -p no:cacheprovider -m 'not commands' -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# The README's commands and code, and the examples, as a newcomer runs them.
+test-commands: setup
+	$(BIN)/pytest -p no:cacheprovider -m commands -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A part of the tests as on a processor with AVX2 alone: PyTorch by its libraries' switches, then everything emulated.
 # ONNX Runtime and OpenVINO have no such switch. Processes that a test starts are not emulated.

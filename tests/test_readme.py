@@ -19,7 +19,7 @@ import tables
 from conftest import ROOT
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+commands = pytest.mark.commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -57,6 +57,7 @@ def test_the_blocks_are_those_that_the_tests_below_run() -> None:
     assert len(blocks("python")) == 3
 
 
+@commands
 def test_make_demo(demo: str) -> None:
     out = ROOT / "out" / "demo"
     assert "certificate.txt (passed)" in demo
@@ -68,6 +69,7 @@ def test_make_demo(demo: str) -> None:
     assert "ELBO" in (out / "certificate.txt").read_text()
 
 
+@commands
 def test_a_demo_replaces_only_a_demo(demo: str, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     command = [sys.executable, "-m", "vae_export", "demo", "--out", str(tmp_path)]
@@ -77,6 +79,7 @@ def test_a_demo_replaces_only_a_demo(demo: str, tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").exists()
 
 
+@commands
 def test_samples_look_like_digits(demo: str) -> None:
     """To the nearest training digits they are about as close, and as clear in kind, as unseen digits are."""
     from sklearn.datasets import load_digits
@@ -107,11 +110,13 @@ def test_samples_look_like_digits(demo: str) -> None:
     assert np.bincount(neighbours.predict(samples), minlength=10).min() > 5  # all ten kinds are drawn
 
 
+@commands
 def test_the_code(demo: str) -> None:
     for block in blocks("python"):
         shell(f"{shlex.quote(sys.executable)} -W error -c {shlex.quote(block)}", ROOT)
 
 
+@commands
 def test_the_command_line(demo: str) -> None:
     shutil.rmtree(ROOT / "out" / "readme", ignore_errors=True)
     said = shell(blocks("bash")[3], ROOT)
@@ -124,6 +129,7 @@ def test_the_command_line(demo: str) -> None:
     assert "upsampling" in said
 
 
+@commands
 def test_the_pip_form(checkout: Path) -> None:
     assert "run bundles on the CPU: onnxruntime" in shell(blocks("bash")[2], checkout)
 

@@ -101,7 +101,7 @@ def test_what_is_said_of_a_source() -> None:
     assert said.origin.name == "mine"
 
 
-@pytest.mark.slow
+@pytest.mark.commands
 def test_examples(tmp_path: Path) -> None:
     """They run as they stand; the picture is one."""
     from conftest import ROOT, command
