@@ -17,6 +17,7 @@ AVX2_TESTS := \
 	tests/test_export.py::test_graphs_are_as_the_manifest_says[conv-gaussian] \
 	tests/test_runtime.py::test_a_bundle_that_contradicts_itself \
 	tests/test_latents.py::test_as_pipelines_do \
+	tests/test_precision.py::test_what_is_computed_is_near \
 	tests/test_tiling.py::test_as_diffusers_does
 # What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
 AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
