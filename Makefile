@@ -31,7 +31,7 @@ demo: setup
 test: lint types
 	$(BIN)/pytest -p no:cacheprovider -m 'not commands' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# The README's commands and code, and the examples, as a newcomer runs them.
+# Installs, the README's commands and code, and the examples, as a newcomer runs them.
 test-commands: setup
 	$(BIN)/pytest -p no:cacheprovider -m commands -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

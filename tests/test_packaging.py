@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.commands
 
 
 @pytest.fixture(scope="module")
