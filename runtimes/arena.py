@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import sys
+import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -74,10 +77,19 @@ class Arena:
             self.forks = forks.count()
         return self.forks == forks.count()
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """While something may hold its lock."""
+        self.running.append(None)
+        try:
+            yield
+        finally:
+            self.running.pop()
+
     def give_back(self) -> None:
         """Give regions in which nothing is back to the system. Calls of other threads keep theirs."""
         if self.whole():
-            with contextlib.suppress(Exception):  # what somebody else registered need not be an arena
+            with self.used(), contextlib.suppress(Exception):  # what somebody else registered need not be an arena
                 self._session.run(None, {"x": np.zeros(1, np.float32)}, self._shrink)
 
 
@@ -88,10 +100,24 @@ def shrinking(ort: ModuleType) -> Any:
     return options
 
 
-@functools.cache
+_making = threading.Lock()
+_made = functools.cache(Arena)
+
+
 def shared(ort: ModuleType) -> Arena:
     """The arena of this process."""
-    return Arena(ort)
+    with _making:
+        return _made(ort)
+
+
+def _after_fork() -> None:
+    """A lock that another thread held is held for ever in the child."""
+    global _making
+    _making = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def trim() -> None:

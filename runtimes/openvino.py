@@ -155,6 +155,8 @@ class OpenVinoSession:
 
     def release_memory(self) -> None:
         """See `cpu.Session.release_memory`."""
+        if self._forks != forks.count():  # it cannot run here
+            return
         self._requests.clear()  # each holds its tensors, those of its last caller, too
         for compiled in (self._compiled, *list(self._compiled_exactly.values())):
             compiled.release_memory()

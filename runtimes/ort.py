@@ -57,9 +57,12 @@ class OrtSession:
         self._outputs = {tensor.name: tensor for tensor in model.ends(name)[1]}
         # Where sizes stay the session's own arena is as good, and a call takes 2 µs less. In a child that was forked in
         # the midst of a call the shared one may be locked for ever.
-        shared = model.data.named() and arena.shared(ort).whole()
-        self._arena = arena.shared(ort) if shared else None
-        self._session = interruptible(lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads, self._arena))
+        shared = arena.shared(ort) if model.data.named() else None
+        self._arena = shared if shared and shared.whole() else None
+        with self._arena.used() if self._arena else contextlib.nullcontext():
+            self._session = interruptible(
+                lambda: _open(ort, name, graph, model, "cpu", {}, arrays, threads, self._arena)
+            )
         self._run = _shortest_run(self._session)
         self._options = ort.RunOptions
         self._long = LongCalls()
@@ -90,7 +93,7 @@ class OrtSession:
 
     def _after_fork(self) -> None:
         """Without its threads ONNX Runtime computes in the caller's; but a call under way may have held its locks."""
-        if self._running:
+        if not self._arena.whole() if self._arena else self._running:
             raise forks.refuse("onnxruntime", "was computing at that moment, which nobody goes on with here")
         self._forks = forks.count()
 
@@ -102,7 +105,12 @@ class OrtSession:
         if self._forks != forks.count():
             self._after_fork()
         given = {t.name: np.zeros(self._model.tensor_shape(t, 1, {}), t.dtype) for t in self._model.ends(self._name)[0]}
-        self._run([*self._outputs], given, arena.shrinking(_runtime("cpu")))
+        self._running.append(None)
+        try:
+            with contextlib.suppress(Exception):  # what could not be given back stays
+                self._run([*self._outputs], given, arena.shrinking(_runtime("cpu")))
+        finally:
+            self._running.pop()
 
     def _called(
         self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None, options: Any

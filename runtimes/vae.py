@@ -283,7 +283,9 @@ class VAE:
             )
         known = self._gives.get("encoder") if size is None else None
         latent = known or self.model.latent_shape(size)
-        if out is None and (needed := 4 * n * math.prod(self._example("decoder", latent))) > memory.of_this_machine():
+        value = 1 if verb == "generate" and "generate" in self._backend.graphs else 4
+        needed = value * n * math.prod(self._example("decoder", latent))
+        if out is None and not on_device and needed > memory.of_this_machine():
             raise InputError(
                 f"{verb}: {n:,} examples take {needed / 2**30:,.0f} GiB, and this machine has "
                 f"{memory.of_this_machine() / 2**30:,.0f} GiB. Draw them in parts, by start"

@@ -114,6 +114,13 @@ def test_numbers_of_numpy_are_taken() -> None:
     assert (model.likelihood.variance, model.latent.scaling, model.latent.shift) == (0.5, 2.0, 1.0)
 
 
+@pytest.mark.parametrize("name", ["variance", "scaling", "shift"])
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan")])
+def test_numbers_that_are_not_finite(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=rf"^export: {name} is .*; expected a finite number$"):
+        module.resolve(user(**{name: value}))
+
+
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
 def test_names_that_no_file_can_have(digits: dict[str, Path], tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"^'.*a\\\S+b' is no name of a file\. Choose another path$"):

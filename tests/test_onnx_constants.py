@@ -168,6 +168,11 @@ def test_split() -> None:
     assert estimate(raw).size == 3 * 4 * 4 + 3 * 3 * 4
 
 
+def test_a_size_of_1_goes_with_any() -> None:
+    raw = model(node("Einsum", "v", "v", "w", "w", equation="a,b,a,b->ab"), v=floats(300), w=floats(1))
+    assert estimate(raw).size == 300 * 300 * 4
+
+
 def test_what_an_export_may_leave_to_the_backend() -> None:
     """Transposed weights, a norm of weights, and a product of low rank that is added to them."""
     raw = model(
@@ -188,6 +193,16 @@ UNTOLD = {
     ),
     "sizes that nobody knows": model(
         node("Exp", "w", out="e"), node("Cast", "e", out="s", to=7), node("ConstantOfShape", "s"), w=floats(1)
+    ),
+    "numbers through bfloat16": model(
+        node("Cast", "w", out="h", to=16), node("Cast", "h", out="s", to=7), node("ConstantOfShape", "s"),
+        w=np.array([4096], np.float32),
+    ),
+    "labels of Einsum that are not written": model(node("Einsum", "w", "w", equation="a,b"), w=floats(3)),
+    "dots of Einsum": model(node("Einsum", "w", "w", equation="...a,...b->...ab"), w=floats(3, 4)),
+    "a size that keeps the aspect ratio": model(
+        node("Resize", "w", "", "", "s", keep_aspect_ratio_policy="not_smaller"), w=floats(1, 1, 1, 10),
+        s=ints(1, 1, 60, 10),
     ),
     "nodes out of order": model(node("Relu", "e"), node("Exp", "w", out="e"), w=floats(3)),
     "a name twice": model(node("Exp", "w", out="w"), w=floats(3)),
@@ -262,6 +277,21 @@ def test_inside_a_branch() -> None:
     raw = model(helper.make_node("If", ["x"], ["i"], then_branch=inner), w=floats(1000), s=ints(1_000_000))
     with pytest.raises(BundleError, match="most of it by Tile"):
         onnx_reader.check_operators(raw, "m")
+
+
+def test_what_is_not_told_is_not_built(digits: dict[str, Path], tmp_path: Path) -> None:
+    """Compilers compute constants first. The bundle itself runs."""
+    copy = Path(shutil.copytree(digits["gaussian"], tmp_path / "copy.bundle"))
+    path = copy / "vae_decoder" / "model.onnx"
+    strange = onnx.load(path)
+    strange.graph.initializer.append(numpy_helper.from_array(floats(3), "w"))
+    strange.graph.node.append(node("NonZero", "w"))
+    path.write_bytes(strange.SerializeToString())
+    reseal(copy)
+    with vae_export.load(copy, device="cpu") as vae:
+        assert np.isfinite(vae.sample(1)).all()
+    with pytest.raises(BundleError, match="build: the decoder does not tell how much it makes of constants alone, wh"):
+        vae_export.build(copy, "cpu", out=tmp_path / "b")
 
 
 def test_a_hostile_bundle_is_refused_at_once(digits: dict[str, Path], tmp_path: Path) -> None:

@@ -81,6 +81,35 @@ def test_after_a_fork(member: Callable[[str], Any]) -> None:
     assert forks.count() == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_after_a_fork_with_a_shared_arena(member: Callable[[str], Any]) -> None:
+    """Calls of the child itself are no reason to refuse one; a call of the parent is, for sessions with its memory."""
+    made = member("spatial-named")
+    backend = _opened(made.bundle, "onnxruntime")
+    ((_, session),) = backend._sessions["decoder"]
+    inputs = {"z": np.ones((2, 4, 3, 5), np.float32)}
+
+    def call(backend: CpuBackend) -> str:
+        try:
+            return str(backend.run("decoder", inputs, ["sample"], 64)[0].tolist())
+        except BackendError as error:
+            return str(error)
+
+    def busy_child() -> str:
+        call(backend)
+        with session._arena.used():
+            return call(_opened(made.bundle, "onnxruntime"))
+
+    expected = call(backend)
+    assert _in_child(lambda: call(backend)) == expected
+    assert _in_child(busy_child) == expected
+    with session._arena.used():
+        assert "onnxruntime was computing at that moment" in _in_child(lambda: call(backend))
+        assert _in_child(lambda: call(_opened(made.bundle, "onnxruntime"))) == expected
+    backend.release_memory()
+    assert call(backend) == expected
+
+
 def test_pickled_by_path(member: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = member("mlp-bernoulli")
     monkeypatch.chdir(made.bundle.parent)

@@ -28,7 +28,15 @@ from vae_export.builds import (
 )
 from vae_export.bundle import Bundle
 from vae_export.certificate import Certificate
-from vae_export.errors import BackendError, InputError, VaeExportError, VerificationError, check_flags, require
+from vae_export.errors import (
+    BackendError,
+    BundleError,
+    InputError,
+    VaeExportError,
+    VerificationError,
+    check_flags,
+    require,
+)
 from vae_export.manifest import GRAPHS, Model
 from vae_export.onnx_reader import Arrays
 from vae_export.pixels import is_picture
@@ -238,6 +246,11 @@ def _make(
     bindings = flavours.load(target.flavour) if target.flavour else None
     sources, weights = bundle.graphs()
     arrays = {name: onnx_reader.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
+    if untold := [name for name, found in arrays.items() if not found.foldable]:
+        raise BundleError(
+            f"build: the {untold[0]} does not tell how much it makes of constants alone, which what compiles it would "
+            "compute first. The bundle itself runs; it cannot be built"
+        )
     whole = _whole(sources, arrays)
     reference = golden.decode(bundle.read(golden.FILE), manifest.golden, model)
     calibration = golden.decode_calibration(bundle.read(golden.CALIBRATION_FILE), model)

@@ -336,6 +336,8 @@ def _elementwise(node: Node, given: Given) -> Made:
         return [of(shape, kind)], 4 * count
     with np.errstate(all="ignore"):
         if dtype is not None and node.operator.startswith("Cast"):
+            if kind == np.uint16:  # it may stand for bfloat16
+                return [of(shape, kind)], 4 * count
             result = arrays[0].astype(kind)
         elif node.operator == "Where":
             result = np.where(*arrays)
@@ -550,7 +552,8 @@ def _padded(node: Node, given: Given) -> Made:
 def _resized(node: Node, given: Given) -> Made:
     array = _array(given, 0)
     scales, sizes = _numbers(given, len(given) - 1 if node.operator == "Upsample" else 2), _numbers(given, 3)
-    if node.attributes.get("axes") or not (scales or sizes):
+    stretched = node.attributes.get("keep_aspect_ratio_policy", b"stretch") == b"stretch"
+    if node.attributes.get("axes") or not stretched or not (scales or sizes):
         raise ValueError("its sizes are not told")
     shape = sizes or [math.floor(size * scale) for size, scale in zip(array.shape, scales or [], strict=True)]
     made = of(shape, array.dtype)
@@ -572,10 +575,13 @@ def _multiplied(node: Node, given: Given) -> Made:
 
 def _summed(node: Node, given: Given) -> Made:
     """Einsum, over labels of one letter."""
-    into, _, out = node.attributes["equation"].decode().replace(" ", "").partition("->")
+    into, arrow, out = node.attributes["equation"].decode().replace(" ", "").partition("->")
+    if not arrow or "." in into:
+        raise ValueError("its labels are not told")
     sizes: dict[str, int] = {}
     for i, labels in enumerate(into.split(",")):
-        sizes |= dict(zip(labels, _array(given, i).shape, strict=True))
+        for label, size in zip(labels, _array(given, i).shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))  # 1 goes with any
     return [of([sizes[label] for label in out], _array(given, 0).dtype)], math.prod(sizes.values())
 
 

@@ -285,8 +285,8 @@ def _tensor(tensor: memoryview, name: str, apart: _Apart | None) -> tuple[str, C
         elif number == _TENSOR_RAW:
             raw = _bytes(value)
         elif number == _TENSOR_FLOATS and len(numbers) <= _SMALL:
-            numbers += _floats(value).tolist()
-        elif number in _TENSOR_INTS and (isinstance(value, int) or len(value) <= _LONGEST * _SMALL):
+            numbers += _floats(value)[: _SMALL + 1].tolist()  # more than that are not looked at
+        elif number in _TENSOR_INTS and len(numbers) <= _SMALL and _length(value) <= _LONGEST * _SMALL:
             numbers += map(_signed, _integers(value))
     dtype, count = onnx_constants.TYPES.get(kind), math.prod(dims)
     if count > len(tensor) * 8:
@@ -356,6 +356,11 @@ def _integers(value: _Field) -> list[int]:
         number, at = _varint(message, at)
         found.append(number)
     return found
+
+
+def _length(value: _Field) -> int:
+    """Bytes of a message; 1 of a number."""
+    return 1 if isinstance(value, int) else len(value)
 
 
 def _integer(value: _Field) -> int:

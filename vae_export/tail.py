@@ -93,7 +93,10 @@ def make(
     row_bytes = 4 * (2 * math.prod(data) + 3 * math.prod(latent))
     most = min(_MOST, int(_WORK / max(each, 1)), _HELD // row_bytes)
     if most < _FEWEST:
-        return f"more rows than the golden examples: an example takes {each / 1e9:,.2g} billion multiply-adds"
+        return (
+            f"more rows than the golden examples: an example takes {each / 1e9:,.2g} billion multiply-adds and "
+            f"{row_bytes:,} bytes"
+        )
     x = stretched(calibration[:most], data) if len(calibration) else np.zeros((0, *data), np.float32)
     draws = most - len(x) if model.has_samples else 0
     if not len(x) + draws:
@@ -107,10 +110,12 @@ def make(
         return f"more rows than the golden examples: {' '.join(str(error).split())}"
     with VAE(model, backend, micro_batch=BATCH) as vae:
         sampled = vae.decode(z) if draws else np.zeros((0, *data), np.float32)
-        x = np.concatenate([x, np.clip(sampled, *model.data.range)])
+        finite = np.isfinite(sampled.reshape(draws, math.prod(data))).all(axis=1)  # others are no reference
+        z, sampled = z[finite], sampled[finite]
+        x = np.clip(np.concatenate([x, sampled]), *model.data.range)
         posterior = vae.encode(x)
         outputs = {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
-        count = len(x) - draws
+        count = len(x) - len(z)
         decoded = np.concatenate([vae.decode(posterior.mean[:count]), sampled]) if count else sampled
         z = np.concatenate([posterior.mean[:count], z])
     return Tail(x, outputs, z, decoded, count)

@@ -257,7 +257,7 @@ class Tuner:
             measured = self._judged(ways)
             if not measured.passed:
                 self._refuse(measured, chosen, refused)
-            elif not self._take_back_exact(chosen) and not self._beside_float32(measured, chosen):
+            elif not self._take_back_exact(chosen) and not self._beside_float32(measured, chosen, refused):
                 break
         dropped = self._fusions(chosen)
         if dropped:
@@ -681,7 +681,9 @@ class Tuner:
                         )
         return found
 
-    def _beside_float32(self, measured: Certificate, chosen: Mapping[str, list[Timed]]) -> bool:
+    def _beside_float32(
+        self, measured: Certificate, chosen: Mapping[str, list[Timed]], refused: Mapping[Place, str]
+    ) -> bool:
         """Time float32, too, where what was asked for loses more than half precision may: it has to be faster then.
 
         Returns:
@@ -702,7 +704,8 @@ class Tuner:
             full = [candidate for runner in self.runners for candidate in self._forms(runner, "fp32")]
             low = {id(row.candidate): row.candidate for row in self.timed[graph]}.values()
             self.timed[graph] = self._time(graph, [*full, *low])
-            if reason := no_gain(graph, self.timed[graph], kind):
+            holding = [row for row in self.timed[graph] if _why_not(graph, row.candidate, refused) is None]
+            if reason := no_gain(graph, holding, kind):
                 self.absent.append(f"the {graph} in {kind} loses more than half precision may: {lost}; and {reason}")
                 kinds[graph] = "fp32"
         if found and set(kinds.values()) == {"fp32"}:

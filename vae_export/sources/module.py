@@ -241,7 +241,10 @@ def _check_words(source: Source) -> tuple[float, float]:
         for name, value in said.items():
             if value is not None and (not isinstance(value, kind) or isinstance(value, (bool, np.complexfloating))):
                 raise InputError(f"export: {name} is {shown(value)}; expected {expected}")
-    check_flags("export", nominal=source.nominal)
+    for name, value in numbers.items():
+        if value is not None and not _finite(value):
+            raise InputError(f"export: {name} is {shown(value)}; expected a finite number")
+    check_flags("export", nominal=source.nominal, keep_example=source.keep_example)
     if source.likelihood not in DECODER_OUTPUTS:
         raise InputError(f"export: likelihood is {source.likelihood!r}; expected one of {', '.join(DECODER_OUTPUTS)}")
     if source.outputs is not None and (source.likelihood != "bernoulli" or source.outputs not in get_args(Outputs)):
@@ -260,10 +263,17 @@ def _check_words(source: Source) -> tuple[float, float]:
     return low, high
 
 
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def _check_range(data_range: Any) -> tuple[float, float]:
     try:
         low, high = map(float, data_range)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"export: data_range is {data_range!r}; expected two finite, rising numbers such as (0, 1)")
