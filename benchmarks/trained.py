@@ -56,7 +56,7 @@ def compared(vae: vae_export.VAE, exact: vae_export.VAE, x: Array) -> dict[str, 
     deviations of each latent over the inputs where there is no posterior.
     """
     posterior, mean = exact.encode(x), vae.encode(x).mean
-    if posterior.std is None:
+    if posterior.logvar is None:
         unit, divergence = np.maximum(posterior.mean.std(axis=0, keepdims=True), 1e-12), None
     else:
         unit = posterior.std
