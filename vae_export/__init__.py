@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vae_export.sources.module import Source
     from vae_export.verifier import verify
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _HOMES = {
     "BackendError": "vae_export.errors",
