@@ -573,7 +573,8 @@ def patches(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     described = {"likelihood": "gaussian_fixed", "variance": 0.1, "data_range": (0, 1), "multiple_of": 4}
     for norm in (True, False):
         module = Patches(norm=norm)
-        vae_export.export(module, folder / str(norm), example=zoo.pictures(8, (3, 32, 48)), **described)
+        example = zoo.pictures(8, (3, 32, 48))
+        vae_export.export(module, folder / str(norm), example=example, keep_example=False, **described)
     return {norm: folder / str(norm) for norm in (True, False)}
 
 
@@ -593,7 +594,7 @@ def test_tiles_are_measured_at_the_export(patches: dict[bool, Path]) -> None:
         z = vae.encode(large).mean
         off = 255 * np.abs(vae.decode(z, tile=one.tile).clip(0, 1) - vae.decode(z).clip(0, 1))
     assert one.worst == pytest.approx(off.max(), rel=1e-3)
-    assert one.worst > tiling.VISIBLE
+    assert one.worst > 2 * tiling.VISIBLE
     assert one.off1 == pytest.approx((off > 1).mean(), abs=1e-3)
     assert one.off2 == pytest.approx((off > 2).mean(), abs=1e-3)
     assert one.psnr == pytest.approx(-10 * np.log10(np.mean((off / 255) ** 2)), rel=1e-3)

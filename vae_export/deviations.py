@@ -23,7 +23,7 @@ shares of values that are off by more than 1/255 and 2/255, the mean squared err
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ import numpy.typing as npt
 from vae_export import elbo
 from vae_export.elbo import Array, Float64
 from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model
+
+if TYPE_CHECKING:
+    from vae_export.runtimes.posterior import Posterior
 
 Outputs = Mapping[str, Array]
 Deviations = dict[str, Float64]
@@ -72,6 +75,11 @@ def encoded(reference: Outputs, measured: Outputs, latent_std: Array | None = No
     terms = elbo.kl_between_terms(reference["mean"], logvar, measured["mean"], measured["logvar"])
     found["encoder.kl.dimension"] = _row_max(terms)
     return found
+
+
+def posterior_of(encoded: Posterior) -> Outputs:
+    """What a runtime's encoder gave, by the names of `manifest.ENCODER_OUTPUTS`."""
+    return {"mean": encoded.mean} | ({} if encoded.logvar is None else {"logvar": encoded.logvar})
 
 
 def decoded(rows: str, reference: Outputs, measured: Outputs, model: Model) -> Deviations:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vae_export import noise
+from vae_export.deviations import posterior_of
 from vae_export.errors import BackendError
 from vae_export.golden import Reference
 from vae_export.manifest import Cost, Model
@@ -114,7 +115,7 @@ def make(
         z, sampled = z[finite], sampled[finite]
         x = np.clip(np.concatenate([x, sampled]), *model.data.range)
         posterior = vae.encode(x)
-        outputs = {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+        outputs = posterior_of(posterior)
         count = len(x) - len(z)
         decoded = np.concatenate([vae.decode(posterior.mean[:count]), sampled]) if count else sampled
         z = np.concatenate([posterior.mean[:count], z])

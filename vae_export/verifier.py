@@ -212,7 +212,7 @@ def tail_checks(model: Model, backend: Backend, more: Tail, kinds: Mapping[str, 
     found: Deviations = {}
     if kinds["encoder"] != "float32":
         posterior = vae.encode(more.x)
-        outputs = {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+        outputs = deviations.posterior_of(posterior)
         found |= deviations.encoded(more.posterior, outputs, _latent_std(rows))
     if kinds["decoder"] != "float32":
         held = max(1, _HELD // (more.decoded[0].nbytes * tail.BATCH)) * tail.BATCH
@@ -311,7 +311,7 @@ class _Run:
         tensors, vae = self.rows.tensors, self.vae
         x = tensors["x"][part]
         posterior = vae.encode(x)
-        outputs = {"mean": posterior.mean} | ({} if posterior.logvar is None else {"logvar": posterior.logvar})
+        outputs = deviations.posterior_of(posterior)
         exact = {name: value[part] for name, value in tensors.items() if "." not in name}
         found = deviations.encoded({name: exact[name] for name in outputs}, outputs, self.latent_std)
         gaussian = posterior.logvar is not None
