@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(wildcard vae_export/*.py vae_export/*/*.py trainers/*.py runtimes/*.py runtimes/*.cu)
+SOURCES := pyproject.toml $(shell find vae_export trainers runtimes -name "*.py" -o -name "*.cu")
 
 # The extras beside which a GPU's are tested.
 EXTRAS ?= dev

@@ -16,7 +16,7 @@ import zoo
 
 import vae_export
 from vae_export import bench
-from vae_export.sources import reference
+from vae_export.certification import reference
 
 # Golden examples of a case: what is timed are calls, not exports.
 _ROWS = 12

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from vae_export.trainers.models import VAEModel
 
 Floats = npt.NDArray[np.floating]

@@ -11,7 +11,7 @@ from cases import CASES, LATENCY, make
 from machine import machine
 
 from vae_export import bench
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
 
 
 @pytest.fixture(scope="session")

@@ -22,16 +22,18 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+import vae_export
+from vae_export import bench
+from vae_export.certification import golden
+from vae_export.contract.bundle import Bundle
+from vae_export.errors import BundleError
+from vae_export.numerics import elbo, likelihoods, noise
+from vae_export.sources import checkpoint as source
 from vae_export.trainers.config import ModelConfig, TrainConfig
 from vae_export.trainers.fit import fit
 from vae_export.trainers.objective import elbo as torch_elbo
 from vae_export.trainers.objective import log_prob_of
-
-import vae_export
-from vae_export import bench, elbo, golden, likelihoods, noise
-from vae_export.bundle import Bundle
-from vae_export.errors import BundleError
-from vae_export.sources import checkpoint as source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo

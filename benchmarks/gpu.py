@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from vae_export.runtimes import flavours, machine
+
+from vae_export.contract import targets
+from vae_export.runtimes.gpu import driver, flavours
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo
@@ -32,10 +34,13 @@ from cases import CASES, LATENCY
 from machine import machine as this_machine
 
 import vae_export
-from vae_export import bench, builds, engines, noise
-from vae_export.bundle import Bundle
+from vae_export import bench
+from vae_export.building import tensorrt
+from vae_export.contract import build_record
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import VaeExportError
-from vae_export.noise import Normals
+from vae_export.numerics import noise
+from vae_export.numerics.noise import Normals
 
 VERBS = ("encode", "decode", "sample")
 BATCHES = (1, 8, 64, 512)
@@ -56,7 +61,7 @@ def main() -> int:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--compile", choices=("max-autotune", "default", "none"), default="max-autotune")
     asked = arguments.parse_args()
-    if asked.device == "cuda" and (problem := machine.driver().problem):
+    if asked.device == "cuda" and (problem := driver.query().problem):
         print(f"no figures: {problem}", file=sys.stderr)
         return 4
     record: dict[str, Any] = {**this_machine(), "gpu": card(), "packages": packages()}
@@ -83,7 +88,7 @@ def main() -> int:
 
 def card() -> dict[str, Any]:
     """The GPU and its driver."""
-    found = machine.driver()
+    found = driver.query()
     gpus = [{"name": gpu.name, "capability": gpu.capability, "memory": gpu.memory} for gpu in found.gpus]
     return {"driver": found.cuda, "gpus": gpus, "torch_cuda": torch.version.cuda}
 
@@ -100,7 +105,7 @@ def packages() -> dict[str, str]:
     return found
 
 
-def targets(device: str) -> Iterator[tuple[str, str]]:
+def wanted(device: str) -> Iterator[tuple[str, str]]:
     """What to build for, and in which precision."""
     names = ("cpu",) if device == "cpu" else ("cuda", "tensorrt", "tensorrt-rtx")
     return ((name, precision) for name in names for precision in ("fp32", "fp16"))
@@ -113,7 +118,7 @@ def certificates(
     made: dict[str, dict[tuple[str, str], Path]] = {name: {} for name in bundles}
     rows = []
     for name, path in bundles.items():
-        for target, precision in targets(device):
+        for target, precision in wanted(device):
             row: dict[str, Any] = {"model": name, "target": target, "precision": precision}
             began = time.perf_counter()
             try:
@@ -308,7 +313,7 @@ def check(cell: bench.Cell, result: Any, precision: str, *, addressed: bool) -> 
 
 def noises() -> dict[str, Any]:
     """Ten million numbers made on the GPU, against the host's."""
-    from vae_export.runtimes.gpu import Gpu
+    from vae_export.runtimes.gpu.device import Gpu
 
     gpu = Gpu("benchmark", "gpu")
     stream = gpu.device.create_stream()
@@ -345,10 +350,10 @@ def beyond(path: Path) -> list[dict[str, str]]:
         return [{"engine": "none", "answer": str(error)}]
     bundle = Bundle(path)
     graph, model = bundle.read(bundle.manifest.graphs["decoder"].file), bundle.manifest.model
-    options = builds.Options(profiles=builds.profiles(model, (1, 8), ()))
+    options = build_record.Options(profiles=targets.profiles(model, (1, 8), ()))
     answers = []
     for name in ("tensorrt-rtx", "tensorrt-rtx-sm80"):
-        (engine,) = engines.build(bindings, {"decoder": graph}, model, builds.target(name), options)
+        (engine,) = tensorrt.build(bindings, {"decoder": graph}, model, targets.parse(name), options)
         bindings.said()
         opened = bindings.trt.Runtime(bindings.logger).deserialize_cuda_engine(engine)
         answer = f"refused: {bindings.said()}"

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import msgspec
 import torch
-from vae_export.trainers import checkpoint, data
+
+from vae_export.trainers import checkpoint, datasets
 from vae_export.trainers import config as configs
 from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
 from vae_export.trainers.fit import fit
@@ -31,7 +32,7 @@ TRAIN = TrainConfig(epochs=4, importance_draws=1, device="cpu")
 def main(count: int) -> int:
     """Kill and continue `count` runs."""
     choose = random.Random(0)
-    data.load(DataConfig(), 0)  # what it imports takes longer than the training that is to be killed
+    datasets.load(DataConfig(), 0)  # what it imports takes longer than the training that is to be killed
     torch.set_num_threads(1)  # for all: a process that is forked has no threads of its own to lose
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "whole")

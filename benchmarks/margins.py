@@ -29,18 +29,20 @@ import trained
 import zoo
 import zoo_diffusers
 from machine import machine
+
+from vae_export import graph, sources
+from vae_export.certification import reference as references
+from vae_export.certification import verifier
+from vae_export.certification.certificate import Check
+from vae_export.certification.golden import Reference
+from vae_export.errors import VaeExportError
+from vae_export.exporting import tracing
+from vae_export.graph import rewrites
+from vae_export.numerics.noise import Normals
 from vae_export.runtimes import Backend, Settings, open_backend
 from vae_export.runtimes.backend import Way, slices
-from vae_export.runtimes.cpu import CpuBackend
-
-from vae_export import graph, sources, tracing, verifier
-from vae_export.certificate import Check
-from vae_export.errors import VaeExportError
-from vae_export.golden import Reference
-from vae_export.graph import passes
-from vae_export.noise import Normals
+from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.sources import cost
-from vae_export.sources import reference as references
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 
 RIGHT, WRONG = 0.5, 3.0
@@ -161,7 +163,7 @@ def openvino(case: Case) -> Backend:
     ways = {}
     for name, raw in case.graphs.items():
         read = graph.read(raw)
-        passes.optimize(read, ("group_norm",))
+        rewrites.optimize(read, ("group_norm",))
         ways[name] = [Way(graph.write(read), runner="openvino")]
     return CpuBackend(ways, case.source.model, Settings())
 

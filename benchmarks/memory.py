@@ -68,7 +68,7 @@ def _made(name: str, folder: Path) -> tuple[Path, Path]:
     import zoo_diffusers
 
     import vae_export
-    from vae_export.sources import reference
+    from vae_export.certification import reference
 
     with mock.patch.dict(zoo_diffusers.ALL, {"dc-eight": zoo_diffusers.CONFIGS["dc"] | DEEP}):
         source = zoo_diffusers.write(folder / name, name, module=zoo_diffusers.fresh(name))

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vae_export import bench
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
 
 #: µs by verb; `sample` makes noise that is addressed, which the bare session's is not.
 BOUNDS: dict[str, float | None] = {"decode": 6.0, "encode": None, "sample": None}

@@ -19,16 +19,18 @@ from typing import Any
 import cases
 from cases import Case
 from machine import machine
+
+from vae_export import graph, timing
+from vae_export.contract import atomic
+from vae_export.contract.bundle import Bundle
+from vae_export.graph import rewrites
+from vae_export.numerics import noise
 from vae_export.runtimes import Settings
 from vae_export.runtimes.backend import Way
-from vae_export.runtimes.cpu import CpuBackend
-
-from vae_export import files, graph, noise, timing
-from vae_export.bundle import Bundle
-from vae_export.graph import passes
+from vae_export.runtimes.cpu.dispatch import CpuBackend
 
 CASES = {"conv64": (1, 8), "resnet64": (1, 8), "tiny": (1,), "kl-small": (1,), "sd15": (1,)}
-BASIC = tuple(name for name in passes.PASSES if name not in passes.FORMS)
+BASIC = tuple(name for name in rewrites.PASSES if name not in rewrites.FORMS)
 #: What is compared with the graph as it is.
 CHOICES = {
     "all that fold": BASIC,
@@ -38,7 +40,7 @@ CHOICES = {
     "upsampling, phases": ("upsampling", "phases"),
     "upsampling, channel_norm": ("upsampling", "channel_norm"),
     "winograd": ("winograd",),
-    "all but group_norm, phases": tuple(name for name in passes.PASSES if name not in ("group_norm", "phases")),
+    "all but group_norm, phases": tuple(name for name in rewrites.PASSES if name not in ("group_norm", "phases")),
 }
 
 
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for graph_name in ("decoder", "encoder")
             for row in measured(name, cases.CASES[name], graph_name, batch, work, asked.seconds)
         ]
-    with files.atomic_file(asked.out) as stage:
+    with atomic.atomic_file(asked.out) as stage:
         stage.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -73,7 +75,7 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
     variants: dict[str, tuple[bytes, int]] = {"none": (source, 0)}
     for choice, names in CHOICES.items():
         read = graph.read(source)
-        if changed := sum(passes.optimize(read, names).values()):
+        if changed := sum(rewrites.optimize(read, names).values()):
             variants[choice] = (graph.write(read), changed)
     calls, opened = {}, []
     for runner in ("onnxruntime", "openvino"):

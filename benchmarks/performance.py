@@ -26,12 +26,13 @@ from cases import Case
 from machine import machine
 
 import vae_export
-from vae_export import bench, files
+from vae_export import bench
 from vae_export import graph as graphs
-from vae_export.builds import BuildFolder
-from vae_export.bundle import Bundle
+from vae_export.contract import atomic
+from vae_export.contract.build_record import BuildFolder
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import VaeExportError
-from vae_export.graph import passes
+from vae_export.graph import rewrites
 
 VERBS = ("decode", "encode")
 SCALING, TWICE = "scaling", "twice"
@@ -88,7 +89,7 @@ def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resum
         found |= machine()
         averaged = [case for name, case in found["cases"].items() if name in cases.MEANS] or found["cases"].values()
         found["means"] = means([cell for case in averaged for cell in case["cells"]])
-        with files.atomic_file(out) as stage:
+        with atomic.atomic_file(out) as stage:
             stage.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -186,7 +187,7 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     read = graphs.read(proto.SerializeToString())
-    passes.optimize(read, ["fold"])  # sizes that are computed in the graph are constants now
+    rewrites.optimize(read, ["fold"])  # sizes that are computed in the graph are constants now
     typed = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(graphs.write(read)), data_prop=True)
     graph = typed.graph
     known = {tensor.name: list(tensor.dims) for tensor in graph.initializer}

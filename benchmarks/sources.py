@@ -43,7 +43,7 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 bundle, side, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 vae = vae_export.load(bundle)
-z = vae_export.noise.normals(0, 0, 0, 1, 4 * side * side // 64).reshape(1, 4, side // 8, side // 8)
+z = vae_export.numerics.noise.normals(0, 0, 0, 1, 4 * side * side // 64).reshape(1, 4, side // 8, side // 8)
 before = peak()
 x = vae.decode(z, tile=tile or None)
 assert x.shape == (1, 3, side, side) and "torch" not in sys.modules

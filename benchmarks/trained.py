@@ -25,8 +25,8 @@ import numpy.typing as npt
 from machine import machine
 
 import vae_export
-from vae_export import images
 from vae_export.errors import VaeExportError
+from vae_export.numerics import images
 
 Array = npt.NDArray[Any]
 

@@ -26,9 +26,10 @@ from kills import difference
 from machine import machine
 from rich.console import Console
 from rich.table import Table
-from vae_export.trainers import checkpoint, data, evaluate
+
+from vae_export.trainers import checkpoint, datasets, evaluate
+from vae_export.trainers.batches import Feed
 from vae_export.trainers.config import DataConfig, TrainConfig, model_config, train_config
-from vae_export.trainers.feed import Feed
 from vae_export.trainers.fit import fit
 
 DIGITS = (1, 8, 8)
@@ -68,7 +69,7 @@ def linear(work: Path) -> list[Figure]:
     """`--model linear` by default, against probabilistic PCA and against its own exact evidence."""
     fit(work / "linear", model_config("linear", data_shape=DIGITS), train_config("linear", device="cpu"))
     _, model = checkpoint.read(work / "linear")
-    dataset = data.load(DataConfig(), 0)
+    dataset = datasets.load(DataConfig(), 0)
     train, test = (part.read(np.arange(len(part))) for part in (dataset.train, dataset.test))
     figures: list[Figure] = []
     for name, x, bound in (("training", train, 0.1), ("test", test, math.inf)):

@@ -46,7 +46,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
-from vae_export.trainers import data, models
+
+from vae_export.trainers import datasets, models
 from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig, model_config, train_config
 from vae_export.trainers.fit import fit
 
@@ -175,7 +176,7 @@ def measure(case: Case, loops: dict[str, Callable[[Job], Timing]], turns: int) -
 
 def specs(folder: Path) -> dict[str, str]:
     """The data sets by name: scikit-learn's digits, and the same, enlarged from 8 × 8, as the files of MNIST."""
-    rows = data.load(DataConfig(), 0).train.rows
+    rows = datasets.load(DataConfig(), 0).train.rows
     small = rows.read(np.arange(len(rows)))[:, 0] * 15  # (N, 8, 8) uint8, levels 0 to 16 become 0 to 240
     large = np.stack([Image.fromarray(one).resize((28, 28), Image.Resampling.BICUBIC) for one in small])
     for part, pictures in (("train", large[_TEST:]), ("t10k", large[:_TEST])):
@@ -187,7 +188,7 @@ def specs(folder: Path) -> dict[str, str]:
 def prepare(case: Case, spec: str, seed: int, epochs: int, out: Path) -> Job:
     """The configurations, and the examples in memory for the loops that do not read them themselves."""
     data_config = DataConfig(spec=spec)
-    found = data.load(data_config, seed)
+    found = datasets.load(data_config, seed)
     return Job(
         model=model_config(case.model, data_shape=found.shape, **case.options),
         data=data_config,

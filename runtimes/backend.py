@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vae_export.builds import Precision, Runner
-from vae_export.noise import Normals
-from vae_export.onnx_reader import Arrays
+from vae_export.contract.onnx_guard import Arrays
+from vae_export.contract.targets import Precision, Runner
+from vae_export.numerics.noise import Normals
 
 Array = npt.NDArray[np.float32]
 #: What a graph gives: float32, or uint8 images; on the host, or a `gpu.DeviceArray`.

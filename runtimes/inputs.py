@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from vae_export.contract.model import Data, Model, SizeDim, shape_text
 from vae_export.errors import InputError
-from vae_export.manifest import Data, Model, SizeDim, shape_text
-from vae_export.pixels import from_uint8
-
-from .backend import Array
+from vae_export.numerics.pixels import from_uint8
+from vae_export.runtimes.backend import Array
 
 _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)

@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vae_export.contract.model import GRAPHS, Cost, Model, SizeDim
 from vae_export.errors import InputError
-from vae_export.manifest import GRAPHS, Cost, Model, SizeDim
-
-from .tiling import Axis, Tile, can_tile, units
+from vae_export.runtimes.tiling import Axis, Tile, can_tile, units
 
 # The manifest counts the intermediate results that PyTorch needs at once. Backends fuse some of them away, but also
 # keep copies in another layout, scratch for convolutions, and gaps between what an arena has given out.

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vae_export import elbo, noise
+from vae_export.contract.model import Latent
 from vae_export.errors import InputError
-from vae_export.manifest import Latent
-from vae_export.noise import Normals
-
-from .backend import Array, Backend
+from vae_export.numerics import elbo, noise
+from vae_export.numerics.noise import Normals
+from vae_export.runtimes.backend import Array, Backend
 
 Float64 = npt.NDArray[np.float64]
 

@@ -12,9 +12,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vae_export.builds import Processor
-
-from .threads import cores
+from vae_export.contract.build_record import Processor
+from vae_export.runtimes.threads import cores
 
 #: What matters to graphs, by Linux' names. All else that a processor has is left out of records.
 _X86 = (

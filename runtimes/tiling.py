@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vae_export.contract.manifest import Tiled
+from vae_export.contract.model import LatentDim, Model, SizeDim
 from vae_export.errors import InputError, TileWarning
-from vae_export.manifest import LatentDim, Model, SizeDim, Tiled
-
-from .backend import Array
+from vae_export.runtimes.backend import Array
 
 
 @dataclass(frozen=True)

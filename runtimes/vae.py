@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
-from vae_export import elbo, likelihoods, noise
+from vae_export.contract.manifest import Tiled
+from vae_export.contract.model import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_OUTPUTS, Model, shape_text
 from vae_export.errors import BundleError, InputError, check_flags
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, GRAPHS, SCORE_OUTPUTS, Model, Tiled, shape_text
-from vae_export.noise import Normals
-from vae_export.pixels import is_picture, to_uint8
-
-from . import memory
-from .backend import Array, Backend, Value, slices
-from .inputs import ArrayCheck, check_out
-from .memory import Budget
-from .posterior import NO_SCALING, DevicePosterior, Elbo, Float64, Posterior, channels
-from .tiling import Axis, Seams, Tile, TileLike, grid, run_tiled, tile_of
+from vae_export.numerics import elbo, likelihoods, noise
+from vae_export.numerics.noise import Normals
+from vae_export.numerics.pixels import is_picture, to_uint8
+from vae_export.runtimes import memory
+from vae_export.runtimes.backend import Array, Backend, Value, slices
+from vae_export.runtimes.inputs import ArrayCheck, check_out
+from vae_export.runtimes.memory import Budget
+from vae_export.runtimes.posterior import NO_SCALING, DevicePosterior, Elbo, Float64, Posterior, channels
+from vae_export.runtimes.tiling import Axis, Seams, Tile, TileLike, grid, run_tiled, tile_of
 
 if TYPE_CHECKING:
-    from .gpu import DeviceArray
+    from vae_export.runtimes.gpu.device import DeviceArray
 
 _SAMPLE = ("sample",)
 _IMAGE = ("image",)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import vae_export
-from vae_export.manifest import SizeDim
+from vae_export.contract.model import SizeDim
 
 
 def check(bundle: Path) -> str:

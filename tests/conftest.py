@@ -20,20 +20,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
-from vae_export.runtimes import flavours, machine
-from vae_export.trainers.config import ModelConfig, TrainConfig
-from vae_export.trainers.fit import fit
 
 import vae_export
-from vae_export import builds, engines, tuning
+from vae_export.building import tensorrt
+from vae_export.building.cpu import search
+from vae_export.certification import reference
+from vae_export.contract import targets
 from vae_export.errors import BackendError
-from vae_export.sources import reference
+from vae_export.runtimes.gpu import driver, flavours
 from vae_export.sources.protocol import Trained
+from vae_export.trainers.config import ModelConfig, TrainConfig
+from vae_export.trainers.fit import fit
 
 ROOT = Path(__file__).parents[1]
 
 # What is fastest does not matter to the tests, and fused graphs are there whether they are fast or not.
-tuning.SECONDS, tuning.WORTH = 0.01, float("inf")
+search.SECONDS, search.WORTH = 0.01, float("inf")
 
 # The tests have a cache of builds of their own. Children inherit it.
 os.environ["VAE_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="vae_export-tests-")
@@ -115,7 +117,7 @@ def lacking(target: str) -> str | None:
     """What this machine lacks for a target, in words, or None."""
     if target == "cpu":
         return None
-    if problem := machine.driver().problem:
+    if problem := driver.query().problem:
         return problem
     try:
         if target == "cuda":
@@ -126,7 +128,7 @@ def lacking(target: str) -> str | None:
         bindings = flavours.load(target)
     except BackendError as error:
         return str(error)
-    known, here = engines.capabilities(bindings, builds.target(target)), machine.driver().gpus[0].capability
+    known, here = tensorrt.capabilities(bindings, targets.parse(target)), driver.query().gpus[0].capability
     return None if here in known else f"{bindings.title} is for {', '.join(known)}; this machine has {here}"
 
 

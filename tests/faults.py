@@ -15,16 +15,7 @@ import numpy.typing as npt
 import onnx_ir
 
 from vae_export.graph import read, write
-from vae_export.graph.edit import (
-    Maker,
-    add_constant,
-    constant,
-    drop,
-    integer,
-    ints,
-    set_constant,
-    text,
-)
+from vae_export.graph.edit import Maker, add_constant, constant, drop, integer, ints, set_constant, text
 
 Graphs = Mapping[str, bytes]
 Fault = Callable[[onnx_ir.Model], bool]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from zoo import CONFIG, ORIGIN, pictures
 
-from vae_export import noise
-from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
+from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
+from vae_export.numerics import noise
 from vae_export.sources.protocol import Trained
 
 _COUNT = 12

@@ -12,7 +12,7 @@ import pytest
 from test_modules import user
 
 import vae_export
-from vae_export import files
+from vae_export.contract import atomic
 from vae_export.errors import InputError
 from vae_export.sources import module
 
@@ -127,5 +127,5 @@ def test_names_that_no_file_can_have(digits: dict[str, Path], tmp_path: Path, na
         vae_export.export(user(), tmp_path / name)
     with pytest.raises(InputError, match="is no name of a file"):
         vae_export.build(digits["gaussian"], "cpu", out=tmp_path / name)
-    with pytest.raises(InputError, match="is no name of a file"), files.atomic_file(tmp_path / name):
+    with pytest.raises(InputError, match="is no name of a file"), atomic.atomic_file(tmp_path / name):
         raise AssertionError("refused before")

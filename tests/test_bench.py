@@ -24,7 +24,7 @@ from PIL import Image
 import vae_export
 from vae_export import bench, timing
 from vae_export.bench import memory, peers, roof, select
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, InputError, VerificationError
 
 SECONDS = 0.02

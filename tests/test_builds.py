@@ -22,20 +22,26 @@ from hypothesis import strategies as st
 from test_bundle import reseal
 from test_cli import Run, failed, succeeded
 from test_manifest import HASH, NAMED, SPATIAL, a_model
-from vae_export.runtimes import flavours, machine, processor
 
 import vae_export
-from vae_export import builds, precision, records, tuning
-from vae_export.builds import SEAL, Build, BuildFolder, BuiltGraph, Engine, Machine, Options, Profile
-from vae_export.bundle import Bundle
+from vae_export.building import mixed_precision
+from vae_export.building.cpu import search
+from vae_export.contract import build_record, cache, records, targets
+from vae_export.contract.build_record import SEAL, Build, BuildFolder, BuiltGraph, Engine, Options
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.manifest import File
+from vae_export.contract.model import Likelihood, Model
+from vae_export.contract.targets import Profile
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.graph.passes import select
-from vae_export.manifest import File, Likelihood, Model
+from vae_export.graph.rewrites import select
+from vae_export.runtimes import compatibility, processor
+from vae_export.runtimes.compatibility import Machine
+from vae_export.runtimes.gpu import driver, flavours
 
 #: What is built from where the kind of model does not matter.
 NAME = "mlp-gaussian"
 RTX = "tensorrt-rtx-sm86"
-NO_GPU = machine.driver().problem
+NO_GPU = driver.query().problem
 no_gpu = pytest.mark.skipif(NO_GPU is None, reason="this machine has a GPU: what happens without one cannot be tested")
 
 
@@ -145,7 +151,7 @@ def test_load_finds_the_build_in_the_cache(bundle: Path, own_cache: Path) -> Non
     assert vae_export.build(bundle, "cpu").path == built.path
     low = vae_export.build(bundle, "cpu", precision="fp16")
     assert low.path == folder / "cpu-fp16"
-    assert builds.cached_slots(Bundle(bundle).manifest) == ["cpu", "cpu-fp16"]
+    assert cache.cached_slots(Bundle(bundle).manifest) == ["cpu", "cpu-fp16"]
     with vae_export.load(bundle) as vae:
         assert vae.describe()["build"] == str(built.path)
 
@@ -225,15 +231,15 @@ def test_after_a_build_in_auto_a_plain_load_is_as_before(
     """To the bit, even where the least exact that holds was chosen."""
 
     def least_exact(tuner: Any, graph: str, refused: Any) -> Any:
-        rows = [row for row in tuner.timed[graph] if tuning._why_not(graph, row.candidate, refused) is None]
-        return [max(rows, key=lambda row: tuning._RANK[row.candidate.precisions[graph]])]
+        rows = [row for row in tuner.timed[graph] if search._why_not(graph, row.candidate, refused) is None]
+        return [max(rows, key=lambda row: search._RANK[row.candidate.precisions[graph]])]
 
     trained = digits["gaussian"]
     with vae_export.load(trained) as vae:
         x = np.clip(vae.sample(3), 0, 1)
         before = vae.sample(7, seed=1), vae.encode(x).mean
     with monkeypatch.context() as patch:
-        patch.setattr(tuning.Tuner, "_choose", least_exact)
+        patch.setattr(search.Tuner, "_choose", least_exact)
         built = vae_export.build(trained, "cpu", precision="auto", batches=[8], seconds=0.02)
     assert built.path.name == "cpu-auto"
     assert not built.record.exact
@@ -252,7 +258,7 @@ def test_an_auto_build_that_stayed_in_float32_holds_its_certificate(
 ) -> None:
     """It is headed by what runs, and a plain load may take it."""
     none = "this runner has float32 alone"
-    monkeypatch.setattr(tuning.Tuner, "_cannot", lambda self, runner, kind: None if kind == "fp32" else none)
+    monkeypatch.setattr(search.Tuner, "_cannot", lambda self, runner, kind: None if kind == "fp32" else none)
     built = vae_export.build(bundle, "cpu", precision="auto", batches=[8])
     assert built.certificate is not None
     assert built.certificate.precision == "float32"
@@ -265,8 +271,8 @@ def test_an_auto_build_that_stayed_in_float32_holds_its_certificate(
 @pytest.mark.parametrize("place", ["cpu", "cpu-int8", "cpu-auto"])
 def test_what_a_build_computes_in_is_read_from_its_record(bundle: Path, made: Any, own_cache: Path, place: str) -> None:
     """Builds of earlier versions lie in the slot of their target, whatever their precision."""
-    builds.check_cache()
-    path = builds.cached(Bundle(bundle).manifest, place)
+    cache.check_cache()
+    path = cache.cached(Bundle(bundle).manifest, place)
     shutil.copytree(made("cpu", precision="fp16").path, path)
     with vae_export.load(bundle, device="cpu") as plain, vae_export.load(bundle, precision="fp16") as vae:
         assert plain.describe()["build"] is None
@@ -275,11 +281,11 @@ def test_what_a_build_computes_in_is_read_from_its_record(bundle: Path, made: An
 
 def test_an_unmeasured_build_is_not_used_by_itself(bundle: Path, made: Any, own_cache: Path) -> None:
     """As engines are that were made where they could not run."""
-    builds.check_cache()
-    path = builds.cached(Bundle(bundle).manifest, "cpu")
+    cache.check_cache()
+    path = cache.cached(Bundle(bundle).manifest, "cpu")
     shutil.copytree(made("cpu").path, path)
     record = BuildFolder(path).record
-    rewrite(path, files={name: file for name, file in record.files.items() if name != builds.CERTIFICATE})
+    rewrite(path, files={name: file for name, file in record.files.items() if name != build_record.CERTIFICATE})
     with vae_export.load(bundle, device="cpu") as vae:
         assert vae.describe()["build"] is None
         assert vae.describe()["passed_over"]["build cpu"].startswith(
@@ -318,8 +324,8 @@ def test_what_cannot_be_asked_for(bundle: Path, made: Any, own_cache: Path, monk
 
 
 def test_a_broken_build_that_is_asked_for_is_an_error(bundle: Path, made: Any, own_cache: Path) -> None:
-    builds.check_cache()
-    path = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    cache.check_cache()
+    path = cache.cached(Bundle(bundle).manifest, "cpu-fp16")
     shutil.copytree(made("cpu", precision="fp16").path, path)
     (path / "decoder.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match="It is truncated or was changed"):
@@ -328,8 +334,10 @@ def test_a_broken_build_that_is_asked_for_is_an_error(bundle: Path, made: Any, o
 
 # Builds know their processor
 
-HASWELL = builds.Processor(model="Haswell", architecture="x86_64", features=("avx", "avx2", "f16c", "fma"), cores=4)
-ZEN = builds.Processor(
+HASWELL = build_record.Processor(
+    model="Haswell", architecture="x86_64", features=("avx", "avx2", "f16c", "fma"), cores=4
+)
+ZEN = build_record.Processor(
     model="Zen", architecture="x86_64", features=("avx2", "avx512_bf16", "avx512_vnni", "bf16", "fma", "vnni"), cores=2
 )
 
@@ -346,7 +354,7 @@ def lowered(path: Path, precision: str, **changes: Any) -> Build:
 def test_a_build_has_its_processor(bundle: Path, made: Any, copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     record = made("cpu").record
     assert record.processor == processor.processor()
-    assert builds.elsewhere(record, processor.processor()) is None
+    assert compatibility.elsewhere(record, processor.processor()) is None
     path = copy("cpu")
     rewrite(path, processor=ZEN)
     monkeypatch.setattr(processor, "processor", lambda: HASWELL)
@@ -359,7 +367,7 @@ def test_a_build_has_its_processor(bundle: Path, made: Any, copy: Any, monkeypat
         "(vae-export build makes it)"
     )
     more = msgspec.structs.replace(ZEN, cores=8, threads=16)
-    found = builds.elsewhere(BuildFolder(path).record, more)
+    found = compatibility.elsewhere(BuildFolder(path).record, more)
     assert found == "measured with 2 cores, 1 thread, and here are 8 cores, 16 threads: another choice may be faster"
 
 
@@ -369,17 +377,17 @@ def test_what_needs_an_instruction_that_is_missing_is_refused(
     path = copy("cpu")
     monkeypatch.setattr(processor, "processor", lambda: HASWELL)
     eight = lowered(path, "int8", requires=("vnni",))
-    assert builds.unfit(eight, ZEN) is None
-    assert builds.unfit(lowered(path, "int8"), HASWELL) is None  # 7 bits, which overflow nowhere
+    assert compatibility.unfit(eight, ZEN) is None
+    assert compatibility.unfit(lowered(path, "int8"), HASWELL) is None  # 7 bits, which overflow nowhere
     old = msgspec.structs.replace(lowered(path, "int8"), processor=None)  # versions that knew 8 bits alone
     sums = (
         "the decoder computes in int8 and needs vnni (sums of 8-bit products that do not overflow), which Haswell does"
     )
     for record in (eight, old):
-        assert builds.unfit(record, HASWELL) == f"{sums} not have"
+        assert compatibility.unfit(record, HASWELL) == f"{sums} not have"
     half = "the decoder computes in bf16 and needs bf16 (products of bfloat16), which Haswell does not have"
-    assert builds.unfit(lowered(path, "bf16"), HASWELL) == half
-    unknown = builds.unfit(lowered(path, "fp32", requires=("amx2", "vnni")), HASWELL)
+    assert compatibility.unfit(lowered(path, "bf16"), HASWELL) == half
+    unknown = compatibility.unfit(lowered(path, "fp32", requires=("amx2", "vnni")), HASWELL)
     assert unknown is not None
     assert "needs amx2 (not known here) and vnni (" in unknown
     for record, words in ((eight, sums), (lowered(path, "bf16"), half)):
@@ -500,10 +508,10 @@ def test_an_engine_for_a_gpu_that_is_not_here(bundle: Path, made: Any) -> None:
 
 @no_gpu
 def test_an_engine_in_the_cache_is_no_reason_not_to_run(bundle: Path, made: Any, own_cache: Path) -> None:
-    place = builds.cached(Bundle(bundle).manifest, RTX)
-    builds.check_cache()
+    place = cache.cached(Bundle(bundle).manifest, RTX)
+    cache.check_cache()
     shutil.copytree(made(RTX).path, place)
-    assert builds.cached_slots(Bundle(bundle).manifest) == [RTX]
+    assert cache.cached_slots(Bundle(bundle).manifest) == [RTX]
     with vae_export.load(bundle) as vae:
         assert vae.describe()["build"] is None
         assert vae.describe()["passed_over"] == {"cuda": NO_GPU}
@@ -624,14 +632,14 @@ def test_what_is_there_stays(bundle: Path, copy: Any, tmp_path: Path) -> None:
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert builds.cache() == tmp_path / "cache"
+    assert cache.cache() == tmp_path / "cache"
     for value in (None, ""):
         monkeypatch.delenv("VAE_EXPORT_CACHE") if value is None else monkeypatch.setenv("VAE_EXPORT_CACHE", value)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         if sys.platform == "linux":
-            assert builds.cache() == tmp_path / "xdg" / "vae_export"
-        assert builds.check_cache() == builds.cache()
-        assert builds.cache().stat().st_mode & 0o777 == 0o700
+            assert cache.cache() == tmp_path / "xdg" / "vae_export"
+        assert cache.check_cache() == cache.cache()
+        assert cache.cache().stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o702])
@@ -665,11 +673,11 @@ def test_a_killed_build_leaves_none(member: Any, made: Any, step: str) -> None:
         assert any(line.strip() == step for line in process.stdout)
         process.send_signal(signal.SIGKILL)
     manifest = Bundle(path).manifest
-    if builds.cached(manifest, RTX).exists():  # the last rename came first
+    if cache.cached(manifest, RTX).exists():  # the last rename came first
         assert step == "writing the build"
-        BuildFolder(builds.cached(manifest, RTX)).graphs()
+        BuildFolder(cache.cached(manifest, RTX)).graphs()
     else:
-        assert builds.cached_slots(manifest) == []
+        assert cache.cached_slots(manifest) == []
 
 
 # Damage
@@ -821,13 +829,13 @@ def test_a_device_that_is_not_the_builds(bundle: Path, made: Any) -> None:
 def test_a_hostile_graph_in_a_build_is_refused(bundle: Path, copy: Any) -> None:
     import onnx
 
-    from vae_export import sealed
+    from vae_export.contract import folders
 
     path = copy("cpu")
     model = onnx.load(path / "generate.onnx")
     model.graph.node.append(onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
     (path / "generate.onnx").write_bytes(model.SerializeToString())
-    listed = {name: file for name, file in sealed.list_files(path).items() if name != SEAL.file}
+    listed = {name: file for name, file in folders.list_files(path).items() if name != SEAL.file}
     (path / SEAL.file).write_bytes(SEAL.encode(msgspec.structs.replace(BuildFolder(path).record, files=listed)))
     damaged(path, bundle, "generate: the graph draws random numbers")
 
@@ -858,7 +866,7 @@ def test_refit_of_another_architecture_and_elsewhere(member: Any, bundle: Path, 
 
 # Whether an engine runs here
 
-PLATFORM = machine.this_platform()
+PLATFORM = driver.this_platform()
 
 
 def this(engine: Engine, **changes: Any) -> Machine:
@@ -899,13 +907,13 @@ MISSING = BackendError("TensorRT for RTX is not installed. Run: pip install 'vae
 def test_whether_an_engine_runs_here(made: Any, changes: dict[str, Any], words: str | None) -> None:
     engine = made(RTX).record.engine
     assert engine.platform == PLATFORM
-    found = builds.mismatch(engine, this(engine, **changes))
+    found = compatibility.mismatch(engine, this(engine, **changes))
     assert found == (words and words.format(version=engine.version))
 
 
 def test_a_flavour_that_was_not_asked_for(made: Any) -> None:
     engine = made(RTX).record.engine
-    found = builds.mismatch(engine, this(engine, flavours={"tensorrt": engine.version}))
+    found = compatibility.mismatch(engine, this(engine, flavours={"tensorrt": engine.version}))
     assert found == f"built for TensorRT for RTX {engine.version}; this machine has none: None"
 
 
@@ -918,8 +926,8 @@ def test_an_engine_for_all_gpus(bundle: Path, made: Any, tmp_path: Path, precisi
     assert {"8.0", "8.6", "8.9", "12.0"} <= set(engine.capabilities)
     assert "7.5" not in engine.capabilities  # Turing, for which TensorRT for RTX has no float32 products
     for capability in engine.capabilities:
-        assert builds.mismatch(engine, this(engine, capability=capability)) is None
-    assert "this machine has 9.9" in str(builds.mismatch(engine, this(engine, capability="9.9")))
+        assert compatibility.mismatch(engine, this(engine, capability=capability)) is None
+    assert "this machine has 9.9" in str(compatibility.mismatch(engine, this(engine, capability="9.9")))
 
 
 def test_what_turing_cannot_do_comes_with_advice(bundle: Path, made: Any, tmp_path: Path) -> None:
@@ -953,7 +961,7 @@ def test_an_engine_for_another_machine_is_not_opened(
 
 
 def test_an_engine_of_a_flavour_that_is_not_installed(bundle: Path, copy: Any) -> None:
-    if not isinstance(machine.this_machine("tensorrt").flavours["tensorrt"], BackendError):
+    if not isinstance(driver.this_machine("tensorrt").flavours["tensorrt"], BackendError):
         pytest.skip("TensorRT is installed here: its absence cannot be tested")
     path = copy(RTX)
     engine = BuildFolder(path).record.engine
@@ -1010,8 +1018,8 @@ def test_round_trip(record: Build) -> None:
 
 
 def test_every_field_is_described() -> None:
-    found = [v for v in vars(builds).values() if isinstance(v, type) and issubclass(v, records.Record)]
-    described = [record for record in found if record.__module__ == builds.__name__]
+    found = [v for v in vars(build_record).values() if isinstance(v, type) and issubclass(v, records.Record)]
+    described = [record for record in found if record.__module__ == build_record.__name__]
     assert len(described) >= 5
     for record in described:
         for field in record.__struct_fields__:
@@ -1117,7 +1125,7 @@ def test_white_space_is_refused() -> None:
     ],
 )
 def test_targets(name: str, flavour: str | None, capability: str | None, device: str) -> None:
-    found = builds.target(name)
+    found = targets.parse(name)
     assert (found.name, found.flavour, found.capability, found.device) == (name, flavour, capability, device)
 
 
@@ -1129,7 +1137,7 @@ def test_what_is_no_target(name: str) -> None:
     with pytest.raises(
         InputError, match=r"build: target is .*; expected cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt"
     ):
-        builds.target(name)
+        targets.parse(name)
 
 
 SIZED: Model = a_model(data=NAMED, latent=SPATIAL, likelihood=Likelihood(kind="gaussian"))
@@ -1145,33 +1153,33 @@ SIZED: Model = a_model(data=NAMED, latent=SPATIAL, likelihood=Likelihood(kind="g
     ],
 )
 def test_profiles(batches: list[int], static: bool, expected: list[str]) -> None:
-    assert [str(p) for p in builds.profiles(a_model(), batches, [], static=static)] == expected
+    assert [str(p) for p in targets.profiles(a_model(), batches, [], static=static)] == expected
 
 
 def test_profiles_of_named_sizes() -> None:
     sizes = [{"height": 32, "width": 24}, {"height": 64, "width": 8}]
-    assert [str(p) for p in builds.profiles(SIZED, [1, 4], sizes)] == [
+    assert [str(p) for p in targets.profiles(SIZED, [1, 4], sizes)] == [
         "batch 1 to 1, height 16 to 32, width 8 to 24",
         "batch 2 to 4, height 16 to 32, width 8 to 24",
         "batch 1 to 1, height 16 to 64, width 8 to 8",
         "batch 2 to 4, height 16 to 64, width 8 to 8",
     ]
-    (static,) = builds.profiles(SIZED, [4], sizes[:1], static=True)
+    (static,) = targets.profiles(SIZED, [4], sizes[:1], static=True)
     assert str(static) == "batch 4 to 4, height 32 to 32, width 24 to 24"
     x, z = (SIZED.ends(graph)[0][0] for graph in ("encoder", "decoder"))
     assert static.shapes(x, SIZED) == ((4, 3, 32, 24),) * 3
-    moving = builds.profiles(SIZED, [4], sizes[:1])[0]
+    moving = targets.profiles(SIZED, [4], sizes[:1])[0]
     assert moving.shapes(x, SIZED) == ((1, 3, 16, 8), (4, 3, 32, 24), (4, 3, 32, 24))
     assert moving.shapes(z, SIZED) == ((1, 4, 2, 2), (4, 4, 4, 6), (4, 4, 4, 6))
     with pytest.raises(InputError, match=r"this model takes height .*got height = 12"):
-        builds.profiles(SIZED, [1], [{"height": 12, "width": 8}])
+        targets.profiles(SIZED, [1], [{"height": 12, "width": 8}])
     with pytest.raises(InputError, match=r"this model takes height .*got \{\}"):
-        builds.profiles(SIZED, [1], [])
+        targets.profiles(SIZED, [1], [])
 
 
-THREE = builds.profiles(a_model(), [1, 8, 64], [])
-TWO_SIZES = builds.profiles(SIZED, [1, 4], [{"height": 32, "width": 24}, {"height": 64, "width": 8}])
-STATIC = builds.profiles(a_model(), [2, 8], [], static=True)
+THREE = targets.profiles(a_model(), [1, 8, 64], [])
+TWO_SIZES = targets.profiles(SIZED, [1, 4], [{"height": 32, "width": 24}, {"height": 64, "width": 8}])
+STATIC = targets.profiles(a_model(), [2, 8], [], static=True)
 
 
 @pytest.mark.parametrize(
@@ -1194,7 +1202,7 @@ STATIC = builds.profiles(a_model(), [2, 8], [], static=True)
     ],
 )
 def test_choose(profiles: Any, batch: int, sizes: dict[str, int], expected: tuple[int, int] | None) -> None:
-    assert builds.choose(profiles, batch, sizes) == expected
+    assert targets.choose(profiles, batch, sizes) == expected
 
 
 @given(
@@ -1208,7 +1216,7 @@ def test_the_chosen_profile_is_the_smallest_that_fits(
     batches: list[int], sizes: list[tuple[int, int]], static: bool, n: int, size: tuple[int, int]
 ) -> None:
     asked = [{"height": 8 * h, "width": 8 * w} for h, w in sizes]
-    made = builds.profiles(SIZED, batches, asked, static=static)
+    made = targets.profiles(SIZED, batches, asked, static=static)
     assert len(made) == len(set(batches)) * len(sizes)
     wanted = {"height": 8 * size[0], "width": 8 * size[1]}
 
@@ -1216,7 +1224,7 @@ def test_the_chosen_profile_is_the_smallest_that_fits(
         held = all(low <= wanted[name] <= high for name, (low, _, high) in profile.sizes.items())
         return held and n <= profile.batch[2]
 
-    found = builds.choose(made, n, wanted)
+    found = targets.choose(made, n, wanted)
     if found is None:
         assert not any(map(fits, made))
         covered = any(size == s if static else size[0] <= s[0] and size[1] <= s[1] for s in sizes)
@@ -1236,7 +1244,7 @@ def test_the_chosen_profile_is_the_smallest_that_fits(
 
 def test_build_on_the_command_line(run: Run, bundle: Path, tmp_path: Path, own_cache: Path) -> None:
     said = succeeded(run("build", bundle, "--target", "cpu", "--precision", "fp16", "--seconds", "0.01"))
-    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    place = cache.cached(Bundle(bundle).manifest, "cpu-fp16")
     assert f"{place} is written, and verified" in said
     assert "It computes in float16: load takes it with precision='fp16' (--precision fp16)" in said
     assert "build for cpu" in said
@@ -1274,8 +1282,8 @@ def test_build_on_the_command_line(run: Run, bundle: Path, tmp_path: Path, own_c
 @no_gpu
 def test_what_runs_is_said_first(run: Run, bundle: Path, made: Any, own_cache: Path, tmp_path: Path) -> None:
     """On stderr: what is piped stays as it was."""
-    builds.check_cache()
-    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    cache.check_cache()
+    place = cache.cached(Bundle(bundle).manifest, "cpu-fp16")
     shutil.copytree(made("cpu", precision="fp16").path, place)
     own, low = "float32, the bundle's own graphs, onnxruntime ", f"float16, build {place}, "
     with vae_export.load(bundle, build=False) as vae, vae_export.load(bundle, build=place) as half:
@@ -1307,8 +1315,8 @@ def test_what_runs_is_said_first(run: Run, bundle: Path, made: Any, own_cache: P
 @no_gpu
 def test_bench_after_a_build_in_a_lower_precision(run: Run, bundle: Path, made: Any, own_cache: Path) -> None:
     """What is timed without being named is in float32, whatever is in the cache or the user's default."""
-    builds.check_cache()
-    place = builds.cached(Bundle(bundle).manifest, "cpu-fp16")
+    cache.check_cache()
+    place = cache.cached(Bundle(bundle).manifest, "cpu-fp16")
     shutil.copytree(made("cpu", precision="fp16").path, place)
     few = ("--batches", 1, "--verbs", "decode", "--seconds", 0.02, "--json")
     for options, name, line in (
@@ -1344,7 +1352,7 @@ def test_engines_on_the_command_line(run: Run, bundle: Path, made: Any, tmp_path
 
 def test_bad_commands(run: Run, bundle: Path, made: Any) -> None:
     failed(run("build", bundle), 2, "build: name a --target: cpu, cuda, tensorrt, tensorrt-rtx or tensorrt-rtx-smNN")
-    if isinstance(machine.this_machine("tensorrt").flavours["tensorrt"], BackendError):
+    if isinstance(driver.this_machine("tensorrt").flavours["tensorrt"], BackendError):
         done = run("build", bundle, "--target", "tensorrt")
         failed(done, 4, "TensorRT is not installed. Run: pip install 'vae-export[tensorrt]'")
     for options in (["--target", "cpu", "--static"], ["--precision", "fp16"], ["--batch", "1"]):
@@ -1361,7 +1369,7 @@ def test_an_engine_in_fp16_without_onnxruntime(bundle: Path, tmp_path: Path, mon
     def missing(*_: object) -> None:
         raise BackendError("build needs onnxruntime.\nRun: pip install 'vae-export[cpu]'")
 
-    monkeypatch.setattr(precision, "record_both", missing)
+    monkeypatch.setattr(mixed_precision, "record_both", missing)
     made = vae_export.build(bundle, RTX, out=tmp_path / "out", precision="fp16", batches=[1])
     (said,) = made.record.absent
     assert (

@@ -17,9 +17,9 @@ import onnx
 import pytest
 
 import vae_export
-from vae_export import bundle as bundles
-from vae_export import files, sealed
-from vae_export.bundle import Bundle
+from vae_export.contract import atomic, folders
+from vae_export.contract import bundle as bundles
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BundleError, InputError, VaeExportError
 
 
@@ -33,7 +33,7 @@ def reseal(path: Path, **changes: object) -> None:
     """Write a manifest that fits the files as they are now: what a hostile author would do."""
     manifest = Bundle(path).manifest
     (path / bundles.MANIFEST).unlink()
-    listed = sealed.list_files(path)
+    listed = folders.list_files(path)
     bundles.write_manifest(path, msgspec.structs.replace(manifest, files=listed, **changes))
 
 
@@ -118,7 +118,7 @@ def test_the_bytes_that_were_checked_are_the_bytes_that_run(copy: Path) -> None:
 
 
 def test_large_files_are_checked_piece_by_piece(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sealed, "_PIECE", 1000)
+    monkeypatch.setattr(folders, "_PIECE", 1000)
     Bundle(copy).check()
     original = (copy / "golden.safetensors").read_bytes()
     (copy / "golden.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
@@ -166,21 +166,21 @@ def test_creation_is_whole_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "new"
 
     def fail(overwrite: bool) -> None:
-        with files.atomic_folder(path, overwrite=overwrite) as folder:
+        with atomic.atomic_folder(path, overwrite=overwrite) as folder:
             (folder / "file").write_text("half")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         fail(overwrite=False)
     assert list(tmp_path.iterdir()) == []
-    with files.atomic_folder(path) as folder:
+    with atomic.atomic_folder(path) as folder:
         (folder / "file").write_text("old")
     with pytest.raises(InputError, match=r"exists already\. Choose another path, or overwrite it on purpose"):
-        files.atomic_folder(path).__enter__()
+        atomic.atomic_folder(path).__enter__()
     with pytest.raises(RuntimeError, match="stop"):
         fail(overwrite=True)
     assert (path / "file").read_text() == "old"
-    with files.atomic_folder(path, overwrite=True) as folder:
+    with atomic.atomic_folder(path, overwrite=True) as folder:
         (folder / "file").write_text("new")
     assert (path / "file").read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
@@ -206,9 +206,9 @@ def test_without_an_exchange_the_folder_is_replaced_in_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other systems than Linux have no atomic exchange of two folders."""
-    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setattr(atomic.sys, "platform", "darwin")
     for content in ("old", "new"):
-        with files.atomic_folder(tmp_path / "folder", overwrite=True) as folder:
+        with atomic.atomic_folder(tmp_path / "folder", overwrite=True) as folder:
             (folder / "file").write_text(content)
     assert (tmp_path / "folder" / "file").read_text() == "new"
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
@@ -216,7 +216,7 @@ def test_without_an_exchange_the_folder_is_replaced_in_two_steps(
 
 def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     program = (
-        "import sys, itertools; from pathlib import Path; from vae_export.files import atomic_folder\n"
+        "import sys, itertools; from pathlib import Path; from vae_export.contract.atomic import atomic_folder\n"
         "for i in itertools.count():\n"
         "    with atomic_folder(Path(sys.argv[1]), overwrite=True) as folder:\n"
         "        for name in 'ab': (folder / name).write_text(str(i))\n"
@@ -234,11 +234,11 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 
 def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
-        with files.atomic_file(tmp_path / "deep" / "file") as stage:
+        with atomic.atomic_file(tmp_path / "deep" / "file") as stage:
             stage.write_bytes(content)
 
     def fail() -> None:
-        with files.atomic_file(tmp_path / "deep" / "file") as stage:
+        with atomic.atomic_file(tmp_path / "deep" / "file") as stage:
             stage.write_bytes(b"half")
             raise RuntimeError("stop")
 
@@ -246,7 +246,7 @@ def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
         fail()
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file"]
     assert (tmp_path / "deep" / "file").read_bytes() == b"two"
-    with files.atomic_file(Path("/dev/null")) as stage:
+    with atomic.atomic_file(Path("/dev/null")) as stage:
         stage.write_bytes(b"gone")
 
 
@@ -273,7 +273,7 @@ def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path, copy: Path) -> No
 def test_what_came_at_the_last_moment_is_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
 ) -> None:
-    monkeypatch.setattr(files.sys, "platform", platform)
+    monkeypatch.setattr(atomic.sys, "platform", platform)
     path, looks = tmp_path / "folder", iter([None, InputError("not ours")])
     path.mkdir()
     (path / "thesis.txt").write_text("precious")
@@ -283,14 +283,14 @@ def test_what_came_at_the_last_moment_is_put_back(
         if error := next(looks):
             raise error
 
-    with pytest.raises(InputError, match="not ours"), files.atomic_folder(path, overwrite=True, check=check):
+    with pytest.raises(InputError, match="not ours"), atomic.atomic_folder(path, overwrite=True, check=check):
         pass
     assert (path / "thesis.txt").read_text() == "precious"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_one_of_two_writers_is_told(tmp_path: Path) -> None:
-    first, second = files.atomic_folder(tmp_path / "folder"), files.atomic_folder(tmp_path / "folder")
+    first, second = atomic.atomic_folder(tmp_path / "folder"), atomic.atomic_folder(tmp_path / "folder")
     for number, writer in enumerate((first, second)):
         (writer.__enter__() / "file").write_text(str(number))
     second.__exit__(None, None, None)
@@ -302,7 +302,7 @@ def test_one_of_two_writers_is_told(tmp_path: Path) -> None:
 
 def test_the_next_writer_removes_what_dead_ones_left(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from vae_export.files import atomic_file, atomic_folder\n"
+        "import os, sys; from pathlib import Path; from vae_export.contract.atomic import atomic_file, atomic_folder\n"
         "path = Path(sys.argv[1])\n"
         "with atomic_folder(path / 'folder'), atomic_file(path / 'a.json') as stage:\n"
         "    stage.write_text('half')\n"
@@ -311,9 +311,9 @@ def test_the_next_writer_removes_what_dead_ones_left(tmp_path: Path) -> None:
     for _ in range(2):
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert len(list(tmp_path.iterdir())) == 2  # the second removed what the first had left
-    with files.atomic_folder(tmp_path / "folder"), files.atomic_file(tmp_path / "a.json") as live:
+    with atomic.atomic_folder(tmp_path / "folder"), atomic.atomic_file(tmp_path / "a.json") as live:
         live.write_text("whole")
-        with files.atomic_folder(tmp_path / "folder"), files.atomic_file(tmp_path / "a.json") as other:
+        with atomic.atomic_folder(tmp_path / "folder"), atomic.atomic_file(tmp_path / "a.json") as other:
             other.write_text("first")
         assert live.exists()
         (tmp_path / "folder").rmdir()
@@ -325,7 +325,7 @@ def test_what_a_dead_writer_moved_away_is_put_back(tmp_path: Path) -> None:
     old = tmp_path / ".folder.00000000.partial" / "old"
     old.mkdir(parents=True)
     (old / "file").write_text("old")
-    with pytest.raises(InputError, match="folder appeared"), files.atomic_folder(tmp_path / "folder"):
+    with pytest.raises(InputError, match="folder appeared"), atomic.atomic_folder(tmp_path / "folder"):
         pass
     assert (tmp_path / "folder" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -334,7 +334,7 @@ def test_what_a_dead_writer_moved_away_is_put_back(tmp_path: Path) -> None:
 def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path) -> None:
     """Old or new, never an error and never a mixture."""
     program = (
-        "import shutil, sys, time; from pathlib import Path; from vae_export import bundle\n"
+        "import shutil, sys, time; from pathlib import Path; from vae_export.contract import bundle\n"
         "path, sources = Path(sys.argv[1]), sys.argv[2:]\n"
         "print(flush=True)\n"
         "for number in range(10**6):\n"
@@ -359,13 +359,13 @@ def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path)
 
 def test_every_file_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    content = sealed.SealedFolder._content
+    content = folders.SealedFolder._content
 
     def counted(self: Bundle, name: str, *args: object, **options: object) -> bytes:
         read.append(name)
         return content(self, name, *args, **options)
 
-    monkeypatch.setattr(sealed.SealedFolder, "_content", counted)
+    monkeypatch.setattr(folders.SealedFolder, "_content", counted)
     vae_export.load(copy, device="cpu").close()
     assert sorted(read) == sorted({bundles.MANIFEST, *Bundle(copy).manifest.files})
 

@@ -332,9 +332,8 @@ def test_named_sizes(run: Run, member: Callable[[str], object], tmp_path: Path) 
 def test_the_choices_are_those_of_the_contract() -> None:
     from typing import get_args, get_type_hints
 
+    from vae_export.commands.train import train
     from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
-
-    from vae_export.cli_train import train
 
     records = (DataConfig, ModelConfig, TrainConfig)
     hints = {name: hint for record in records for name, hint in get_type_hints(record).items()}
@@ -417,8 +416,8 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
 
 SIGNAL_IN_THE_LOOP = """
 import os, sys
-from vae_export.trainers.feed import Feed
-from vae_export.cli import main
+from vae_export.trainers.batches import Feed
+from vae_export.commands.app import main
 
 before = Feed.__getitem__
 def item(feed, step):
@@ -472,7 +471,9 @@ def test_nobody_reads(digits: dict[str, Path]) -> None:
 
 
 def test_a_fault_of_ours_asks_for_a_report() -> None:
-    program = "from vae_export import cli\ndef fault(): raise KeyError('\\x1b[31m')\ncli.app = fault\ncli.main()\n"
+    program = (
+        "from vae_export.commands import app\ndef fault(): raise KeyError('\\x1b[31m')\napp.app = fault\napp.main()\n"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 70
     assert "Traceback" in done.stderr

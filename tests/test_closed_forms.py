@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from vae_export.trainers import checkpoint, data, evaluate
+
+from vae_export.numerics import noise
+from vae_export.trainers import checkpoint, datasets, evaluate
 from vae_export.trainers.config import DataConfig, TrainConfig, model_config, train_config
 from vae_export.trainers.fit import fit
 from vae_export.trainers.models import VAEModel, build
 from vae_export.trainers.objective import Objective, draw
-
-from vae_export import noise
 
 DIGITS = (1, 8, 8)
 
@@ -35,7 +35,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def split() -> tuple[np.ndarray, np.ndarray]:
-    dataset = data.load(DataConfig(), 0)
+    dataset = datasets.load(DataConfig(), 0)
     return tuple(part.read(np.arange(len(part))) for part in (dataset.train, dataset.test))  # type: ignore[return-value]
 
 

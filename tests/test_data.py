@@ -23,13 +23,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vae_export.trainers import data, download, formats
-from vae_export.trainers.config import DataConfig
-from vae_export.trainers.data import DataSet
 
-from vae_export import images, noise
 from vae_export.errors import InputError
-from vae_export.pixels import to_uint8
+from vae_export.numerics import images, noise
+from vae_export.numerics.pixels import to_uint8
+from vae_export.trainers import datasets, download, formats
+from vae_export.trainers.config import DataConfig
+from vae_export.trainers.datasets import DataSet
 
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +40,7 @@ def ramp(*shape: int, top: int = 256) -> Array:
 
 
 def load(spec: str | Path, seed: int = 0, *, quantize: bool = False, **options: Any) -> DataSet:
-    dataset = data.load(DataConfig(spec=str(spec), **options), seed)
+    dataset = datasets.load(DataConfig(spec=str(spec), **options), seed)
     return dataset.quantized() if quantize else dataset
 
 
@@ -325,7 +325,7 @@ def test_progress_is_reported(tmp_path: Path) -> None:
     for n in range(1, 1001):
         (tmp_path / f"{n}.bmp").write_bytes(content)
     messages: list[str] = []
-    data.load(DataConfig(spec=f"images:{tmp_path}", size=(2, 2)), 0, report=messages.append)
+    datasets.load(DataConfig(spec=f"images:{tmp_path}", size=(2, 2)), 0, report=messages.append)
     assert messages == ["1,000 of 1,001 pictures read"]
 
 
@@ -345,7 +345,7 @@ def test_the_same_endings_are_pictures_everywhere() -> None:
 def test_parts_are_disjoint_and_cover(count: int, validation: float, test: float, seed: int, own: int) -> None:
     rows = formats.ArrayRows(np.zeros((count + own, 1, 1, 1), np.uint8))
     found = formats.Found("x", rows, (1, 1, 1), "uint8", 256, test=own)
-    parts = data._split(found, DataConfig(validation=validation, test=test), seed)
+    parts = datasets._split(found, DataConfig(validation=validation, test=test), seed)
     assert sorted(np.concatenate(parts).tolist()) == list(range(count + own))
     assert min(map(len, parts)) >= 1
     assert len(parts[1]) == min(max(1, round(validation * count)), count - 1 - len(parts[2]) * (not own))
@@ -450,8 +450,11 @@ def test_flips() -> None:
 
 def test_no_noise_is_used_twice() -> None:
     """Binarization, dequantization, flips and the posterior's draws of one example are independent."""
-    draws = [*range(3), *(draw + once for draw in (data._BINARIZE, data._DEQUANTIZE) for once in (0, data._ONCE))]
-    draws.append(data._FLIP)
+    draws = [
+        *range(3),
+        *(draw + once for draw in (datasets._BINARIZE, datasets._DEQUANTIZE) for once in (0, datasets._ONCE)),
+    ]
+    draws.append(datasets._FLIP)
     assert len(set(draws)) == 8
     assert max(draws) < 1 << 64
 

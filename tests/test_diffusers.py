@@ -19,8 +19,9 @@ import zoo_diffusers
 
 import vae_export
 from vae_export import sources
+from vae_export.certification import reference
 from vae_export.errors import InputError
-from vae_export.sources import cost, diffusers_folder, reference
+from vae_export.sources import cost, diffusers_folder
 
 WEIGHTS = f"{diffusers_folder.WEIGHTS}.safetensors"
 
@@ -284,7 +285,7 @@ def test_fewer_rows_for_what_costs_more() -> None:
     """256 rows for a model of a million multiply-adds, never fewer than three."""
 
     def rows(multiply_adds: float) -> int:
-        value = vae_export.manifest.Cost(multiply_adds=(multiply_adds, 0.0, 0.0), activations=(1.0, 0.0, 0.0))
+        value = vae_export.contract.manifest.Cost(multiply_adds=(multiply_adds, 0.0, 0.0), activations=(1.0, 0.0, 0.0))
         return reference.rows({"encoder": value, "decoder": value}, {})
 
     assert rows(1e6) == 256

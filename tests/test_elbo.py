@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
+from vae_export.numerics import elbo, likelihoods, noise
 from vae_export.trainers.objective import Elbo, log_prob_of
 from vae_export.trainers.objective import elbo as torch_elbo
-
-from vae_export import elbo, likelihoods, noise
-from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
 
 values = hnp.arrays(np.float64, (3, 4), elements=st.floats(-8, 8))
 

@@ -8,20 +8,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import cuda.bindings.driver as driver
+import cuda.bindings.driver as cuda_driver
 import cuda.core
 import onnx
 import pytest
 import zoo
 from onnx import TensorProto, helper
 from torch import Tensor, nn
-from vae_export.runtimes import flavours, machine
 
 import vae_export
-from vae_export import builder, builds, engines
-from vae_export.builds import BuildFolder, Options, Profile
+from vae_export.building import builder, tensorrt
+from vae_export.contract import build_record, targets
+from vae_export.contract.build_record import BuildFolder, Options
+from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
+from vae_export.contract.targets import Profile
 from vae_export.errors import BackendError, InputError
-from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
+from vae_export.runtimes.gpu import driver, flavours
 from vae_export.sources.protocol import Trained
 
 RTX = flavours.load("tensorrt-rtx")
@@ -61,18 +63,18 @@ def test_every_graph_is_built(
 ) -> None:
     """All graphs × two capabilities × three precisions, with two profiles in each engine."""
     number = {"sm86": "8.6", "sm120": "12.0"}[capability]
-    if any(gpu.capability == number for gpu in machine.driver().gpus):
+    if any(gpu.capability == number for gpu in driver.query().gpus):
         pytest.skip("this machine would measure it, too: see test_gpu.py")
     target = f"tensorrt-rtx-{capability}"
     built = vae_export.build(bundles[name], target, precision=precision, batches=(1, 8), out=tmp_path / "b")
     record = built.record
     picture = len(zoo_shape(bundles[name])) == 3
     assert set(record.graphs) == {"encoder", "decoder", "reconstruct"} | ({"generate"} if picture else set())
-    assert record.engine == builds.Engine(
+    assert record.engine == build_record.Engine(
         flavour="tensorrt-rtx",
         version=RTX.version,
         capabilities=(number,),
-        platform=machine.this_platform(),
+        platform=driver.this_platform(),
     )
     assert [profile.batch for profile in record.options.profiles] == [(1, 1, 1), (2, 8, 8)]
     assert built.certificate is None
@@ -197,7 +199,7 @@ def test_turing_has_no_float32_products(bundles: Mapping[str, Path], tmp_path: P
         vae_export.build(bundles["mlp"], "tensorrt-rtx-sm75", batches=(1,), out=tmp_path / "c")
 
 
-@pytest.mark.skipif(not machine.driver().problem, reason="this machine has a GPU")
+@pytest.mark.skipif(not driver.query().problem, reason="this machine has a GPU")
 def test_refittable_engines_need_a_gpu(bundles: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="A refittable engine needs a GPU where it is built: build there"):
         vae_export.build(bundles["mlp"], "tensorrt-rtx-sm86", refittable=True, out=tmp_path / "b")
@@ -213,8 +215,8 @@ def test_the_parsers_errors_name_the_node(member: Callable[[str], Any]) -> None:
     for operator, attributes in (("StringNormalizer", {}), ("Unheard", {})):
         node = helper.make_node(operator, ["z"], ["sample"], name="the node", **attributes)
         graph = onnx.helper.make_model(helper.make_graph([node], "g", [z], [sample])).SerializeToString()
-        steps = engines.build(
-            RTX, {"decoder": graph}, model, builds.target("tensorrt-rtx-sm86"), Options(profiles=tuple(FEW))
+        steps = tensorrt.build(
+            RTX, {"decoder": graph}, model, targets.parse("tensorrt-rtx-sm86"), Options(profiles=tuple(FEW))
         )
         with pytest.raises(BackendError) as error:
             next(steps)
@@ -299,13 +301,13 @@ def test_cuda_has_what_is_used() -> None:
         cuda.core.graph.Graph: ["launch", "upload"],
         cuda.core.utils: ["StridedMemoryView", "FileStreamProgramCache"],
         cuda.core.utils.StridedMemoryView: ["from_any_interface", "from_buffer", "ptr", "device_id", "strides"],
-        driver: ["cuMemcpyAsync", "cuMemcpyDtoH", "cuMemPoolSetAttribute", "cuuint64_t"],
-        driver.CUmemPool_attribute: ["CU_MEMPOOL_ATTR_RELEASE_THRESHOLD"],
+        cuda_driver: ["cuMemcpyAsync", "cuMemcpyDtoH", "cuMemPoolSetAttribute", "cuuint64_t"],
+        cuda_driver.CUmemPool_attribute: ["CU_MEMPOOL_ATTR_RELEASE_THRESHOLD"],
     }  # fmt: skip
     assert not [f"{owner}.{name}" for owner, names in expected.items() for name in names if not hasattr(owner, name)]
 
 
-@pytest.mark.skipif(not machine.driver().problem, reason="this machine has a GPU")
+@pytest.mark.skipif(not driver.query().problem, reason="this machine has a GPU")
 def test_without_a_gpu_engines_are_refused_in_words(bundles: Mapping[str, Path], tmp_path: Path) -> None:
     built = vae_export.build(bundles["mlp"], "tensorrt-rtx-sm89", batches=(1,), out=tmp_path / "b")
     message = r"b: built for compute capability 8\.9; this machine has no GPU \(no NVIDIA driver.*Run: vae-export build"
@@ -324,11 +326,11 @@ def test_profiles_reach_the_engine(member: Callable[[str], Any]) -> None:
     proto = onnx.load(graph)
     proto.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param")
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
-    steps = engines.build(
+    steps = tensorrt.build(
         RTX,
         {"decoder": proto.SerializeToString()},
         model,
-        builds.target("tensorrt-rtx-sm86"),
+        targets.parse("tensorrt-rtx-sm86"),
         Options(profiles=(Profile(batch=(1, 1, 1)),)),
     )
     with pytest.raises(BackendError, match=r"does not build the decoder in fp32.*It says: "):

@@ -19,11 +19,13 @@ import zoo
 from PIL import Image
 
 import vae_export
-from vae_export import golden, images, model_card, tracing
-from vae_export.bundle import Bundle
+from vae_export.certification import golden, reference
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
 from vae_export.errors import InputError, VerificationError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Data, Likelihood, Posterior
-from vae_export.sources import cost, reference
+from vae_export.exporting import model_card, tracing
+from vae_export.numerics import images
+from vae_export.sources import cost
 from vae_export.sources.protocol import Trained
 
 
@@ -110,7 +112,7 @@ def test_contents(digits: dict[str, Path]) -> None:
 
 
 def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoints: dict[str, Path]) -> None:
-    from vae_export.trainers import checkpoint, data
+    from vae_export.trainers import checkpoint, datasets
     from vae_export.trainers.config import DataConfig
 
     bundle = Bundle(digits["gaussian"])
@@ -129,7 +131,7 @@ def test_golden_rows_are_the_models_in_float64(digits: dict[str, Path], checkpoi
     assert (x[1] == 1).all()
     assert np.array_equal(x[2], 1 - x[3])
     assert x[2].mean() == 0.5
-    dataset = data.load(DataConfig(), 0)
+    dataset = datasets.load(DataConfig(), 0)
     held_out, trained = (
         {row.tobytes() for row in part.read(np.arange(len(part)))} for part in (dataset.test, dataset.train)
     )

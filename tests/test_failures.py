@@ -17,15 +17,15 @@ from onnx import numpy_helper
 from onnx.helper import make_node
 from test_bundle import reseal
 from test_modules import spatial, user
-from vae_export.runtimes import VAE, Settings
-from vae_export.runtimes.backend import Way
-from vae_export.runtimes.cpu import CpuBackend
-from vae_export.runtimes.failures import failure, words
 
 import vae_export
-from vae_export import tracing
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError
+from vae_export.exporting import tracing
+from vae_export.runtimes import VAE, Settings
+from vae_export.runtimes.backend import Way
+from vae_export.runtimes.cpu.dispatch import CpuBackend
+from vae_export.runtimes.failures import failure, words
 from vae_export.sources import module
 
 Nodes = Sequence[onnx.NodeProto]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from vae_export import graph
-from vae_export.graph import phases, upsampling, winograd
+from vae_export.graph.rewrites import phases, upsampling, winograd
 
 UINTS = st.integers(0, 3)
 

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import zoo
 from conftest import lacking
-from vae_export.runtimes import flavours, machine
 
 import vae_export
-from vae_export import builds, noise
-from vae_export.builder import refit
+from vae_export.building.builder import refit
+from vae_export.contract import build_record
 from vae_export.errors import BackendError, InputError
-from vae_export.noise import Normals
+from vae_export.numerics import noise
+from vae_export.numerics.noise import Normals
+from vae_export.runtimes.gpu import driver, flavours
 
 pytestmark = pytest.mark.gpu
 
@@ -42,9 +43,9 @@ def near(got: Any, expected: np.ndarray, share: float = CLOSE) -> None:
 @pytest.fixture
 def gpu() -> Any:
     """The device, opened by our own layer."""
-    if problem := machine.driver().problem:
+    if problem := driver.query().problem:
         pytest.skip(problem)
-    from vae_export.runtimes.gpu import Gpu
+    from vae_export.runtimes.gpu.device import Gpu
 
     opened = Gpu("test", "gpu")
     yield opened
@@ -287,7 +288,7 @@ def test_auto_takes_the_best_build_and_says_which(
         said = vae.describe()
         assert said["build"] == str(built.path)
         assert said["device"] == "cuda"
-        assert said["gpu"] == machine.driver().gpus[0].name
+        assert said["gpu"] == driver.query().gpus[0].name
     shutil.rmtree(built.path)
 
 
@@ -344,7 +345,7 @@ def test_static_engines_fill_up(digits: dict[str, Path], placed: Callable[..., A
 def test_an_engine_for_another_gpu_is_refused(digits: dict[str, Path], tmp_path: Path) -> None:
     if problem := lacking("tensorrt-rtx"):
         pytest.skip(problem)
-    here = machine.driver().gpus[0].capability
+    here = driver.query().gpus[0].capability
     other = "sm86" if here != "8.6" else "sm89"
     built = vae_export.build(digits["gaussian"], f"tensorrt-rtx-{other}", out=tmp_path / "other")
     assert built.certificate is None
@@ -366,10 +367,10 @@ def test_what_was_built_for_another_version_is_built_again(
     record = built.record
     assert record.engine is not None
     older = msgspec.structs.replace(record, engine=msgspec.structs.replace(record.engine, version="1.0"))
-    (built.path / builds.SEAL.file).write_bytes(builds.SEAL.encode(older))
+    (built.path / build_record.SEAL.file).write_bytes(build_record.SEAL.encode(older))
     with pytest.raises(BackendError, match=r"built for .* 1\.0; this machine has"):
         vae_export.load(digits["gaussian"], build=built.path)
     with vae_export.load(digits["gaussian"]) as vae:
         assert vae.describe()["build"] == str(built.path)
         assert vae.describe()["version"] == flavours.load(flavour).version
-    assert builds.BuildFolder(built.path).record.options == record.options
+    assert build_record.BuildFolder(built.path).record.options == record.options

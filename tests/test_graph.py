@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import vae_export
-from vae_export import graph, noise, pixels
-from vae_export.bundle import Bundle
-from vae_export.certificate import TOLERANCES
+from vae_export import graph
+from vae_export.certification.certificate import TOLERANCES
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import DECODER_OUTPUTS, GRAPHS, Data, Latent, Model
 from vae_export.errors import InputError
-from vae_export.graph import compose, structure
-from vae_export.graph.precision import lower
-from vae_export.manifest import DECODER_OUTPUTS, GRAPHS, Data, Latent, Model
+from vae_export.graph import fingerprint, fuse
+from vae_export.graph.half import lower
+from vae_export.numerics import noise, pixels
 
 Graphs = dict[str, bytes]
 Arrays = dict[str, np.ndarray]
@@ -59,11 +60,11 @@ def sources(member: Callable[[str], Any]) -> Callable[[str], tuple[Model, Graphs
     return get
 
 
-def fuse(fusion: str, parts: Graphs, model: Model) -> bytes:
+def fused_bytes(fusion: str, parts: Graphs, model: Model) -> bytes:
     decoder = graph.read(parts["decoder"])
     if fusion == "generate":
-        return graph.write(compose.generate(decoder, model))
-    return graph.write(compose.reconstruct(graph.read(parts["encoder"]), decoder, model))
+        return graph.write(fuse.generate(decoder, model))
+    return graph.write(fuse.reconstruct(graph.read(parts["encoder"]), decoder, model))
 
 
 def lowered(raw: bytes, precision: Any, name: str = "graph") -> bytes:
@@ -165,7 +166,7 @@ def check_types(proto: onnx.ModelProto, low: int) -> int:
 @pytest.mark.parametrize(("name", "fusion"), FUSIONS)
 def test_fused_graphs_compute_the_same(sources: Any, name: str, fusion: str) -> None:
     model, parts = sources(name)
-    fused = fuse(fusion, parts, model)
+    fused = fused_bytes(fusion, parts, model)
     for size in shapes(model):
         for batch in (1, 5):
             feed = inputs(model, fusion, batch, size)
@@ -188,7 +189,7 @@ def test_fused_graphs_compute_the_same(sources: Any, name: str, fusion: str) -> 
 @pytest.mark.parametrize(("name", "fusion"), FUSIONS)
 def test_fused_graphs_are_valid_and_no_larger_than_needed(sources: Any, name: str, fusion: str) -> None:
     model, parts = sources(name)
-    proto = onnx.ModelProto.FromString(fuse(fusion, parts, model))
+    proto = onnx.ModelProto.FromString(fused_bytes(fusion, parts, model))
     onnx.checker.check_model(proto, full_check=True)
     check_ends(proto, model, fusion)
     check_needed(proto)
@@ -215,11 +216,11 @@ def test_what_only_another_output_needs_is_dropped(sources: Any, fusion: str) ->
     decoder.graph.node.append(helper.make_node("MatMul", [f"{other}.before", "only_here"], [other]))
     onnx.checker.check_model(decoder, full_check=True)
     changed = parts | {"decoder": decoder.SerializeToString()}
-    made = onnx.ModelProto.FromString(fuse(fusion, changed, model))
+    made = onnx.ModelProto.FromString(fused_bytes(fusion, changed, model))
     assert "only_here" not in " ".join(tensor.name for tensor in made.graph.initializer)
     check_needed(made)
     feed = inputs(model, fusion, 3, {})
-    for name, value in run(fuse(fusion, parts, model), feed).items():
+    for name, value in run(fused_bytes(fusion, parts, model), feed).items():
         assert np.array_equal(run(made.SerializeToString(), feed)[name], value)
 
 
@@ -252,7 +253,7 @@ def test_pictures_are_clamped_and_rounded_to_even(low: float, high: float) -> No
     shape = (1, 1, z.size)
     identity = helper.make_node("Identity", ["z"], ["sample"])
     decoder = model_of([identity], [("z", ["batch", *shape])], [("sample", ["batch", *shape])], {})
-    fused = fuse("generate", {"decoder": decoder}, vectors(shape, shape, low, high))
+    fused = fused_bytes("generate", {"decoder": decoder}, vectors(shape, shape, low, high))
     image = run(fused, {"z": z})["image"]
     assert image.shape == (1, 1, z.size, 1)
     assert set(image.ravel().tolist()) == set(range(256))
@@ -299,7 +300,7 @@ def test_one_name_for_two_sizes(precision: str) -> None:
     if precision == "fp16":
         parts = {name: lowered(raw, "fp16", name) for name, raw in parts.items()}
     x = zoo.pictures(5, (4,))
-    fused = fuse("reconstruct", parts, vectors((4,), (4,)))
+    fused = fused_bytes("reconstruct", parts, vectors((4,), (4,)))
     close(run(fused, {"x": x}), run(parts["decoder"], {"z": run(parts["encoder"], {"x": x})["mean"]}), 1e-6)
 
 
@@ -310,7 +311,7 @@ def test_nodes_may_have_no_names() -> None:
         nodes = [helper.make_node("Neg", [source], ["inner"]), helper.make_node("Abs", ["inner"], [target])]
         parts[name] = model_of(nodes, [(source, ["batch", 4])], [(target, ["batch", 4])], {})
     x = zoo.pictures(2, (4,))
-    assert np.array_equal(run(fuse("reconstruct", parts, vectors((4,), (4,))), {"x": x})["sample"], x)
+    assert np.array_equal(run(fused_bytes("reconstruct", parts, vectors((4,), (4,))), {"x": x})["sample"], x)
 
 
 # Lower precision
@@ -350,9 +351,9 @@ def emulate(raw: bytes) -> bytes:
 def test_lower_precision(sources: Any, name: str, precision: str) -> None:
     """Types, ends, and results of the encoder, the decoder and what is fused of them."""
     model, parts = sources(name)
-    parts |= {fusion: fuse(fusion, parts, model) for member, fusion in FUSIONS if member == name}
+    parts |= {fusion: fused_bytes(fusion, parts, model) for member, fusion in FUSIONS if member == name}
     low = {part: lowered(parts[part], precision, part) for part in GRAPHS}
-    low |= {fusion: fuse(fusion, low, model) for fusion in parts if fusion not in GRAPHS}
+    low |= {fusion: fused_bytes(fusion, low, model) for fusion in parts if fusion not in GRAPHS}
     tolerance = TOLERANCES[{"fp16": "float16", "bf16": "bfloat16"}[precision]]
     products = 0
     for part, raw in low.items():
@@ -756,12 +757,12 @@ def reweight(proto: onnx.ModelProto) -> None:
 def test_other_weights_are_the_same_structure(sources: Any, name: str, precision: str) -> None:
     model, parts = sources(name)
     digests = set()
-    for raw in (*parts.values(), fuse("reconstruct", parts, model)):
+    for raw in (*parts.values(), fused_bytes("reconstruct", parts, model)):
         made = raw if precision == "fp32" else lowered(raw, precision)
         other = edited(made, reweight)
         assert other != made
-        assert structure.digest(other) == structure.digest(made)
-        digests.add(structure.digest(made))
+        assert fingerprint.digest(other) == fingerprint.digest(made)
+        digests.add(fingerprint.digest(made))
     assert len(digests) == 3
 
 
@@ -774,10 +775,10 @@ def test_a_model_exported_with_other_weights_is_the_same_structure(sources: Any,
     bundle = Bundle(tmp_path / "again")
     other = {part: bundle.read(bundle.manifest.graphs[part].file) for part in GRAPHS}
     for found in (parts, other):
-        found["reconstruct"] = fuse("reconstruct", found, model)
+        found["reconstruct"] = fused_bytes("reconstruct", found, model)
     for part, raw in other.items():
         assert raw != parts[part]
-        assert structure.digest(raw) == structure.digest(parts[part])
+        assert fingerprint.digest(raw) == fingerprint.digest(parts[part])
 
 
 def first(proto: onnx.ModelProto, op: str) -> onnx.NodeProto:
@@ -816,4 +817,4 @@ def change_type(proto: onnx.ModelProto) -> None:
 )
 def test_another_structure(sources: Any, edit: Callable[[onnx.ModelProto], object]) -> None:
     raw = sources("conv-gaussian")[1]["encoder"]
-    assert structure.digest(edited(raw, edit)) != structure.digest(raw)
+    assert fingerprint.digest(edited(raw, edit)) != fingerprint.digest(raw)

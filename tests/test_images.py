@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vae_export import images
+from vae_export.contract.model import Data
 from vae_export.errors import InputError
-from vae_export.manifest import Data
-from vae_export.pixels import to_uint8
+from vae_export.numerics import images
+from vae_export.numerics.pixels import to_uint8
 
 BOX = Data(shape=(3, 10, 60), range=(-1.0, 1.0))
 

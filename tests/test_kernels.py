@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_noise import KNOWN
-from vae_export.runtimes import gpu
-from vae_export.runtimes.lanes import bucket
 
-from vae_export import noise
 from vae_export.errors import BackendError
+from vae_export.numerics import noise
+from vae_export.runtimes.gpu import device
+from vae_export.runtimes.gpu.lanes import bucket
 
 # What CUDA has and C++ has not. A kernel runs once for each thread of its grid, and for some beyond: a launch has
 # whole blocks.
@@ -58,7 +58,7 @@ extern "C" void run_philox(const u64 *counter, const u64 *key, u64 *result) {
     for (int i = 0; i < 4; ++i) result[i] = block.word[i];
 }
 """
-SOURCE = resources.files("vae_export.runtimes").joinpath("kernels.cu").read_text(encoding="utf-8")
+SOURCE = resources.files("vae_export.runtimes.gpu").joinpath("kernels.cu").read_text(encoding="utf-8")
 #: Around what a kernel writes.
 GUARD = 16
 CELL = np.uint32(0xDEADBEEF)
@@ -192,22 +192,22 @@ def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"])
 def test_nvrtc_takes_the_kernels(cuda: Any, tmp_path: Path, capability: str) -> None:
-    made = [bytes(gpu.compile_kernels(cuda, capability).code) for _ in range(2)]
+    made = [bytes(device.compile_kernels(cuda, capability).code) for _ in range(2)]
     assert made[0] == made[1]  # the second is from the cache
     assert made[0][:4] == b"\x7fELF"
-    assert all(name.encode() in made[0] for name in gpu.KERNELS)
+    assert all(name.encode() in made[0] for name in device.KERNELS)
     assert any(path.is_file() for path in (tmp_path / "cache" / "kernels").rglob("*"))
 
 
 def test_every_kernel_is_in_the_source() -> None:
-    assert SOURCE.count("__global__") == len(gpu.KERNELS)
-    assert all(f'extern "C" __global__ void {name}(' in SOURCE for name in gpu.KERNELS)
+    assert SOURCE.count("__global__") == len(device.KERNELS)
+    assert all(f'extern "C" __global__ void {name}(' in SOURCE for name in device.KERNELS)
 
 
 def test_without_a_cache_they_are_made_again(cuda: Any, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir(mode=0o755)
     (tmp_path / "cache").chmod(0o755)
-    assert bytes(gpu.compile_kernels(cuda, "8.6").code)[:4] == b"\x7fELF"
+    assert bytes(device.compile_kernels(cuda, "8.6").code)[:4] == b"\x7fELF"
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -217,7 +217,7 @@ def test_a_gpu_that_nvrtc_does_not_know(cuda: Any, capability: str) -> None:
         r"(?s)the kernels that make noise on the GPU cannot be compiled: .*Run: pip install 'nvidia-cuda-nvrtc==13"
     )
     with pytest.raises(BackendError, match=message):
-        gpu.compile_kernels(cuda, capability)
+        device.compile_kernels(cuda, capability)
 
 
 def test_no_nvrtc(cuda: Any, tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_no_nvrtc(cuda: Any, tmp_path: Path) -> None:
         "pathfinder.load_nvidia_dynamic_lib = none\n"
         "import cuda.core\n"
         "from vae_export.errors import BackendError\n"
-        "from vae_export.runtimes import gpu\n"
-        "try: gpu.compile_kernels(cuda.core, '8.6')\n"
+        "from vae_export.runtimes.gpu import device\n"
+        "try: device.compile_kernels(cuda.core, '8.6')\n"
         "except BackendError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -12,11 +12,11 @@ import rounding
 import torch
 import zoo
 import zoo_diffusers
-from vae_export.runtimes import VAE, DevicePosterior, Posterior, open_bundle
 
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import Latent
 from vae_export.errors import InputError
-from vae_export.manifest import Latent
+from vae_export.runtimes import VAE, DevicePosterior, Posterior, open_bundle
 
 SHIFTED = {"scaling": 0.3611, "shift": 0.1159}
 CHANNELS = {"scaling": 0.5, "mean": (0.5, -1.0, 0.25, 2.0), "std": (1.5, 0.5, 2.0, 3.0)}

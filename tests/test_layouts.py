@@ -26,12 +26,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 import vae_export
-from vae_export import bundle as bundles
-from vae_export import layouts, sealed
-from vae_export.bundle import Bundle
+from vae_export.contract import bundle as bundles
+from vae_export.contract import folders
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.manifest import Origin
+from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim
 from vae_export.errors import BundleError, InputError, VerificationError
-from vae_export.graph import optimum as passes
-from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
+from vae_export.exporting.layouts import names as passes
+from vae_export.exporting.layouts import optimum
 from vae_export.sources.protocol import Trained
 
 
@@ -87,7 +89,7 @@ def diffusers(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
     folder = tmp_path_factory.mktemp("diffusers")
     vae_export.export(source, folder / "small.bundle")
-    layouts.optimum(folder / "small.bundle", folder / "onnx")
+    optimum.optimum(folder / "small.bundle", folder / "onnx")
     return SimpleNamespace(model=model, bundle=folder / "small.bundle", layout=folder / "onnx")
 
 
@@ -159,7 +161,7 @@ def test_the_names_of_optimum(diffusers: SimpleNamespace) -> None:
         ("sample", ["batch_size", 3, "latent_height * 2", "latent_width * 2"]),
     ]
     written = {p.relative_to(diffusers.layout).as_posix() for p in diffusers.layout.rglob("*") if p.is_file()}
-    assert written == layouts._OPTIMUM
+    assert written == optimum._OPTIMUM
     config = (diffusers.bundle / "config.json").read_bytes()
     assert (diffusers.layout / "vae_decoder" / "config.json").read_bytes() == config
 
@@ -167,7 +169,7 @@ def test_the_names_of_optimum(diffusers: SimpleNamespace) -> None:
 def test_other_outputs_are_dropped_with_their_nodes(member: Callable[..., object], tmp_path: Path) -> None:
     """A model of fixed sizes that is not of diffusers: sizes stay numbers, and the facts are the manifest's."""
     path = member("spatial").bundle
-    layouts.optimum(path, tmp_path / "onnx")
+    optimum.optimum(path, tmp_path / "onnx")
     assert ends(tmp_path / "onnx", "encoder")[1] == ("latent_parameters", ["batch_size", 8, 4, 6])
     assert ends(tmp_path / "onnx", "decoder") == [
         ("latent_sample", ["batch_size", 4, 4, 6]),
@@ -215,7 +217,7 @@ def test_a_deterministic_encoder_gives_a_sample(tmp_path: Path) -> None:
         example_shape=(1, 6, 8),
     )
     vae_export.export(source, tmp_path / "tiny.bundle")
-    layouts.optimum(tmp_path / "tiny.bundle", tmp_path / "onnx")
+    optimum.optimum(tmp_path / "tiny.bundle", tmp_path / "onnx")
     assert ends(tmp_path / "onnx", "encoder") == [
         ("sample", ["batch_size", 1, "sample_height", 8]),
         ("latent_sample", ["batch_size", 2, "sample_height", 8]),
@@ -230,28 +232,28 @@ def test_models_that_are_no_pictures_with_spatial_latents(
     with pytest.raises(
         InputError, match=r"Optimum's is for pictures.*this model has data \(B, .*Use the bundle itself"
     ):
-        layouts.optimum(member(name).bundle, tmp_path / "onnx")
+        optimum.optimum(member(name).bundle, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_what_is_there_is_replaced_on_purpose_only(diffusers: SimpleNamespace, tmp_path: Path) -> None:
     out = Path(shutil.copytree(diffusers.layout, tmp_path / "onnx"))
     with pytest.raises(InputError, match="exists already"):
-        layouts.optimum(diffusers.bundle, out)
+        optimum.optimum(diffusers.bundle, out)
     (out / "vae_encoder" / "config.json").write_text("{}")
-    layouts.optimum(diffusers.bundle, out, overwrite=True)
+    optimum.optimum(diffusers.bundle, out, overwrite=True)
     assert json.loads((out / "vae_encoder" / "config.json").read_text())
     (out / "unet").mkdir()
     (out / "unet" / "model.onnx").write_text("mine")
     with pytest.raises(InputError, match=r"holds files that are not of this layout: unet/model\.onnx\. Move them away"):
-        layouts.optimum(diffusers.bundle, out, overwrite=True)
+        optimum.optimum(diffusers.bundle, out, overwrite=True)
     shutil.rmtree(out / "unet")
     (out / "vae_decoder" / "config.json").unlink()
     with pytest.raises(InputError, match=r"is not a whole layout: it has no vae_decoder/config\.json\. Remove it"):
-        layouts.optimum(diffusers.bundle, out, overwrite=True)
+        optimum.optimum(diffusers.bundle, out, overwrite=True)
     inside = diffusers.bundle / "onnx"
     with pytest.raises(InputError, match="lies inside the bundle, which is never changed"):
-        layouts.optimum(diffusers.bundle, inside)
+        optimum.optimum(diffusers.bundle, inside)
 
 
 def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +269,7 @@ def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monke
     with pytest.raises(
         VerificationError, match=r"the decoder that was written does not give the bits.*Nothing was kept"
     ):
-        layouts.optimum(diffusers.bundle, tmp_path / "onnx")
+        optimum.optimum(diffusers.bundle, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -276,9 +278,9 @@ def test_a_config_that_is_no_json_object(diffusers: SimpleNamespace, tmp_path: P
     path = Path(shutil.copytree(diffusers.bundle, tmp_path / "copy.bundle"))
     (path / "config.json").write_bytes(config)
     with pytest.raises(BundleError, match="was changed"):
-        layouts.optimum(path, tmp_path / "onnx")
+        optimum.optimum(path, tmp_path / "onnx")
     manifest = Bundle(diffusers.bundle).manifest
     (path / bundles.MANIFEST).unlink()
-    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=sealed.list_files(path)))
+    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=folders.list_files(path)))
     with pytest.raises(BundleError, match=r"config\.json is not the JSON object of a diffusers model"):
-        layouts.optimum(path, tmp_path / "onnx")
+        optimum.optimum(path, tmp_path / "onnx")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from vae_export.trainers.objective import log_prob_of
 
-from vae_export import elbo, likelihoods, noise
+from vae_export.contract.model import DECODER_OUTPUTS, Data, Latent, Likelihood, Model, Posterior
 from vae_export.errors import InputError
-from vae_export.manifest import DECODER_OUTPUTS, Data, Latent, Likelihood, Model, Posterior
+from vae_export.numerics import elbo, likelihoods, noise
+from vae_export.trainers.objective import log_prob_of
 
 SHAPE = (2, 3, 4)
 

@@ -11,25 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vae_export import manifest as manifests
-from vae_export import records
+from vae_export.contract import manifest as manifests
+from vae_export.contract import model, records
+from vae_export.contract.manifest import File, Golden, Graph, Manifest, Origin
+from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim, Tensor, shape_text
 from vae_export.errors import BundleError, InputError
-from vae_export.manifest import (
-    Data,
-    File,
-    Golden,
-    Graph,
-    Latent,
-    LatentDim,
-    Likelihood,
-    Manifest,
-    Model,
-    Origin,
-    Posterior,
-    SizeDim,
-    Tensor,
-    shape_text,
-)
 
 HASH = "0" * 64
 FILES = (
@@ -40,7 +26,7 @@ FILES = (
 
 def a_manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
-        "format": "vae_export.bundle",
+        "format": "vae_export.contract.bundle",
         "version": 1,
         "digest": "",
         "name": "test",
@@ -142,7 +128,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p.update(version=2), r"has version 2; this vae_export reads versions up to 1\. Run: pip install"),
         (lambda p: p.update(version=0), "Invalid enum value 0"),
         (lambda p: p["model"]["likelihood"].update(nominal=False), "was changed after the export"),
-        (lambda p: p.update(format="zip"), "format is 'zip', expected 'vae_export.bundle'"),
+        (lambda p: p.update(format="zip"), "format is 'zip', expected 'vae_export.contract.bundle'"),
         (lambda p: p.update(extra=1), "unknown field `extra`"),
         (lambda p: p.pop("model"), "missing required field `model`"),
         (lambda p: p.update(name=3), r"Expected `str`, got `int` - at `\$\.name`"),
@@ -252,4 +238,4 @@ def test_records_check_themselves(make: Callable[[], object], message: str) -> N
 def test_costs_that_overflow() -> None:
     for number in (1e308, float("inf"), float("nan"), -1.0):
         with pytest.raises(ValueError, match=r"cost: numbers from 0 to 1e\+24 expected"):
-            manifests.Cost(multiply_adds=(number, 0.0, 0.0), activations=(0.0, 0.0, 0.0))
+            model.Cost(multiply_adds=(number, 0.0, 0.0), activations=(0.0, 0.0, 0.0))

@@ -12,13 +12,13 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import vae_export
+from vae_export.contract.model import DECODER_OUTPUTS
+from vae_export.numerics import likelihoods, noise
 from vae_export.trainers.config import ModelConfig, model_config
 from vae_export.trainers.models import VAEModel, build
 from vae_export.trainers.objective import Bound, Objective, elbo, shaped
-
-import vae_export
-from vae_export import likelihoods, noise
-from vae_export.manifest import DECODER_OUTPUTS
 
 DIGITS = (1, 8, 8)
 LIKELIHOODS = ("bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic")

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
 
 import vae_export
-from vae_export import golden, tracing
-from vae_export.bundle import Bundle
+from vae_export.certification import golden
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import InputError
+from vae_export.exporting import tracing
 from vae_export.sources import module
 from vae_export.sources.adapter import Adapter
 

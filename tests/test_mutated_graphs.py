@@ -15,10 +15,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
-from vae_export.runtimes.ort import session_options
 
-from vae_export import onnx_reader
+from vae_export.contract import onnx_guard
 from vae_export.errors import BundleError
+from vae_export.runtimes.ort_session import session_options
 
 #: Of the graph of many operators, in which more can be wrong; and of an exported one.
 _MUTANTS, _OF_EXPORTED = 750, 150
@@ -124,7 +124,7 @@ def everything() -> bytes:
 def verdict(raw: bytes) -> str:
     """What becomes of a graph; the process ends if it ends it."""
     try:
-        settings = session_options(onnxruntime, onnx_reader.check_operators(raw, "m"), 1)
+        settings = session_options(onnxruntime, onnx_guard.check_operators(raw, "m"), 1)
     except BundleError:
         return "refused"
     try:

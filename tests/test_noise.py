@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vae_export import noise
 from vae_export.errors import InputError
+from vae_export.numerics import noise
 
 # Random123's kat_vectors for philox4x64-10: counter, key, result.
 KNOWN = [

@@ -14,12 +14,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_bundle import reseal
-from vae_export.runtimes.ort import session_options
 
 import vae_export
-from vae_export import onnx_constants, onnx_reader
+from vae_export.contract import onnx_constants, onnx_guard
+from vae_export.contract.onnx_constants import Folded, Graph
 from vae_export.errors import BundleError
-from vae_export.onnx_constants import Folded, Graph
+from vae_export.runtimes.ort_session import session_options
 
 Array = npt.NDArray[np.generic]
 
@@ -51,7 +51,7 @@ def model(
 
 def estimate(raw: bytes) -> Folded:
     graph = Graph()
-    assert list(onnx_reader._model_operators(memoryview(raw), "m", graph))
+    assert list(onnx_guard._model_operators(memoryview(raw), "m", graph))
     return onnx_constants.folded(graph)
 
 
@@ -95,7 +95,7 @@ HUGE = {
 def test_too_much_is_refused_in_words(operator: str) -> None:
     expected = r"m: the graph computes [\d,]+ (bytes|steps) \(at most [\d,]+\) out of constants alone, most of it by "
     with pytest.raises(BundleError, match=rf"{expected}{operator.split()[0]}\. It is not run\. Export the model again"):
-        onnx_reader.check_operators(HUGE[operator], "m")
+        onnx_guard.check_operators(HUGE[operator], "m")
 
 
 #: Nodes of small constants: what each makes is as large as ONNX Runtime finds it.
@@ -155,7 +155,7 @@ def test_as_large_as_a_backend_finds_it(made: onnx.NodeProto, constants: dict[st
     # And of its numbers, where they can be sizes, ONNX Runtime and the estimate know the same.
     if result.dtype == np.int64:
         scope = Graph()
-        list(onnx_reader._model_operators(memoryview(raw), "m", scope))
+        list(onnx_guard._model_operators(memoryview(raw), "m", scope))
         (value,), _ = onnx_constants._made(scope.nodes[0], [scope.constants[name] for name in made.input])
         assert not value.known or np.array_equal(value.array, result)
 
@@ -183,7 +183,7 @@ def test_what_an_export_may_leave_to_the_backend() -> None:
     found = estimate(raw)
     assert found.told
     assert found.steps >= 512 * 16 * 768
-    assert onnx_reader.check_operators(raw, "m").foldable
+    assert onnx_guard.check_operators(raw, "m").foldable
 
 
 UNTOLD = {
@@ -216,7 +216,7 @@ UNTOLD = {
 
 @pytest.mark.parametrize("raw", UNTOLD.values(), ids=UNTOLD.keys())
 def test_what_is_not_told_is_not_folded(raw: bytes) -> None:
-    arrays = onnx_reader.check_operators(raw, "m")
+    arrays = onnx_guard.check_operators(raw, "m")
     assert not arrays.foldable
     settings = session_options(onnxruntime, arrays)
     assert settings.get_session_config_entry("optimization.disable_specified_optimizers") == "ConstantFolding"
@@ -229,7 +229,7 @@ def test_a_backend_that_does_not_fold_opens_at_once() -> None:
         node("ConstantOfShape", "s"), node("MatMul", "c", "c", out="d"),
         size=2, k=ints(8000),
     )  # fmt: skip
-    settings = session_options(onnxruntime, onnx_reader.check_operators(raw, "m"))
+    settings = session_options(onnxruntime, onnx_guard.check_operators(raw, "m"))
     began = time.monotonic()
     onnxruntime.InferenceSession(raw, settings, providers=["CPUExecutionProvider"])
     assert time.monotonic() - began < 5
@@ -254,8 +254,8 @@ def test_a_division_that_ends_the_process() -> None:
     """On x86, that of the smallest whole number by -1 does; ONNX Runtime does not look for it."""
     raw = model(node("Div", "i", "k"), i=ints(-(1 << 63)), k=ints(-1))
     with pytest.raises(BundleError, match=r"m: the graph divides whole numbers by -1, .*\. It is not run"):
-        onnx_reader.check_operators(raw, "m")
-    onnx_reader.check_operators(model(node("Div", "w", "v"), w=floats(3), v=np.float32(-1)), "m")
+        onnx_guard.check_operators(raw, "m")
+    onnx_guard.check_operators(model(node("Div", "w", "v"), w=floats(3), v=np.float32(-1)), "m")
 
 
 @pytest.mark.parametrize(
@@ -269,14 +269,14 @@ def test_a_division_that_ends_the_process() -> None:
 def test_sizes_that_no_backend_should_see(inputs: list[str], constants: dict[str, Array], shown: str) -> None:
     raw = model(node("Resize", *inputs), **constants)
     with pytest.raises(BundleError, match=rf"m: the graph has a Resize by {shown}; expected numbers above 0, up to"):
-        onnx_reader.check_operators(raw, "m")
+        onnx_guard.check_operators(raw, "m")
 
 
 def test_inside_a_branch() -> None:
     inner = helper.make_graph([node("Tile", "w", "s")], "inner", [], [])
     raw = model(helper.make_node("If", ["x"], ["i"], then_branch=inner), w=floats(1000), s=ints(1_000_000))
     with pytest.raises(BundleError, match="most of it by Tile"):
-        onnx_reader.check_operators(raw, "m")
+        onnx_guard.check_operators(raw, "m")
 
 
 def test_what_is_not_told_is_not_built(digits: dict[str, Path], tmp_path: Path) -> None:

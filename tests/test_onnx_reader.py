@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.defs import get_all_schemas
 
-from vae_export import onnx_attributes, onnx_reader
+from vae_export.contract import onnx_attributes, onnx_guard
+from vae_export.contract.onnx_constants import Graph
 from vae_export.errors import BundleError
-from vae_export.onnx_constants import Graph
 
 
 def model(*nodes: onnx.NodeProto, **fields: object) -> bytes:
@@ -28,43 +28,43 @@ def operators(graph: onnx.GraphProto) -> list[str]:
 def test_same_operators_as_onnx(member: Callable[..., object], name: str) -> None:
     for path in member(name).bundle.glob("*/model.onnx"):
         raw = path.read_bytes()
-        assert list(onnx_reader._model_operators(memoryview(raw), "m", Graph())) == operators(onnx.load(path).graph)
-        onnx_reader.check_operators(raw, "m")
+        assert list(onnx_guard._model_operators(memoryview(raw), "m", Graph())) == operators(onnx.load(path).graph)
+        onnx_guard.check_operators(raw, "m")
 
 
 def test_every_random_operator_of_the_standard_is_known() -> None:
     named = {s.name for s in get_all_schemas() if s.domain == "" and "seed" in s.attributes}
-    assert named <= onnx_reader._RANDOM
+    assert named <= onnx_guard._RANDOM
 
 
-@pytest.mark.parametrize("operator", sorted(onnx_reader._RANDOM))
+@pytest.mark.parametrize("operator", sorted(onnx_guard._RANDOM))
 def test_random_operators(operator: str) -> None:
     with pytest.raises(BundleError, match=rf"m: the graph draws random numbers \({operator}\).*Noise must be an input"):
-        onnx_reader.check_operators(model(helper.make_node(operator, [], ["y"])), "m")
+        onnx_guard.check_operators(model(helper.make_node(operator, [], ["y"])), "m")
 
 
 def test_hidden_in_branches_and_functions() -> None:
     inner = helper.make_graph([helper.make_node("RandomNormal", [], ["u"], shape=[1])], "inner", [], [])
     middle = helper.make_graph([helper.make_node("If", ["c"], [], then_branch=inner)], "middle", [], [])
     with pytest.raises(BundleError, match="draws random numbers"):
-        onnx_reader.check_operators(model(helper.make_node("If", ["c"], [], else_branch=middle)), "m")
+        onnx_guard.check_operators(model(helper.make_node("If", ["c"], [], else_branch=middle)), "m")
     function = helper.make_function("", "f", [], ["u"], [helper.make_node("RandomNormal", [], ["u"])], [])
     with pytest.raises(BundleError, match="draws random numbers"):
-        onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"]), functions=[function]), "m")
+        onnx_guard.check_operators(model(helper.make_node("Relu", ["x"], ["y"]), functions=[function]), "m")
 
 
 def test_loops_and_other_domains() -> None:
     with pytest.raises(BundleError, match="has a Loop, which may never end"):
-        onnx_reader.check_operators(model(helper.make_node("Loop", [], [])), "m")
+        onnx_guard.check_operators(model(helper.make_node("Loop", [], [])), "m")
     with pytest.raises(BundleError, match=r"the operator com\.evil\.Open is not a standard ONNX operator"):
-        onnx_reader.check_operators(model(helper.make_node("Open", [], [], domain="com.evil")), "m")
-    onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"], domain="ai.onnx")), "m")
+        onnx_guard.check_operators(model(helper.make_node("Open", [], [], domain="com.evil")), "m")
+    onnx_guard.check_operators(model(helper.make_node("Relu", ["x"], ["y"], domain="ai.onnx")), "m")
 
 
-@pytest.mark.parametrize("operator", sorted(onnx_reader._REPEATING))
+@pytest.mark.parametrize("operator", sorted(onnx_guard._REPEATING))
 def test_what_repeats_without_a_bound(operator: str) -> None:
     with pytest.raises(BundleError, match=f"has a {operator}, which may never end"):
-        onnx_reader.check_operators(model(helper.make_node(operator, [], [])), "m")
+        onnx_guard.check_operators(model(helper.make_node(operator, [], [])), "m")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_repeats_without_a_bound(operator: str) -> None:
 )
 def test_attributes_that_no_backend_should_see(operator: str, attributes: dict[str, object], message: str) -> None:
     with pytest.raises(BundleError, match=f"m: {operator}: {message}"):
-        onnx_reader.check_operators(model(helper.make_node(operator, ["x"], ["y"], **attributes)), "m")
+        onnx_guard.check_operators(model(helper.make_node(operator, ["x"], ["y"], **attributes)), "m")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_attributes_that_no_backend_should_see(operator: str, attributes: dict[s
 )
 def test_nodes_that_no_backend_should_see(operator: str, inputs: list[str], outputs: list[str], message: str) -> None:
     with pytest.raises(BundleError, match=rf"m: {operator}: {message}.*\. It is not run"):
-        onnx_reader.check_operators(model(helper.make_node(operator, inputs, outputs)), "m")
+        onnx_guard.check_operators(model(helper.make_node(operator, inputs, outputs)), "m")
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_weights_of_sizes_that_no_backend_should_see(changes: dict[str, object],
     tensor = TensorProto(data_type=TensorProto.FLOAT, name="w", raw_data=bytes(8), **changes)
     graph = helper.make_graph([], "g", [], [], initializer=[tensor])
     with pytest.raises(BundleError, match=message):
-        onnx_reader.check_operators(helper.make_model(graph).SerializeToString(), "m")
+        onnx_guard.check_operators(helper.make_model(graph).SerializeToString(), "m")
 
 
 def test_names_that_steer_a_terminal() -> None:
     for text in ("\x1b[31m", "\u202e"):
         with pytest.raises(BundleError, match="has characters that cannot be printed") as caught:
-            onnx_reader.check_operators(model(helper.make_node("Relu", ["x"], ["y"], name=text)), "m")
+            onnx_guard.check_operators(model(helper.make_node("Relu", ["x"], ["y"], name=text)), "m")
         assert str(caught.value).isprintable()
 
 
@@ -132,7 +132,7 @@ def test_weights_elsewhere(tmp_path: Path) -> None:
         model(helper.make_node("Constant", [], ["y"], value=tensor)),
     ):
         with pytest.raises(BundleError, match="weights lie in another file, which is not read"):
-            onnx_reader.check_operators(raw, "m")
+            onnx_guard.check_operators(raw, "m")
 
 
 def field(number: int, content: bytes, *, more: int = 0) -> bytes:
@@ -173,20 +173,20 @@ HIDDEN = {
 @pytest.mark.parametrize("raw", HIDDEN.values(), ids=HIDDEN.keys())
 def test_nothing_hides_from_it(raw: bytes) -> None:
     with pytest.raises(BundleError, match=r"is not an ONNX file|draws random|another file|own format|sparse weights"):
-        onnx_reader.check_operators(raw, "m")
+        onnx_guard.check_operators(raw, "m")
 
 
 def test_sparse_weights() -> None:
     sparse = onnx.SparseTensorProto(dims=[1])
     graph = helper.make_graph([], "g", [], [], sparse_initializer=[sparse])
     with pytest.raises(BundleError, match="sparse weights are not supported"):
-        onnx_reader.check_operators(helper.make_model(graph).SerializeToString(), "m")
+        onnx_guard.check_operators(helper.make_model(graph).SerializeToString(), "m")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff" * 20, b"\x3a\x7f", b"hello world", b"\x3a\x02\x0a\x05", b"\x38\x01"])
 def test_no_onnx_file(raw: bytes) -> None:
     with pytest.raises(BundleError, match="m: is not an ONNX file: "):
-        onnx_reader.check_operators(raw, "m")
+        onnx_guard.check_operators(raw, "m")
 
 
 def test_deep_nesting_ends() -> None:
@@ -194,7 +194,7 @@ def test_deep_nesting_ends() -> None:
     for _ in range(40):
         graph = field(1, field(5, field(6, graph)))  # node, attribute, graph
     with pytest.raises(BundleError, match="nested deeper than 32"):
-        onnx_reader.check_operators(field(7, graph), "m")
+        onnx_guard.check_operators(field(7, graph), "m")
 
 
 def test_mutations_never_escape(member: Callable[..., object]) -> None:
@@ -206,6 +206,6 @@ def test_mutations_never_escape(member: Callable[..., object]) -> None:
         for _ in range(choose.randrange(1, 4)):
             changed[choose.randrange(min(len(raw), 4000))] = choose.randrange(256)
         try:
-            onnx_reader.check_operators(bytes(changed[: choose.randrange(len(raw))]), "m")
+            onnx_guard.check_operators(bytes(changed[: choose.randrange(len(raw))]), "m")
         except BundleError:
             continue

@@ -11,14 +11,15 @@ import pytest
 import torch
 import zoo
 from conftest import PLACES
-from vae_export.runtimes import VAE, Budget, open_backend, open_bundle
-from vae_export.runtimes.lanes import GpuBackend
 
 import vae_export
-from vae_export import noise
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import Cost, Model
 from vae_export.errors import InputError
-from vae_export.manifest import Cost, Model
+from vae_export.numerics import noise
+from vae_export.runtimes import VAE, open_backend, open_bundle
+from vae_export.runtimes.gpu.lanes import GpuBackend
+from vae_export.runtimes.memory import Budget
 
 Call = Callable[..., np.ndarray]
 SIZE = {"height": 16, "width": 24}
@@ -313,7 +314,8 @@ class FakeLane:
 
 def test_all_lanes_are_warmed(monkeypatch: pytest.MonkeyPatch, digits: dict[str, Path]) -> None:
     """Each once, although a lone caller is always given the same one."""
-    from vae_export.runtimes import Settings, lanes
+    from vae_export.runtimes import Settings
+    from vae_export.runtimes.gpu import lanes
 
     made: list[FakeLane] = []
 

@@ -20,11 +20,11 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from vae_export import graph
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import GRAPHS
 from vae_export.errors import InputError
-from vae_export.graph import exact_norm, passes
-from vae_export.graph.passes import PASSES, optimize, select
-from vae_export.manifest import GRAPHS
+from vae_export.graph import rewrites
+from vae_export.graph.rewrites import PASSES, exact_norm, optimize, select
 
 #: Of two ways through the same arithmetic in float64, as a share of the largest value.
 EXACT = 1e-12
@@ -823,6 +823,6 @@ def test_an_unknown_pass(text: str, name: str) -> None:
 
 
 def test_every_pass_says_what_it_does() -> None:
-    for name, found in passes.PASSES.items():
+    for name, found in rewrites.PASSES.items():
         assert found.name == name
         assert found.summary

@@ -17,17 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from test_passes import Net, evaluated, feeds, ran
-from vae_export.runtimes import processor
 
 import vae_export
-from vae_export import builder, graph, precision, report
-from vae_export.bundle import Bundle
+from vae_export import graph
+from vae_export.building import builder, mixed_precision
+from vae_export.building.mixed_precision import Activation
+from vae_export.certification.golden import FILE, decode
+from vae_export.commands import tables
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import VerificationError
-from vae_export.golden import FILE, decode
 from vae_export.graph import edit, quantize
-from vae_export.graph.precision import lower
-from vae_export.noise import normals
-from vae_export.precision import Activation
+from vae_export.graph.half import lower
+from vae_export.numerics.noise import normals
+from vae_export.runtimes import processor
 
 # Quantized nodes
 
@@ -52,7 +54,7 @@ def products() -> Net:
 
 
 def seen_in(raw: bytes, rows: int = 3) -> dict[str, Activation]:
-    return precision.record(raw, [feeds(raw, np.float32, batch=rows)])
+    return mixed_precision.record(raw, [feeds(raw, np.float32, batch=rows)])
 
 
 def quantized(raw: bytes, *names: str, bits: quantize.Bits = 8) -> onnx.ModelProto:
@@ -217,7 +219,7 @@ def test_ranges_are_those_of_numpy() -> None:
     raw = net.raw("v4", "v3")
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((n, 6)).astype(np.float32) for n in (3, 5)]
-    seen = precision.record(raw, [{"x": x} for x in rows])
+    seen = mixed_precision.record(raw, [{"x": x} for x in rows])
     assert set(seen) == {"x", product, "v1", "v3", "v4"}
     values = np.concatenate(rows)
     for name, found in (("x", values), (product, values @ net.weights[weights])):
@@ -226,7 +228,7 @@ def test_ranges_are_those_of_numpy() -> None:
         assert found.min() * 1.000001 <= low <= 0 <= high <= found.max() * 1.000001
         assert 0 < seen[name].loss < 0.02
     # Cutting nothing off is best for what has no tails.
-    even = precision.record(raw, [{"x": np.linspace(-1, 1, 6000, dtype=np.float32).reshape(-1, 6)}])["x"]
+    even = mixed_precision.record(raw, [{"x": np.linspace(-1, 1, 6000, dtype=np.float32).reshape(-1, 6)}])["x"]
     assert even.span == (-1.0, 1.0)
     assert even.loss == pytest.approx((2 / 255) / 12**0.5 / 3**-0.5, rel=0.05)
 
@@ -236,9 +238,9 @@ def test_a_few_large_numbers_are_cut_off() -> None:
     net.add("Relu")
     x = np.abs(np.sin(np.arange(200_000))).astype(np.float32).reshape(-1, 1000)
     feeds = [{"x": rows} for rows in np.split(x, 20)]
-    assert precision.record(net.raw(), feeds)["x"].span[1] == pytest.approx(1.0, rel=1e-4)
+    assert mixed_precision.record(net.raw(), feeds)["x"].span[1] == pytest.approx(1.0, rel=1e-4)
     x[0, 0] = 2.0
-    seen = precision.record(net.raw(), feeds)["x"]
+    seen = mixed_precision.record(net.raw(), feeds)["x"]
     assert seen.largest == 2.0
     assert 1.0 <= seen.span[1] < 2.0
 
@@ -246,7 +248,7 @@ def test_a_few_large_numbers_are_cut_off() -> None:
 def test_what_is_not_finite_was_seen() -> None:
     net = Net(("batch", 2))
     net.add("Exp")
-    seen = precision.record(net.raw(), [{"x": np.array([[1.0, 1000.0]], np.float32)}])
+    seen = mixed_precision.record(net.raw(), [{"x": np.array([[1.0, 1000.0]], np.float32)}])
     assert seen["v0"] == Activation(np.inf, (0.0, 0.0), np.inf)
 
 
@@ -258,7 +260,7 @@ def test_both_are_recorded(member: Callable[[str], Any], name: str) -> None:
     reference = decode(bundle.read(FILE), manifest.golden, manifest.model)
     graphs, _ = bundle.graphs()
     x = reference.tensors["x"][reference.record.extremes :]
-    without = precision.record_both(graphs, manifest.model, reference, x[:0])
+    without = mixed_precision.record_both(graphs, manifest.model, reference, x[:0])
     assert without["encoder"]["x"].largest == pytest.approx(np.abs(x).max())
     # The range of x is the data's, whatever was seen of it.
     assert without["encoder"]["x"].span == manifest.model.data.range
@@ -268,7 +270,7 @@ def test_both_are_recorded(member: Callable[[str], Any], name: str) -> None:
         with vae_export.load(member(name).bundle, device="cpu") as vae:
             latents = vae.encode(x).mean
         assert without["decoder"]["z"].largest == pytest.approx(np.abs(latents).max(), rel=1e-6)
-    half = precision.record_both(graphs, manifest.model, reference, 0.5 * x[:40])
+    half = mixed_precision.record_both(graphs, manifest.model, reference, 0.5 * x[:40])
     assert half["encoder"]["x"].largest == pytest.approx(0.5 * np.abs(x[:40]).max())
     assert half["decoder"].keys() == without["decoder"].keys()
 
@@ -311,7 +313,7 @@ def test_bisection_keeps_those_that_lose_most(enough: int) -> None:
         asked.append(kept)
         return None if kept >= enough else "too rough"
 
-    low = precision.choose("net", raw, "int8", seen, problem)
+    low = mixed_precision.choose("net", raw, "int8", seen, problem)
     assert low is not None
     assert set(low.kept) == set(order[:enough])
     for why in low.kept.values():
@@ -324,27 +326,27 @@ def test_bisection_keeps_those_that_lose_most(enough: int) -> None:
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
 def test_where_nothing_holds(kind: Any) -> None:
     raw = chain(3)
-    assert precision.choose("net", raw, kind, seen_in(raw), lambda made: "wrong") is None
+    assert mixed_precision.choose("net", raw, kind, seen_in(raw), lambda made: "wrong") is None
 
 
 def test_nothing_to_lower() -> None:
     net = Net(("batch", 4))
     net.add("Tanh")
     raw = net.raw()
-    assert precision.choose("net", raw, "int8", seen_in(raw), lambda made: None) is None
+    assert mixed_precision.choose("net", raw, "int8", seen_in(raw), lambda made: None) is None
 
 
 def test_without_a_measure_everything_in_range_is_lowered() -> None:
     raw = chain(3)
-    low = precision.choose("net", raw, "fp16", seen_in(raw), None)
+    low = mixed_precision.choose("net", raw, "fp16", seen_in(raw), None)
     assert low is not None
     assert low.kept == {}
     seen = {name: Activation(2e4, (0.0, 0.0), 0.0) if name == "v0" else a for name, a in seen_in(raw).items()}
-    low = precision.choose("net", raw, "fp16", seen, None)
+    low = mixed_precision.choose("net", raw, "fp16", seen, None)
     assert low is not None
     why = "values up to 2e+04 with 4 times to spare leave float16's range"
     assert low.kept == {"nv0": why, "nv1": why}
-    low = precision.choose("net", raw, "bf16", seen, None)  # which has float32's range
+    low = mixed_precision.choose("net", raw, "bf16", seen, None)  # which has float32's range
     assert low is not None
     assert low.kept == {}
 
@@ -357,7 +359,7 @@ def test_the_largest_stay_when_rounding_is_too_rough() -> None:
         made.append(lowered)
         return None if len(made) > 1 else "too rough"
 
-    low = precision.choose("net", raw, "fp16", seen_in(raw), problem)
+    low = mixed_precision.choose("net", raw, "fp16", seen_in(raw), problem)
     assert low is not None
     (why,) = low.kept.values()
     assert why.startswith("values up to ")
@@ -393,7 +395,7 @@ def test_a_build_keeps_what_would_overflow(overflowing: Path, tmp_path: Path) ->
     assert built.certificate is not None
     assert built.certificate.passed
     assert built.certificate.precision == "float16"
-    shown = report.as_text(report.build(built.path, built.record), width=200)
+    shown = tables.as_text(tables.build(built.path, built.record), width=200)
     given = {"encoder": zoo.pictures(64, SHAPES["x"]), "decoder": normals(0, 0, 0, 64, 32).reshape(64, *SHAPES["z"])}
     for name in ("encoder", "decoder"):
         for variant in built.record.graphs[name].variants:
@@ -430,7 +432,7 @@ def test_a_build_for_a_gpu_is_judged_on_the_cpu(
         kept = built.record.graphs[name].kept
         assert any("leave float16's range" in why for why in kept.values()) == (kind == "fp16")
     # Without the activations, nothing but the evaluation knows: ONNX Runtime's own arithmetic finds nothing wrong.
-    monkeypatch.setattr(precision, "_overflowing", lambda plain, seen: {})
+    monkeypatch.setattr(mixed_precision, "_overflowing", lambda plain, seen: {})
     if kind == "bf16":
         vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
         return
@@ -463,8 +465,8 @@ def attention(positions: str = "n") -> bytes:
 def test_largest_is_what_record_finds() -> None:
     raw = products().raw()
     feed = feeds(raw, np.float32, batch=3)
-    exact = {name: activation.largest for name, activation in precision.record(raw, [feed]).items()}
-    assert precision.largest(raw, [feed]) == pytest.approx(exact, rel=1e-6)
+    exact = {name: activation.largest for name, activation in mixed_precision.record(raw, [feed]).items()}
+    assert mixed_precision.largest(raw, [feed]) == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +481,7 @@ def test_largest_is_what_record_finds() -> None:
     ],
 )
 def test_how_a_value_grows(usual: float, there: float, times: float, farther: float, expected: float) -> None:
-    assert precision._grown(usual, there, times, farther) == pytest.approx(expected)
+    assert mixed_precision._grown(usual, there, times, farther) == pytest.approx(expected)
 
 
 def test_a_large_size(member: Callable[[str], Any]) -> None:
@@ -488,9 +490,9 @@ def test_a_large_size(member: Callable[[str], Any]) -> None:
     model = bundle.manifest.model
     reference = decode(bundle.read(FILE), bundle.manifest.golden, model)
     graphs, _ = bundle.graphs()
-    assert precision.large_sizes(model, (3, 16, 24)) == {"height": 64, "width": 96}
-    assert precision.large_sizes(model, (3, 1024, 1024)) is None  # a larger one would take long
-    found = precision.large(graphs, model, reference)
+    assert mixed_precision.large_sizes(model, (3, 16, 24)) == {"height": 64, "width": 96}
+    assert mixed_precision.large_sizes(model, (3, 1024, 1024)) is None  # a larger one would take long
+    found = mixed_precision.large(graphs, model, reference)
     assert found is not None
     assert {graph: rows.shape[1:] for graph, (_, rows) in found.inputs.items()} == {
         "encoder": (3, 64, 96),
@@ -508,22 +510,22 @@ def test_a_large_size(member: Callable[[str], Any]) -> None:
 def test_sums_over_positions_stay_in_float32() -> None:
     """In range where they were recorded, and not at the size at which they were looked at."""
     raw = attention()
-    seen = precision.record(raw, [{"x": np.ones((1, 4, 1024), np.float32)}])
+    seen = mixed_precision.record(raw, [{"x": np.ones((1, 4, 1024), np.float32)}])
     assert seen["v1"].largest == 1024.0
-    low = precision.choose("net", raw, "fp16", seen, None)
+    low = mixed_precision.choose("net", raw, "fp16", seen, None)
     assert low is not None
     assert low.kept == {}
     grown = seen | {"v1": dataclasses.replace(seen["v1"], largest=65536.0, where="height 256, width 256")}
-    low = precision.choose("net", raw, "fp16", grown, None)
+    low = mixed_precision.choose("net", raw, "fp16", grown, None)
     assert low is not None
     assert set(low.kept) == {"nv1", "nv2"}
     words = "values up to 6.55e+04 (it grows with the size: measured at height 256, width 256) with 4 times to spare"
     assert all(why.startswith(words) for why in low.kept.values())
-    everything = precision.rounding(graph.write(lower(graph.read(raw), "fp16", "net")))
+    everything = mixed_precision.rounding(graph.write(lower(graph.read(raw), "fp16", "net")))
     x = np.ones((1, 4, 65536), np.float32)
     assert not np.isfinite(ran(everything, {"x": x})[0]).all()
     assert np.isfinite(ran(everything, {"x": x[..., :1024]})[0]).all()
-    assert np.isfinite(ran(precision.rounding(low.graph), {"x": x})[0]).all()
+    assert np.isfinite(ran(mixed_precision.rounding(low.graph), {"x": x})[0]).all()
 
 
 def test_bfloat16_holds_them(overflowing: Path) -> None:
@@ -532,9 +534,9 @@ def test_bfloat16_holds_them(overflowing: Path) -> None:
     for name, raw in graphs.items():
         model = bundle.manifest.model
         reference = decode(bundle.read(FILE), bundle.manifest.golden, model)
-        seen = precision.record_both(graphs, model, reference, reference.tensors["x"][:0])[name]
+        seen = mixed_precision.record_both(graphs, model, reference, reference.tensors["x"][:0])[name]
         largest = max(activation.largest for activation in seen.values())
         assert 65504 < largest < 1e7
-        low = precision.choose(name, raw, "bf16", seen, None)
+        low = mixed_precision.choose(name, raw, "bf16", seen, None)
         assert low is not None
         assert low.kept == {}

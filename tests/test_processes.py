@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import zoo
-from vae_export.runtimes import VAE, forks, interrupts, threads
-from vae_export.runtimes.backend import Settings, Way
-from vae_export.runtimes.cpu import CpuBackend
-from vae_export.runtimes.memory import Budget
 
 import vae_export
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import Cost
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.manifest import Cost
+from vae_export.runtimes import VAE, forks, interrupts, threads
+from vae_export.runtimes.backend import Settings, Way
+from vae_export.runtimes.cpu.dispatch import CpuBackend
+from vae_export.runtimes.memory import Budget
 from vae_export.sources import cost
 
 
@@ -220,7 +220,7 @@ _LONG = """
 import signal, sys, time, numpy as np, onnx
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may have it ignored
 from onnx import TensorProto as T, helper as h, numpy_helper
-from vae_export.manifest import Data, Latent, Likelihood, Model, Posterior
+from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
 from vae_export.runtimes.backend import Settings, Way
 from vae_export.runtimes.cpu import CpuBackend
 side, count = 1024, 4000

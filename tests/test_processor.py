@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from vae_export.runtimes import processor
 
-from vae_export import builds
+from vae_export.contract import build_record
+from vae_export.runtimes import processor
 
 ZEN4 = frozenset({"avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "bmi2", "gfni", "vaes"})
 
@@ -26,7 +26,7 @@ def test_this_one() -> None:
     assert found.features == tuple(sorted(processor.features()))
     assert 1 <= found.cores <= found.threads <= 4096
     assert str(found).startswith(f"{found.model} ({found.architecture}, {found.cores} core")
-    assert msgspec.json.decode(msgspec.json.encode(found), type=builds.Processor) == found
+    assert msgspec.json.decode(msgspec.json.encode(found), type=build_record.Processor) == found
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux has /proc/cpuinfo")
@@ -96,4 +96,4 @@ def test_a_processor_is_checked() -> None:
         ({"model": "a\x1bb"}, "printable text expected"),
     ):
         with pytest.raises(ValueError, match=words):
-            builds.Processor(**{"model": "x", "architecture": "y", **wrong})
+            build_record.Processor(**{"model": "x", "architecture": "y", **wrong})

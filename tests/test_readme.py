@@ -84,14 +84,14 @@ def test_samples_look_like_digits(demo: str) -> None:
     """To the nearest training digits they are about as close, and as clear in kind, as unseen digits are."""
     from sklearn.datasets import load_digits
     from sklearn.neighbors import KNeighborsClassifier
-    from vae_export.trainers import data
-    from vae_export.trainers.config import DataConfig
 
     import vae_export
+    from vae_export.trainers import datasets
+    from vae_export.trainers.config import DataConfig
 
     digits = load_digits()
     x = (digits.images / 16).astype(np.float32).reshape(-1, 64)
-    train = data.load(DataConfig(), 0).train
+    train = datasets.load(DataConfig(), 0).train
     trained = {row.tobytes() for row in train.read(np.arange(len(train)))}
     seen = np.array([row.tobytes() in trained for row in x])
     neighbours = KNeighborsClassifier(10).fit(x[seen], digits.target[seen])

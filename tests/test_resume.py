@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import ROOT
 from kills import difference
-from vae_export.trainers import checkpoint, evaluate, models
-from vae_export.trainers import config as configs
-from vae_export.trainers.config import DataConfig, ModelConfig, Result, TrainConfig, model_config, train_config
-from vae_export.trainers.feed import Feed
-from vae_export.trainers.fit import fit
 
 from vae_export.errors import InputError
+from vae_export.trainers import checkpoint, evaluate, models
+from vae_export.trainers import config as configs
+from vae_export.trainers.batches import Feed
+from vae_export.trainers.config import DataConfig, ModelConfig, Result, TrainConfig, model_config, train_config
+from vae_export.trainers.fit import fit
 
 DIGITS = (1, 8, 8)
 #: Each model, with what else is random or has a memory.

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from test_passes import Net, ran
 
 from vae_export import graph
-from vae_export.graph import rounding
-from vae_export.graph.precision import lower
+from vae_export.graph import half_rounding
+from vae_export.graph.half import lower
 
 KINDS = {"fp16": (TensorProto.FLOAT16, np.dtype(np.float16)), "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
 
@@ -35,7 +35,7 @@ def in_half(kind: str, nodes: list[onnx.NodeProto], result: str, **inputs: tuple
 def evaluated(raw: bytes, **feed: np.ndarray) -> np.ndarray:
     """What the graph gives in half precision that rounds."""
     model = graph.read(raw)
-    assert rounding.apply(model) > 0
+    assert half_rounding.apply(model) > 0
     raw = graph.write(model)
     onnx.checker.check_model(onnx.ModelProto.FromString(raw), full_check=True)
     (found,) = ran(raw, feed)
@@ -152,7 +152,7 @@ def test_a_lowered_graph(kind: Any) -> None:
     net.add("MatMul", net.value, second)
     net.add("Mul", net.value, net.array(np.float32(1 / 3)))  # behind the last product
     model = lower(graph.read(net.raw()), kind, "net")
-    assert rounding.apply(model) >= 3
+    assert half_rounding.apply(model) >= 3
     raw = graph.write(model)
     assert {t.data_type for t in onnx.ModelProto.FromString(raw).graph.initializer} == {TensorProto.FLOAT}
     x = np.random.default_rng(5).standard_normal((50, 8)).astype(np.float32)
@@ -173,5 +173,5 @@ def test_a_graph_without_halves_stays() -> None:
     net.add("Tanh")
     raw = net.raw()
     model = graph.read(raw)
-    assert rounding.apply(model) == 0
+    assert half_rounding.apply(model) == 0
     assert graph.write(model) == graph.write(graph.read(raw))

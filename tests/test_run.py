@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 from scipy import stats
 from tensorboardX.proto.event_pb2 import Event
-from vae_export.trainers import checkpoint, data, evaluate, plots
-from vae_export.trainers import config as configs
-from vae_export.trainers.config import DataConfig, ModelConfig, Result, TrainConfig
-from vae_export.trainers.feed import Feed
-from vae_export.trainers.fit import fit
 
 import vae_export
 from vae_export.errors import BackendError
+from vae_export.trainers import checkpoint, datasets, evaluate, plots
+from vae_export.trainers import config as configs
+from vae_export.trainers.batches import Feed
+from vae_export.trainers.config import DataConfig, ModelConfig, Result, TrainConfig
+from vae_export.trainers.fit import fit
 
 DIGITS = (1, 8, 8)
 MLP = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="gaussian", widths=(32,), latent=4)
@@ -100,7 +100,7 @@ def test_averaged_weights(tmp_path: Path) -> None:
 
 def few(path: Path, rows: int = 60) -> DataConfig:
     """Some digits in an array: few enough to be learned by heart."""
-    part = data.load(DataConfig(), 0).train
+    part = datasets.load(DataConfig(), 0).train
     np.save(path, part.read(np.arange(rows)))
     return DataConfig(spec=f"array:{path}")
 
@@ -133,7 +133,7 @@ def test_the_result_is_that_of_the_kept_weights(tmp_path: Path) -> None:
     result = train(tmp_path / "run", epochs=3, importance_draws=8)
     config, model = checkpoint.read(tmp_path / "run")
     assert config.result == result
-    test = data.load(DataConfig(), 0).test
+    test = datasets.load(DataConfig(), 0).test
     x = torch.from_numpy(test.read(np.arange(len(test))))
     with torch.no_grad():
         mean, logvar = model.encode(x)
@@ -151,21 +151,21 @@ def test_the_result_is_that_of_the_kept_weights(tmp_path: Path) -> None:
 
 def test_bits_per_dimension() -> None:
     """Against the probability of discrete data under distributions that are known."""
-    dataset = data.load(DataConfig(), 0)
+    dataset = datasets.load(DataConfig(), 0)
     values = 64
     model = ModelConfig(data_shape=DIGITS, likelihood="discretized_logistic")
     uniform = values * math.log(1 / 256)
     assert evaluate.bits_per_dimension(uniform, dataset.quantized(), model, DataConfig()) == pytest.approx(8.0)
     bernoulli = ModelConfig(data_shape=DIGITS)
     coin = values * math.log(0.5)
-    binary = data.load(DataConfig(binarize="static"), 0)
+    binary = datasets.load(DataConfig(binarize="static"), 0)
     assert evaluate.bits_per_dimension(coin, binary, bernoulli, DataConfig(binarize="static")) == pytest.approx(1.0)
     assert evaluate.bits_per_dimension(coin, dataset, bernoulli, DataConfig()) is None  # grey values are no code
     gaussian = ModelConfig(data_shape=DIGITS, likelihood="gaussian")
     for low, high in ((0.0, 1.0), (-1.0, 1.0)):
         config = DataConfig(dequantize=True, range=(low, high))
         density = values * stats.uniform(low, high - low).logpdf((low + high) / 2)
-        found = evaluate.bits_per_dimension(density, data.load(config, 0), gaussian, config)
+        found = evaluate.bits_per_dimension(density, datasets.load(config, 0), gaussian, config)
         assert found == pytest.approx(math.log2(17))  # digits have 17 levels
 
 
@@ -242,7 +242,7 @@ def test_an_autoencoder_is_exported_and_runs(tmp_path: Path) -> None:
     assert vae_export.export(tmp_path / "plain", tmp_path / "b").passed
     with vae_export.load(tmp_path / "b") as vae:
         assert vae.model.posterior.kind == "deterministic"
-        test = data.load(DataConfig(), 0).test
+        test = datasets.load(DataConfig(), 0).test
         x = test.read(np.arange(359))
         error = ((vae.reconstruct(x) - x) ** 2).sum() / 359
     config = configs.read(tmp_path / "plain")
@@ -278,7 +278,7 @@ def test_photographs(tmp_path: Path, model: str, likelihood: str) -> None:
 
 def test_shares_of_a_step_are_the_step() -> None:
     """Two or three processes together read what one reads, with the same noise, in every step of an epoch."""
-    part = data.load(DataConfig(flip=True, dequantize=True), 0).train
+    part = datasets.load(DataConfig(flip=True, dequantize=True), 0).train
     for processes in (2, 3):
         whole = Feed(part, TrainConfig(batch_size=20 * processes, draws=2), (4,))
         parts = [Feed(part, TrainConfig(batch_size=20, draws=2), (4,), rank, processes) for rank in range(processes)]
@@ -291,12 +291,12 @@ def test_shares_of_a_step_are_the_step() -> None:
     tiny = msgspec.structs.replace(TrainConfig(), batch_size=629)  # the last step has none for the second process
     last = Feed(part, msgspec.structs.replace(tiny, batch_size=1257), (4,), 1, 2)
     assert (last[0].count, len(last[0].x)) == (629, 629)
-    empty = Feed(data.Part(part.rows, part.indices[:3], None, part.change), TrainConfig(batch_size=1), (4,), 1, 2)
+    empty = Feed(datasets.Part(part.rows, part.indices[:3], None, part.change), TrainConfig(batch_size=1), (4,), 1, 2)
     assert (empty[1].count, empty[1].total, len(empty[1].x)) == (0, 1, 1)
 
 
 def test_batches_made_ahead_are_the_same() -> None:
-    feed = Feed(data.load(DataConfig(binarize="dynamic"), 0).train, TrainConfig(), (4,))
+    feed = Feed(datasets.load(DataConfig(binarize="dynamic"), 0).train, TrainConfig(), (4,))
     for batch, step in zip(feed.ahead(range(15, 45), workers=3), range(15, 45), strict=True):
         assert torch.equal(batch.x, feed[step].x)
         assert torch.equal(batch.eps, feed[step].eps)

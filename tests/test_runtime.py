@@ -15,17 +15,17 @@ import rounding
 import torch
 import zoo
 from conftest import PLACES
+
+import vae_export
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import DECODER_OUTPUTS, Data
+from vae_export.errors import BackendError, BundleError, InputError
+from vae_export.numerics import elbo, noise
+from vae_export.numerics.pixels import is_picture
 from vae_export.runtimes import VAE, open_bundle
 from vae_export.runtimes.inputs import ArrayCheck
 from vae_export.trainers.objective import elbo as torch_elbo
 from vae_export.trainers.objective import log_prob_of
-
-import vae_export
-from vae_export import elbo, noise
-from vae_export.bundle import Bundle
-from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.manifest import DECODER_OUTPUTS, Data
-from vae_export.pixels import is_picture
 
 #: Float32's ELBO against float64's, of S; see `certificate.TOLERANCES`.
 RELATIVE = 5e-6

@@ -13,17 +13,14 @@ import onnx_ir
 import onnxruntime
 import pytest
 import zoo
-from vae_export.runtimes import VAE, Budget, open_backend, open_bundle
 
 import vae_export
-from vae_export import elbo, golden, graph, likelihoods, noise, tuning, verifier
-from vae_export.builds import BuildFolder
-from vae_export.bundle import Bundle
-from vae_export.errors import BundleError, InputError
-from vae_export.graph import compose
-from vae_export.graph.likelihood import log_prob_terms
-from vae_export.graph.nodes import Formula
-from vae_export.manifest import (
+from vae_export import graph
+from vae_export.building.cpu import search
+from vae_export.certification import golden, verifier
+from vae_export.contract.build_record import BuildFolder
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import (
     DECODER_OUTPUTS,
     ENCODER_OUTPUTS,
     SCORE_OUTPUTS,
@@ -34,6 +31,13 @@ from vae_export.manifest import (
     Model,
     Posterior,
 )
+from vae_export.errors import BundleError, InputError
+from vae_export.graph import fuse
+from vae_export.graph.likelihood import log_prob_terms
+from vae_export.graph.nodes import Formula
+from vae_export.numerics import elbo, likelihoods, noise
+from vae_export.runtimes import VAE, open_backend, open_bundle
+from vae_export.runtimes.memory import Budget
 
 #: Of a term of log p(x|z), in float32: a few roundings.
 TERM = 8 * 2.0**-24
@@ -58,7 +62,7 @@ def built(member: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
             # Without forms, the fused graph and its parts are of the same nodes.
             options = {"precision": precision, "passes": "none"}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tuning, "WORTH", math.inf)  # however slow it is: what it computes is tested
+                patch.setattr(search, "WORTH", math.inf)  # however slow it is: what it computes is tested
                 made[name, precision] = vae_export.build(member(name).bundle, "cpu", out=out, **options).path
         return made[name, precision]
 
@@ -320,7 +324,7 @@ def test_a_posterior_that_is_the_prior_has_no_negative_kl() -> None:
         ir_version=10,
     )
     parts = (graph.read(part.SerializeToString()) for part in (encoder, decoder))
-    fused = graph.write(compose.score(*parts, model_of("gaussian_fixed", (-1.0, 1.0), variance=1.0)))
+    fused = graph.write(fuse.score(*parts, model_of("gaussian_fixed", (-1.0, 1.0), variance=1.0)))
     x = np.concatenate([SIZES[SIZES < 50], -SIZES[SIZES < 50]]).astype(np.float32)[:, None]
     (kl,) = session(fused).run(["kl"], {"x": x, "eps": np.zeros_like(x)})
     assert (kl >= 0).all()

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import vae_export
 from vae_export import sources
-from vae_export.cli import app
+from vae_export.certification import reference
+from vae_export.commands.app import app
 from vae_export.errors import InputError
-from vae_export.sources import reference
 
 
 @pytest.fixture(autouse=True)

@@ -14,17 +14,22 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
-from vae_export.runtimes import Settings
-from vae_export.runtimes.backend import Way
-from vae_export.runtimes.cpu import CpuBackend
 
 import vae_export
-from vae_export import certificate, golden, graph, noise, precision, report, tail, tuning, verifier
-from vae_export.bundle import Bundle
-from vae_export.certificate import Check, Tolerance
+from vae_export import graph
+from vae_export.building import mixed_precision
+from vae_export.building.cpu import search
+from vae_export.certification import certificate, golden, tail, verifier
+from vae_export.certification.certificate import Check, Tolerance
+from vae_export.commands import tables
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import GRAPHS
 from vae_export.errors import BackendError, VerificationError
-from vae_export.graph.precision import lower
-from vae_export.manifest import GRAPHS
+from vae_export.graph.half import lower
+from vae_export.numerics import noise
+from vae_export.runtimes import Settings
+from vae_export.runtimes.backend import Way
+from vae_export.runtimes.cpu.dispatch import CpuBackend
 
 #: x[0] of a decoded draw is a standard normal: 0.2 % of them are above this.
 RARE = 2.9
@@ -85,7 +90,7 @@ def test_a_tail_that_golden_examples_do_not_have_is_refused(rare: Path) -> None:
     graphs, weights, model, costs, reference, calibration = parts(rare)
     ways = {name: [Way(raw)] for name, raw in graphs.items()}
     low = graph.write(lower(graph.read(graphs["encoder"]), "fp16", "encoder"))
-    ways["encoder"] = [Way(precision.rounding(low), precision="fp16")]
+    ways["encoder"] = [Way(mixed_precision.rounding(low), precision="fp16")]
     kinds = {"encoder": "float16", "decoder": "float32"}
     more = tail.make(graphs, weights, model, costs, reference, calibration)
     assert isinstance(more, tail.Tail)
@@ -107,7 +112,7 @@ def test_a_tail_that_golden_examples_do_not_have_is_refused(rare: Path) -> None:
     )
     with pytest.raises(VerificationError, match=words):
         measured.require()
-    shown = report.as_text(report.certificate(measured), width=300)
+    shown = tables.as_text(tables.certificate(measured), width=300)
     assert re.search(r"error of the mean of more rows \(2,000: 99\.9 % are within \S+\)", shown)
     assert "44 more calibration, 1,956 more prior" in shown
     assert certificate.decode(certificate.encode(measured)) == measured
@@ -242,8 +247,8 @@ def test_what_is_seen_and_no_faster_stays_in_float32(
     def no_gain(name: str, rows: Any, kind: str) -> str | None:
         return slow if kind != "fp32" and any(r.candidate.precisions[name] == "fp32" for r in rows) else None
 
-    monkeypatch.setattr(tuning, "beyond_half", seen)
-    monkeypatch.setattr(tuning, "no_gain", no_gain)
+    monkeypatch.setattr(search, "beyond_half", seen)
+    monkeypatch.setattr(search, "no_gain", no_gain)
     loose = Tolerance(sigma=9.0, kl=9.0, off1=1.0, off2=1.0, pixel=9.0, psnr=0.0, elbo=9.0)
     monkeypatch.setitem(certificate.TOLERANCES, "int8", loose)  # type: ignore[misc] # both graphs shall hold
     told = {name: f"the {name} in int8 loses more than half precision may: {lost}; and {slow}" for name in GRAPHS}
@@ -259,7 +264,7 @@ def test_what_is_seen_and_no_faster_stays_in_float32(
     assert told["decoder"] in built.record.absent
     assert slow in {row.verdict for row in built.record.measurements if row.graph == "decoder"}
     assert built.record.calibrated == {"calibration": 40, "prior": 40}
-    shown = report.as_text(report.build(built.path, built.record), width=200)
+    shown = tables.as_text(tables.build(built.path, built.record), width=200)
     assert "40 rows of calibration data, 40 draws from the prior for the decoder" in shown
 
 
@@ -267,18 +272,18 @@ def test_what_activations_are_recorded_on(member: Callable[[str], Any]) -> None:
     """Calibration data; where that is little, golden examples, data before decoded noise."""
     _, _, model, _, reference, calibration = parts(member("conv-bernoulli").bundle)
     golden_x = reference.tensors["x"][golden.EXTREMES :]
-    x, counts = precision.calibrated(model, reference, calibration)
+    x, counts = mixed_precision.calibrated(model, reference, calibration)
     assert counts == {"calibration": 40, "prior": 40}
     assert np.array_equal(x, calibration)
-    x, counts = precision.calibrated(model, reference, calibration[:5])
+    x, counts = mixed_precision.calibrated(model, reference, calibration[:5])
     assert counts == {"calibration": 5, "held_out": 27, "prior": 32}
     assert np.array_equal(x, np.concatenate([calibration[:5], golden_x[:27]]))
     few = dataclasses.replace(
         reference, record=msgspec.structs.replace(reference.record, held_out=3, decoded=len(golden_x) - 3)
     )
-    assert precision.calibrated(model, few, calibration[:5])[1] == {
+    assert mixed_precision.calibrated(model, few, calibration[:5])[1] == {
         "calibration": 5, "held_out": 3, "decoded": 24, "prior": 32,
     }  # fmt: skip
-    x, counts = precision.calibrated(model, few, calibration[:0])
+    x, counts = mixed_precision.calibrated(model, few, calibration[:0])
     assert counts == {"held_out": 3, "decoded": len(golden_x) - 3, "prior": len(golden_x)}
     assert np.array_equal(x, golden_x)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import vae_export
-from vae_export import progress, terminal
+from vae_export import progress
+from vae_export.commands import terminal
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 #: A colour, a window's title, a line that goes back over itself, and text from right to left.
@@ -57,8 +58,8 @@ def test_what_was_typed(run: Run, arguments: list[str]) -> None:
 
 
 def test_a_strangers_certificate_has_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    from vae_export import report
-    from vae_export.certificate import Certificate, Check
+    from vae_export.certification.certificate import Certificate, Check
+    from vae_export.commands import tables
 
     check = Check(
         id="x", graph="encoder", quantity="[red]q[/]", unit="[link=file:///]u[/]", measured=0.0, tolerance=1.0
@@ -67,7 +68,7 @@ def test_a_strangers_certificate_has_no_markup(capsys: pytest.CaptureFixture[str
         bundle="[b]n[/]", created="", reference="r", measured={}, precision="float32", examples={}, batches=(1,),
         splits_identical=True, checks=(check,),
     )  # fmt: skip
-    terminal.console().print(report.certificate(certificate))
+    terminal.console().print(tables.certificate(certificate))
     shown = capsys.readouterr().out
     for part in ("[red]q[/]", "[link=file:///]u[/]", "[b]n[/]: certificate"):
         assert part in shown

@@ -20,14 +20,18 @@ import zoo_diffusers
 from diffusers import AutoencoderKL
 from onnx import TensorProto, helper
 from test_bundle import reseal
-from vae_export.runtimes import VAE, Tile, arena, open_bundle, tiling
-from vae_export.runtimes.memory import SAFETY, Budget, parse_bytes
 
 import vae_export
-from vae_export import certificate, golden, noise, report, tiles_check
-from vae_export.bundle import Bundle
+from vae_export.certification import certificate, golden, tiles
+from vae_export.commands import tables
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.manifest import Tiled
+from vae_export.contract.model import Cost, Data, Model, SizeDim
 from vae_export.errors import InputError
-from vae_export.manifest import Cost, Data, Model, SizeDim, Tiled
+from vae_export.numerics import noise
+from vae_export.runtimes import VAE, Tile, open_bundle, tiling
+from vae_export.runtimes.cpu import arena
+from vae_export.runtimes.memory import SAFETY, Budget, parse_bytes
 
 # Most models here see more than a tile; that this is told has a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::vae_export.TileWarning")
@@ -503,7 +507,7 @@ def test_memory_grows_with_the_tile(spatial: Any, tmp_path: Path) -> None:
 RELEASE = """
 import sys
 import numpy as np
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
 from vae_export.runtimes.backend import Settings, Way
 from vae_export.runtimes.cpu import CpuBackend
 from vae_export.runtimes import VAE
@@ -631,10 +635,10 @@ def test_figures_of_tiles(patches: dict[bool, Path]) -> None:
     bundle = Bundle(patches[True])
     graphs = bundle.manifest.graphs
     measured = certificate.decode(bundle.read("verification.json"))
-    counted = report.costs(bundle.manifest.model, {}, {"height": 32, "width": 48})
-    shown = report.as_text(*report.bundle(bundle.path, bundle.manifest, measured, [], [], counted), width=400)
+    counted = tables.costs(bundle.manifest.model, {}, {"height": 32, "width": 48})
+    shown = tables.as_text(*tables.bundle(bundle.path, bundle.manifest, measured, [], [], counted), width=400)
     assert f"tiles in the decoder │ {graphs['decoder'].tiled} " in shown
-    found = tiles_check.checks({name: graph.tiled for name, graph in graphs.items()})
+    found = tiles.checks({name: graph.tiled for name, graph in graphs.items()})
     assert found == measured.checks[-8:]
     assert [check.id for check in found] == [
         f"tiles.{graph}.pixel.{name}" for graph in ("encoder", "decoder") for name in ("max", "off1", "off2", "psnr")
@@ -650,8 +654,8 @@ def test_where_tiles_are_not_measured(spatial: Any, member: Callable[[str], Any]
     assert all(graph.tiled is None for graph in Bundle(member("spatial").bundle).manifest.graphs.values())
     backend, x = open_bundle(Bundle(spatial.bundle), device="cpu").backend, images(3, 3, 32, 32)
     for limits in ({"max": 32}, {"min": 24}):
-        assert tiles_check.measure_tiles(with_dims(spatial.source.model, **limits), backend, x) == {}
-    measured = tiles_check.measure_tiles(with_dims(spatial.source.model, max=48), backend, x)
+        assert tiles.measure_tiles(with_dims(spatial.source.model, **limits), backend, x) == {}
+    measured = tiles.measure_tiles(with_dims(spatial.source.model, max=48), backend, x)
     assert {one.size for one in measured.values()} == {(48, 48)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vae_export import tracing
+from vae_export.exporting import tracing
 
 NAMED = {0: "batch", 2: "height/2", 3: "width"}
 HINT = "- Received user-specified dim hint Dim.DYNAMIC(min=None, max=None), but tracing inferred a static shape of "

@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from vae_export.trainers import checkpoint, data, fit, schedule
+
+from vae_export.errors import BackendError, InputError
+from vae_export.numerics import noise
+from vae_export.trainers import checkpoint, datasets, fit, schedule
 from vae_export.trainers import config as configs
 from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
 from vae_export.trainers.objective import elbo, gaussian
-
-from vae_export import noise
-from vae_export.errors import BackendError, InputError
 
 DIGITS = (1, 8, 8)
 
@@ -48,9 +48,9 @@ def test_checkpoint_round_trip(checkpoints: dict[str, Path]) -> None:
     config, model = checkpoint.read(checkpoints["gaussian"])
     assert config.model.likelihood == "gaussian"
     assert not model.training
-    test = data.load(DataConfig(), 0).test
+    test = datasets.load(DataConfig(), 0).test
     held_out = torch.from_numpy(test.read(np.arange(len(test))))
-    eps = torch.from_numpy(noise.normals(0, noise.TRAINER, 0, len(held_out), 8, data.TEST))
+    eps = torch.from_numpy(noise.normals(0, noise.TRAINER, 0, len(held_out), 8, datasets.TEST))
     with torch.no_grad():
         terms = elbo(model, gaussian, held_out, eps)
     assert (terms.reconstruction - terms.kl).mean().item() == pytest.approx(config.result.elbo, rel=1e-5)

@@ -10,8 +10,8 @@ import pytest
 import trained
 
 import vae_export
-from vae_export.certificate import Certificate
-from vae_export.sources import reference
+from vae_export.certification import reference
+from vae_export.certification.certificate import Certificate
 
 pytestmark = pytest.mark.skipif(trained.missing() is not None, reason=trained.missing() or "")
 

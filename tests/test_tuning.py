@@ -15,16 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vae_export.runtimes import Settings, cpu, openvino, processor
-from vae_export.runtimes.backend import Way
 
 import vae_export
-from vae_export import builds, golden, graph, report, timing, tuning
-from vae_export.builds import BuildFolder, Options
-from vae_export.bundle import Bundle
-from vae_export.certificate import Certificate, Check
+from vae_export import graph, timing
+from vae_export.building.cpu import search
+from vae_export.certification import golden
+from vae_export.certification.certificate import Certificate, Check
+from vae_export.commands import tables
+from vae_export.contract import build_record
+from vae_export.contract.build_record import BuildFolder, Options
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError, VerificationError
-from vae_export.graph import passes
+from vae_export.graph import rewrites
+from vae_export.runtimes import Settings, processor
+from vae_export.runtimes.backend import Way
+from vae_export.runtimes.cpu import dispatch, openvino
 
 BATCHES = (1, 3, 8, 9, 64, 65)
 
@@ -41,7 +46,7 @@ def built(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     folder = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
         # Whether 8 bits are faster than float32 is a matter of the processor: here they are built in any case.
-        patch.setattr(tuning, "beyond_half", lambda checks, graph: None)
+        patch.setattr(search, "beyond_half", lambda checks, graph: None)
         return {
             precision: vae_export.build(bundle, "cpu", precision=precision, out=folder / precision)
             for precision in ("fp32", "auto", "int8")
@@ -99,7 +104,7 @@ def test_out_is_written_in_place_by_every_runner(bundle: Path) -> None:
     z = np.random.default_rng(0).standard_normal((5, *model.latent.shape)).astype(np.float32)
     results = []
     for runner in ("onnxruntime", "openvino"):
-        backend = cpu.CpuBackend({"decoder": [Way(graphs["decoder"], runner)]}, model, Settings())
+        backend = dispatch.CpuBackend({"decoder": [Way(graphs["decoder"], runner)]}, model, Settings())
         out = np.full((5, *model.data.shape), np.nan, np.float32)
         (given,) = backend.run("decoder", {"z": z}, ("sample",), 2, out=[out])
         assert given is out
@@ -115,7 +120,7 @@ def test_out_is_written_in_place_by_every_runner(bundle: Path) -> None:
 def test_openvino_from_many_threads(bundle: Path) -> None:
     opened = Bundle(bundle)
     model, (graphs, _) = opened.manifest.model, opened.graphs()
-    backend = cpu.CpuBackend({"decoder": [Way(graphs["decoder"], "openvino")]}, model, Settings())
+    backend = dispatch.CpuBackend({"decoder": [Way(graphs["decoder"], "openvino")]}, model, Settings())
     inputs = np.random.default_rng(0).standard_normal((8, 3, *model.latent.shape)).astype(np.float32)
     alone = [backend.run("decoder", {"z": z}, ("sample",), 64)[0] for z in inputs]
     together: list[Any] = [None] * 8
@@ -181,12 +186,12 @@ def test_what_differs_when_it_is_compiled_for_its_shape_is_compiled_for_all(
         self.capabilities = frozenset()
         return ["openvino"]
 
-    monkeypatch.setattr(tuning.Tuner, "_runners", alone)
+    monkeypatch.setattr(search.Tuner, "_runners", alone)
     made = vae_export.build(bundle, "cpu", out=tmp_path / "exact", batches=(1, 8)).record
     for found in made.graphs.values():
         assert [shape for v in found.variants for shape in v.exact] == [{"batch": 1}, {"batch": 8}]
-    assert "compiled for batch 1, batch 8" in report.as_text(report.build(tmp_path / "exact", made)).replace("\n", "")
-    monkeypatch.setattr(tuning.Tuner, "_apart", lambda self, graph, row: 1.0)  # in truth they agree
+    assert "compiled for batch 1, batch 8" in tables.as_text(tables.build(tmp_path / "exact", made)).replace("\n", "")
+    monkeypatch.setattr(search.Tuner, "_apart", lambda self, graph, row: 1.0)  # in truth they agree
     made = vae_export.build(bundle, "cpu", out=tmp_path / "all", batches=(1, 8)).record
     assert not any(v.exact for found in made.graphs.values() for v in found.variants)
     words = r"the decoder in fp32, compiled for batch 1, differs from itself by 1 of the largest, allowed \S+: it is "
@@ -214,9 +219,9 @@ def test_how_far_apart(bundle: Path, monkeypatch: pytest.MonkeyPatch, for_all: A
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(tuning, "CpuBackend", Backend)
-    monkeypatch.setattr(tuning.Tuner, "_inputs", lambda *_: {})
-    tuner = object.__new__(tuning.Tuner)
+    monkeypatch.setattr(search, "CpuBackend", Backend)
+    monkeypatch.setattr(search.Tuner, "_inputs", lambda *_: {})
+    tuner = object.__new__(search.Tuner)
     tuner.model, tuner.sizes = Bundle(bundle).manifest.model, {}
     assert tuner._apart("decoder", _timed("fp32", 1, 1.0)) == pytest.approx(share, nan_ok=True)
 
@@ -226,7 +231,7 @@ def test_signals_are_handled_after_sessions_were_closed(bundle: Path) -> None:
     program = f"""
 import gc, os, signal
 import vae_export
-from vae_export.bundle import Bundle
+from vae_export.contract.bundle import Bundle
 from vae_export.runtimes import Settings, cpu
 from vae_export.runtimes.backend import Way
 
@@ -262,7 +267,7 @@ def test_without_openvino(bundle: Path, tmp_path: Path, monkeypatch: pytest.Monk
     made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
     assert {row.runner for row in made.record.measurements} == {"onnxruntime"}
     assert "pip install 'vae-export[openvino]'" in made.record.absent[0]
-    assert "not possible here" in report.as_text(report.build(made.path, made.record))
+    assert "not possible here" in tables.as_text(tables.build(made.path, made.record))
     with pytest.raises(BackendError, match=r"nothing computes in bf16 on this processor, .*no bf16 convolutions on"):
         vae_export.build(bundle, "cpu", out=tmp_path / "bf16", precision="bf16")
 
@@ -284,7 +289,7 @@ def test_what_cannot_hold_is_measured_once(bundle: Path, monkeypatch: pytest.Mon
         asked.append(graph)
         return f"{graph}: mean is 3 of the largest, allowed 1"
 
-    monkeypatch.setattr(tuning.Tuner, "_problem", problem)
+    monkeypatch.setattr(search.Tuner, "_problem", problem)
     words = r"nothing of .* holds in bf16: .*the encoder in bf16: encoder: mean is 3 of the largest, allowed 1; "
     with pytest.raises(VerificationError, match=words):
         vae_export.build(bundle, "cpu", out=tmp_path / "bf16", precision="bf16")
@@ -315,7 +320,7 @@ def test_a_share_of_the_tolerance(
     check = Check(
         id="a.b.c", graph="decoder", quantity="q", unit="u", measured=measured, tolerance=tolerance, at_least=at_least
     )
-    assert tuning._within(check, share) == within
+    assert search._within(check, share) == within
 
 
 def test_the_certificate_is_headed_by_what_runs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +344,7 @@ def test_what_encoder_and_decoder_are_held_to() -> None:
         ([("score", "fp16")], None, ("float16", "float16")),
         ([("encoder", "tf32")], None, ("tf32", "float32")),
     ):
-        assert tuple(builds.held_to([*full, *added], budget).values()) == expected
+        assert tuple(build_record.held_to([*full, *added], budget).values()) == expected
 
 
 def test_however_few_golden_rows_there_are(bundle: Path) -> None:
@@ -378,10 +383,10 @@ def test_8_bits_are_for_processors_that_have_vnni(bundle: Path, vnni: bool, monk
     assert tuner.absent[-1] == f"the decoder in int8{'' if vnni else words}: {why}"
 
 
-def _tuner(opened: Bundle, reference: golden.Reference | None = None, **options: Any) -> tuning.Tuner:
+def _tuner(opened: Bundle, reference: golden.Reference | None = None, **options: Any) -> search.Tuner:
     model = opened.manifest.model
     reference = reference or golden.decode(opened.read(golden.FILE), opened.manifest.golden, model)
-    return tuning.Tuner(
+    return search.Tuner(
         opened.graphs()[0],
         model,
         reference,
@@ -451,7 +456,7 @@ def test_passes_that_may_be_used(bundle: Path, tmp_path: Path) -> None:
     assert made.record.options.passes == ()
     made = vae_export.build(bundle, "cpu", out=tmp_path / "all")
     assert any("upsampling" in row.passes for row in made.record.measurements)
-    assert made.record.options.passes == tuple(passes.PASSES)
+    assert made.record.options.passes == tuple(rewrites.PASSES)
     with pytest.raises(InputError, match="there is none called 'magic'"):
         vae_export.build(bundle, "cpu", out=tmp_path / "x", passes="magic")
     with pytest.raises(InputError, match="build: budget is 'loose'; expected fp32, fp16, bf16, int8"):
@@ -464,7 +469,7 @@ def test_passes_that_may_be_used(bundle: Path, tmp_path: Path) -> None:
 
 def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Int8 holds on the few rows, and not on all: float32 is taken, and the record says why."""
-    honest = tuning.Tuner._certificate
+    honest = search.Tuner._certificate
 
     def certificate(self: Any, ways: Any, reference: Any, **options: Any) -> Any:
         measured = honest(self, ways, reference, **options)
@@ -475,7 +480,7 @@ def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypat
             return msgspec.structs.replace(measured, checks=(check, *measured.checks[1:]))
         return measured
 
-    monkeypatch.setattr(tuning.Tuner, "_certificate", certificate)
+    monkeypatch.setattr(search.Tuner, "_certificate", certificate)
     made = vae_export.build(bundle, "cpu", out=tmp_path / "out", precision="auto")
     kinds = {v.precision for found in made.record.graphs.values() for v in found.variants}
     assert kinds == {"fp32"}
@@ -483,7 +488,7 @@ def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypat
     # What was slow anyway was never chosen, and so never refused.
     assert verdicts <= {v for v in verdicts if v.startswith("refused: ") or "slower" in v or "first 3 calls" in v}
     monkeypatch.setattr(
-        tuning.Tuner, "_certificate", lambda self, ways, ref, **o: _failed(honest(self, ways, ref, **o))
+        search.Tuner, "_certificate", lambda self, ways, ref, **o: _failed(honest(self, ways, ref, **o))
     )
     with pytest.raises(VerificationError, match="differs from its reference"):
         vae_export.build(bundle, "cpu", out=tmp_path / "none")
@@ -505,13 +510,13 @@ def test_who_is_to_blame(graph: str, which: str, out: set[tuple[str, str]]) -> N
     kinds = {"low": "int8", "high": "fp32"}
     graphs = ("encoder", "decoder", "generate", "reconstruct")
     made = {
-        name: tuning.Candidate(
+        name: search.Candidate(
             "openvino", kind, (), dict.fromkeys(graphs, b""), {g: {} for g in graphs}, {}, dict.fromkeys(graphs, kind)
         )
         for name, kind in kinds.items()
     }
-    tuner = object.__new__(tuning.Tuner)
-    rows = {g: [tuning.Timed(c, None, 1, None, "slower") for c in made.values()] for g in graphs}
+    tuner = object.__new__(search.Tuner)
+    rows = {g: [search.Timed(c, None, 1, None, "slower") for c in made.values()] for g in graphs}
     tuner.timed = rows
     check = Check(id=which, graph=graph, quantity="what", unit="of S", measured=2.0, tolerance=1.0)
     measured = Certificate(
@@ -524,7 +529,7 @@ def test_who_is_to_blame(graph: str, which: str, out: set[tuple[str, str]]) -> N
     assert {(place, names[number]) for place, number in refused} == out
     assert set(refused.values()) == {f"refused: {check}"}
     if graph in ("encoder", "decoder") and which != "prior.picture.max":
-        assert tuning._why_not("reconstruct", made["low"], refused)
+        assert search._why_not("reconstruct", made["low"], refused)
         assert tuner._choose({"encoder": "decoder", "decoder": "encoder"}[graph], refused)[0].candidate is made["low"]
 
 
@@ -535,12 +540,12 @@ def _failed(measured: Any) -> Any:
     return msgspec.structs.replace(measured, checks=(check, *measured.checks[1:]))
 
 
-def _timed(precision: str, batch: int, median: float, spread: float = 0.0) -> tuning.Timed:
-    candidate = tuning.Candidate(
+def _timed(precision: str, batch: int, median: float, spread: float = 0.0) -> search.Timed:
+    candidate = search.Candidate(
         "onnxruntime", precision, (), {"decoder": b""}, {"decoder": {}}, {}, {"decoder": precision}
     )
     times = timing.Times(median, median, median, median, median, spread, 9, 3)
-    return tuning.Timed(candidate, None, batch, times, "slower")
+    return search.Timed(candidate, None, batch, times, "slower")
 
 
 @pytest.mark.parametrize(
@@ -557,7 +562,7 @@ def _timed(precision: str, batch: int, median: float, spread: float = 0.0) -> tu
     ],
 )
 def test_the_choice(rows: list[tuple[str, int, float]], expected: list[int]) -> None:
-    tuner = object.__new__(tuning.Tuner)
+    tuner = object.__new__(search.Tuner)
     made = [_timed(*row) for row in rows]
     tuner.timed = {"decoder": made}
     assert [made.index(row) for row in tuner._choose("decoder", {})] == expected
@@ -576,15 +581,15 @@ def test_the_choice(rows: list[tuple[str, int, float]], expected: list[int]) -> 
 def test_a_lower_precision_is_faster_or_not_chosen(low: float, spread: float, reason: str | None) -> None:
     rows = [_timed("fp32", 1, 1.0, spread), _timed("int8", 1, low), _timed("fp32", 8, 1.0), _timed("int8", 8, low)]
     for batches in (rows[:2], rows if not spread else rows[:2]):
-        assert tuning.no_gain("decoder", batches, "int8") == reason
-        assert {row.candidate.precision for row in tuning.choose("decoder", batches)} == {"fp32" if reason else "int8"}
-    assert tuning.no_gain("decoder", rows, "fp32") is None
+        assert search.no_gain("decoder", batches, "int8") == reason
+        assert {row.candidate.precision for row in search.choose("decoder", batches)} == {"fp32" if reason else "int8"}
+    assert search.no_gain("decoder", rows, "fp32") is None
     untimed = dataclasses.replace(rows[1], times=None)
-    assert "0.50 times as fast" in str(tuning.no_gain("decoder", [rows[0], untimed], "int8"))
+    assert "0.50 times as fast" in str(search.no_gain("decoder", [rows[0], untimed], "int8"))
 
 
 def test_a_loud_measurement_takes_the_first() -> None:
-    tuner = object.__new__(tuning.Tuner)
+    tuner = object.__new__(search.Tuner)
     made = [_timed("fp32", 1, 1.0), _timed("fp32", 1, 0.96, spread=0.5), _timed("fp32", 1, 2.0)]
     tuner.timed = {"decoder": made}
     assert tuner._choose("decoder", {}) == [made[0]]
@@ -595,7 +600,7 @@ def test_a_loud_measurement_takes_the_first() -> None:
 def test_a_fused_graph_that_loses_to_its_parts_is_left_out(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "WORTH", 0.0)
+    monkeypatch.setattr(search, "WORTH", 0.0)
     made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
     assert set(made.record.graphs) == {"encoder", "decoder"}
     lost = {
@@ -608,7 +613,7 @@ def test_a_fused_graph_that_loses_to_its_parts_is_left_out(
 
 def test_slow_models_have_no_fused_graphs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would hold the weights once more each. One that is slow by itself would take minutes to build."""
-    monkeypatch.setattr(tuning, "_LONG", 0.0)
+    monkeypatch.setattr(search, "_LONG", 0.0)
     made = vae_export.build(bundle, "cpu", out=tmp_path / "out")
     assert set(made.record.graphs) == {"encoder", "decoder"}
     assert any(
@@ -650,14 +655,14 @@ def test_a_changed_variant_is_refused(bundle: Path, built: dict[str, Any], tmp_p
 )
 def test_variants_that_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        builds.Variant(file="decoder.onnx", runner="openvino", **changed)
+        build_record.Variant(file="decoder.onnx", runner="openvino", **changed)
 
 
 @pytest.mark.parametrize("limits", [(1, 8), (8, 1, None), (None, None), (1, 1, None)])
 def test_limits_rise_and_end(limits: tuple[int | None, ...]) -> None:
-    variants = tuple(builds.Variant(up_to=limit, file="d.onnx", runner="onnxruntime") for limit in limits)
+    variants = tuple(build_record.Variant(up_to=limit, file="d.onnx", runner="onnxruntime") for limit in limits)
     with pytest.raises(ValueError, match="rising limits and then none expected, got"):
-        builds.BuiltGraph(file="d.onnx", onnx_sha256="0" * 64, structure="0" * 64, variants=variants)
+        build_record.BuiltGraph(file="d.onnx", onnx_sha256="0" * 64, structure="0" * 64, variants=variants)
 
 
 def test_sizes_that_vary(member: Callable[[str], Any], tmp_path: Path) -> None:
@@ -677,7 +682,7 @@ def test_inputs_fill_the_size_that_is_measured(member: Callable[[str], Any]) -> 
     model = opened.manifest.model
     reference = golden.decode(opened.read(golden.FILE), opened.manifest.golden, model)
     sizes = {"height": 40, "width": 8}
-    tuner = tuning.Tuner(
+    tuner = search.Tuner(
         opened.graphs()[0],
         model,
         reference,
@@ -703,7 +708,7 @@ def test_the_command_line(bundle: Path, tmp_path: Path, run: Callable[..., Any])
     assert (unnamed.returncode, "build: name a BUNDLE" in unnamed.stderr) == (2, True)
     shown = run("build", "--passes", "list")
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in passes.PASSES)
+    assert all(name in shown.stdout for name in rewrites.PASSES)
     options = ("--target", "cpu", "--precision", "auto", "--seconds", "0.01", "--batch", "1,2", "--budget", "fp16")
     made = run("build", bundle, *options, "--passes", "-phases", "--out", tmp_path / "out")
     assert made.returncode == 0, made.stderr

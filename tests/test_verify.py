@@ -15,15 +15,16 @@ import onnx
 import pytest
 import zoo
 from onnx import numpy_helper
-from vae_export.runtimes import open_backend
 
 import vae_export
-from vae_export import bundle as bundles
-from vae_export import certificate as certificates
-from vae_export import deviations, golden, sealed, verifier
-from vae_export.bundle import Bundle
-from vae_export.certificate import TOLERANCES, Check, Tolerance
+from vae_export.certification import certificate as certificates
+from vae_export.certification import deviations, golden, verifier
+from vae_export.certification.certificate import TOLERANCES, Check, Tolerance
+from vae_export.contract import bundle as bundles
+from vae_export.contract import folders
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BundleError, VerificationError
+from vae_export.runtimes import open_backend
 
 
 @pytest.mark.parametrize("name", sorted(zoo.MEMBERS))
@@ -67,7 +68,7 @@ def change(path: Path, graph: str, edit: Callable[[str, np.ndarray], np.ndarray]
     file.write_bytes(model.SerializeToString())
     manifest = Bundle(path).manifest
     (path / "manifest.json").unlink()
-    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=sealed.list_files(path)))
+    bundles.write_manifest(path, msgspec.structs.replace(manifest, files=folders.list_files(path)))
 
 
 def one_bias(name: str, array: np.ndarray) -> np.ndarray:

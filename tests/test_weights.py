@@ -17,11 +17,13 @@ from test_bundle import reseal
 from test_onnx_reader import field
 
 import vae_export
-from vae_export import bench, layouts, onnx_reader
-from vae_export.bundle import Bundle
+from vae_export import bench
+from vae_export.contract import onnx_guard
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.onnx_guard import Weights
 from vae_export.errors import BundleError, InputError
+from vae_export.exporting.layouts import optimum
 from vae_export.graph import weights
-from vae_export.onnx_reader import Weights
 
 LIMIT = 2_000
 DATA = "model.onnx_data"
@@ -73,10 +75,10 @@ def test_builds_and_layouts_have_the_same_weights(
         vae_export.load(apart.inline, device="cpu") as theirs,
     ):
         np.testing.assert_array_equal(ours.encode(x).mean, theirs.encode(x).mean)
-    layouts.optimum(apart.bundle, tmp_path / "inline")
+    optimum.optimum(apart.bundle, tmp_path / "inline")
     monkeypatch.setattr(weights, "LIMIT", LIMIT)
-    layouts.optimum(apart.bundle, tmp_path / "onnx")
-    layouts.optimum(apart.bundle, tmp_path / "onnx", overwrite=True)
+    optimum.optimum(apart.bundle, tmp_path / "onnx")
+    optimum.optimum(apart.bundle, tmp_path / "onnx", overwrite=True)
     for part in ("vae_encoder", "vae_decoder"):
         assert (tmp_path / "onnx" / part / DATA).is_file()
         assert not (tmp_path / "inline" / part / DATA).exists()
@@ -143,13 +145,13 @@ FILE = Weights(DATA, np.arange(8, dtype="<f4").tobytes())
 
 
 def test_an_array_over_the_verified_bytes() -> None:
-    found = onnx_reader.check_operators(graph(offset=8), "m", FILE)["w"]
+    found = onnx_guard.check_operators(graph(offset=8), "m", FILE)["w"]
     assert found.tolist() == [2, 3, 4, 5]
     assert np.shares_memory(found, np.frombuffer(FILE.data, np.uint8))
-    assert onnx_reader.check_operators(graph(dims=(2, 2)), "m", FILE)["w"].shape == (2, 2)
+    assert onnx_guard.check_operators(graph(dims=(2, 2)), "m", FILE)["w"].shape == (2, 2)
     # Dimensions packed into one field.
     packed = field(1, bytes([2, 2])) + tensor(TensorProto.FLOAT, (), "w", {}).SerializeToString()
-    assert onnx_reader.check_operators(field(7, field(5, packed)), "m", FILE)["w"].shape == (2, 2)
+    assert onnx_guard.check_operators(field(7, field(5, packed)), "m", FILE)["w"].shape == (2, 2)
 
 
 HOSTILE = {
@@ -177,23 +179,23 @@ HOSTILE = {
 @pytest.mark.parametrize(("raw", "message"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_where_weights_may_not_lie(raw: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=rf"m: the weight 'w?' .*{message}.*Export the model again"):
-        onnx_reader.check_operators(raw, "m", FILE)
+        onnx_guard.check_operators(raw, "m", FILE)
 
 
 def test_weights_of_which_another_reader_would_see_others() -> None:
     weight = tensor(TensorProto.FLOAT, (4,), "w", {})
     twice = helper.make_graph([], "g", [], [], initializer=[weight, weight])
     with pytest.raises(BundleError, match="has no name of its own"):
-        onnx_reader.check_operators(helper.make_model(twice).SerializeToString(), "m", FILE)
+        onnx_guard.check_operators(helper.make_model(twice).SerializeToString(), "m", FILE)
     weight.external_data.add(key="location", value=DATA)
     again = helper.make_graph([], "g", [], [], initializer=[weight])
     with pytest.raises(BundleError, match="does not say once, and only"):
-        onnx_reader.check_operators(helper.make_model(again).SerializeToString(), "m", FILE)
+        onnx_guard.check_operators(helper.make_model(again).SerializeToString(), "m", FILE)
     both = tensor(TensorProto.FLOAT, (4,), "w", {})
     both.raw_data = bytes(16)
     values = helper.make_graph([], "g", [], [], initializer=[both])
     with pytest.raises(BundleError, match="has the field 9 as well"):
-        onnx_reader.check_operators(helper.make_model(values).SerializeToString(), "m", FILE)
+        onnx_guard.check_operators(helper.make_model(values).SerializeToString(), "m", FILE)
 
 
 def test_only_weights_of_the_main_graph_lie_beside_it() -> None:
@@ -205,4 +207,4 @@ def test_only_weights_of_the_main_graph_lie_beside_it() -> None:
     ):
         raw = helper.make_model(helper.make_graph([node], "g", [], [])).SerializeToString()
         with pytest.raises(BundleError, match="weights lie in another file, which is not read"):
-            onnx_reader.check_operators(raw, "m", FILE)
+            onnx_guard.check_operators(raw, "m", FILE)

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vae_export import Source, noise, sources
+from vae_export import Source, sources
+from vae_export.numerics import noise
 from vae_export.sources.protocol import Trained
 
 Pictures = npt.NDArray[np.float32]

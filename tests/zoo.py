@@ -7,11 +7,12 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from vae_export.contract.manifest import Origin
+from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim
+from vae_export.sources.protocol import Trained
 from vae_export.trainers.config import ModelConfig
 from vae_export.trainers.models import build
-
-from vae_export.manifest import Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
-from vae_export.sources.protocol import Trained
 
 CONFIG = b'{"zoo": true}\n'
 ORIGIN = Origin(kind="module", name="zoo")

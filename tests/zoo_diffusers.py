@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from zoo import fill, pictures
 
-from vae_export import noise
+from vae_export.numerics import noise
 
 _KL: dict[str, Any] = {
     "_class_name": "AutoencoderKL",

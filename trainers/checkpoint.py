@@ -19,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from vae_export import files
+from vae_export.contract import atomic
+from vae_export.contract.records import Record
 from vae_export.errors import InputError
-from vae_export.records import Record
-
-from . import config as configs
-from .config import CheckpointConfig
-from .models import VAEModel, build
+from vae_export.trainers import config as configs
+from vae_export.trainers.config import CheckpointConfig
+from vae_export.trainers.models import VAEModel, build
 
 METRICS = "metrics.json"
 CURVE = "metrics.csv"
@@ -115,7 +114,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     empty = all(name == _LOCK or ".partial" in name for name in entries)  # as a process that was killed leaves it
     if path.is_dir() and empty:
         overwrite = True
-    files.check_target(path, overwrite=overwrite)
+    atomic.check_target(path, overwrite=overwrite)
     if strangers := _strangers(path):
         raise InputError(
             f"train: {path} is not just a run ({', '.join(strangers[:5])}). Remove it yourself, or choose another "
@@ -163,7 +162,7 @@ def clear(path: Path, *, partial: bool = False) -> None:
 
 def write_config(path: Path, config: CheckpointConfig) -> None:
     """Write `config.json`."""
-    with files.atomic_file(path / configs.CONFIG) as stage:
+    with atomic.atomic_file(path / configs.CONFIG) as stage:
         stage.write_bytes(configs.encode(config))
 
 
@@ -220,7 +219,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _write(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with files.atomic_file(file) as stage:
+    with atomic.atomic_file(file) as stage:
         stage.write_bytes(save(plain, metadata))
 
 

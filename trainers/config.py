@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from vae_export.contract.records import Record
 from vae_export.errors import InputError
-from vae_export.records import Record
 
 FORMAT: Final = "vae_export.checkpoint"
 VERSION: Final = 2

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from vae_export.contract.atomic import atomic_file
 from vae_export.errors import InputError
-from vae_export.files import atomic_file
-
-from . import formats
+from vae_export.trainers import formats
 
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20

@@ -14,12 +14,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from vae_export import noise
-
-from .config import DataConfig, ModelConfig, Result, TrainConfig
-from .data import TEST, VALIDATION, DataSet, Part
-from .models import VAEModel
-from .objective import draw, elbo, kl_terms
+from vae_export.numerics import noise
+from vae_export.trainers.config import DataConfig, ModelConfig, Result, TrainConfig
+from vae_export.trainers.datasets import TEST, VALIDATION, DataSet, Part
+from vae_export.trainers.models import VAEModel
+from vae_export.trainers.objective import draw, elbo, kl_terms
 
 #: The importance-weighted bound is measured on this many test examples at most.
 IMPORTANCE_EXAMPLES = 1000

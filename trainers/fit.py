@@ -25,17 +25,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vae_export.errors import BackendError, InputError
-
-from . import checkpoint, data, evaluate, logs, models, plots
-from . import config as configs
-from .checkpoint import Epoch, State
-from .config import CheckpointConfig, DataConfig, ModelConfig, Result, TrainConfig
-from .data import DataSet
-from .download import fetch
-from .feed import Batch, Feed
-from .objective import Bound, Objective, shaped
-from .schedule import groups, learning_rate, warmed_up
-from .surroundings import enough_memory, open_fabric, signals
+from vae_export.trainers import checkpoint, datasets, evaluate, logs, models, plots
+from vae_export.trainers import config as configs
+from vae_export.trainers.batches import Batch, Feed
+from vae_export.trainers.checkpoint import Epoch, State
+from vae_export.trainers.config import CheckpointConfig, DataConfig, ModelConfig, Result, TrainConfig
+from vae_export.trainers.datasets import DataSet
+from vae_export.trainers.download import fetch
+from vae_export.trainers.environment import enough_memory, open_fabric, signals
+from vae_export.trainers.objective import Bound, Objective, shaped
+from vae_export.trainers.schedule import groups, learning_rate, warmed_up
 
 #: Steps after which figures are fetched from the device and looked at.
 _GLANCE = 16
@@ -496,7 +495,7 @@ def _dataset(
     Raises:
         InputError: the data cannot be read, or has another range or shape than the model.
     """
-    dataset = data.load(config, train.seed, report=log.say)
+    dataset = datasets.load(config, train.seed, report=log.say)
     if dataset.skipped:
         some = "; ".join(dataset.skipped[:3]) + ("; …" if len(dataset.skipped) > 3 else "")
         log.say(f"warning: {len(dataset.skipped)} files could not be read and are left out: {some}")

@@ -19,8 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vae_export.errors import InputError, require
-
-from .config import DataConfig
+from vae_export.trainers.config import DataConfig
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]

@@ -18,12 +18,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from vae_export import files
+from vae_export.contract import atomic
 from vae_export.errors import printable
-
-from . import checkpoint
-from .checkpoint import Epoch
-from .config import Result, Split
+from vae_export.trainers import checkpoint
+from vae_export.trainers.checkpoint import Epoch
+from vae_export.trainers.config import Result, Split
 
 
 class Log:
@@ -100,12 +99,12 @@ def write_curve(path: Path, history: tuple[Epoch, ...]) -> None:
     writer = csv.DictWriter(text, Epoch.__struct_fields__, lineterminator="\n")
     writer.writeheader()
     writer.writerows(msgspec.to_builtins(row) for row in history)
-    with files.atomic_file(path / checkpoint.CURVE) as stage:
+    with atomic.atomic_file(path / checkpoint.CURVE) as stage:
         stage.write_text(text.getvalue(), encoding="utf-8")
 
 
 def write_metrics(path: Path, result: Result, split: Split, history: tuple[Epoch, ...], warnings: list[str]) -> None:
     """Write `metrics.json`: result, data, warnings and history."""
     plain: dict[str, Any] = {"result": result, "split": split, "warnings": warnings, "history": history}
-    with files.atomic_file(path / checkpoint.METRICS) as stage:
+    with atomic.atomic_file(path / checkpoint.METRICS) as stage:
         stage.write_bytes(msgspec.json.format(msgspec.json.encode(plain), indent=2) + b"\n")

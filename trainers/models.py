@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vae_export.manifest import Data, Likelihood
-
-from .config import ModelConfig
-from .objective import LogProb, Parameters, gaussian, log_prob_of
+from vae_export.contract.model import Data, Likelihood
+from vae_export.trainers.config import ModelConfig
+from vae_export.trainers.objective import LogProb, Parameters, gaussian, log_prob_of
 
 
 class VAEModel(nn.Module):

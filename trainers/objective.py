@@ -1,6 +1,6 @@
 """The evidence lower bound in PyTorch: the training objective, and the reference of every certificate.
 
-The same conventions as `vae_export.elbo`, written independently of it: nats, one number for each example,
+The same conventions as `vae_export.numerics.elbo`, written independently of it: nats, one number for each example,
 Gaussian constants kept.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vae_export.manifest import Data, Likelihood
+from vae_export.contract.model import Data, Likelihood
 
 Parameters = tuple[Tensor, ...]
 LogProb = Callable[[Tensor, Parameters], Tensor]

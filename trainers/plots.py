@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vae_export import files, images, noise
-from vae_export.pixels import is_picture
-
-from .checkpoint import Epoch
-from .data import DataSet
-from .models import VAEModel
+from vae_export.contract import atomic
+from vae_export.numerics import images, noise
+from vae_export.numerics.pixels import is_picture
+from vae_export.trainers.checkpoint import Epoch
+from vae_export.trainers.datasets import DataSet
+from vae_export.trainers.models import VAEModel
 
 Array = npt.NDArray[np.float32]
 
@@ -132,5 +132,5 @@ def _host(tensor: torch.Tensor) -> Array:
 
 def _save(path: Path, picture: Any) -> None:
     """A Figure or an Image."""
-    with files.atomic_file(path) as stage:
+    with atomic.atomic_file(path) as stage:
         (picture.savefig if isinstance(picture, Figure) else picture.save)(stage)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import TrainConfig
+from vae_export.trainers.config import TrainConfig
 
 
 def learning_rate(step: int, warmup: int, total: int) -> float:

@@ -13,34 +13,27 @@ if not (Path(__file__).parent / "runtimes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from vae_export.builder import Built, build, refit
-    from vae_export.bundle import Bundle
-    from vae_export.certificate import Certificate
-    from vae_export.errors import (
-        BackendError,
-        BundleError,
-        InputError,
-        TileWarning,
-        VaeExportError,
-        VerificationError,
-    )
-    from vae_export.exporter import export
-    from vae_export.manifest import Manifest
+    from vae_export.building.builder import Built, build, refit
+    from vae_export.certification.certificate import Certificate
+    from vae_export.certification.verifier import verify
+    from vae_export.contract.bundle import Bundle
+    from vae_export.contract.manifest import Manifest
+    from vae_export.errors import BackendError, BundleError, InputError, TileWarning, VaeExportError, VerificationError
+    from vae_export.exporting.exporter import export
     from vae_export.runtimes import VAE, Elbo, Posterior, Tile, load
     from vae_export.sources.module import Source
-    from vae_export.verifier import verify
 
 __version__ = "0.6.0"
 
 _HOMES = {
     "BackendError": "vae_export.errors",
-    "Built": "vae_export.builder",
-    "Bundle": "vae_export.bundle",
+    "Built": "vae_export.building.builder",
+    "Bundle": "vae_export.contract.bundle",
     "BundleError": "vae_export.errors",
-    "Certificate": "vae_export.certificate",
+    "Certificate": "vae_export.certification.certificate",
     "Elbo": "vae_export.runtimes",
     "InputError": "vae_export.errors",
-    "Manifest": "vae_export.manifest",
+    "Manifest": "vae_export.contract.manifest",
     "Posterior": "vae_export.runtimes",
     "Source": "vae_export.sources.module",
     "Tile": "vae_export.runtimes",
@@ -48,11 +41,11 @@ _HOMES = {
     "VAE": "vae_export.runtimes",
     "VaeExportError": "vae_export.errors",
     "VerificationError": "vae_export.errors",
-    "build": "vae_export.builder",
-    "export": "vae_export.exporter",
+    "build": "vae_export.building.builder",
+    "export": "vae_export.exporting.exporter",
     "load": "vae_export.runtimes",
-    "refit": "vae_export.builder",
-    "verify": "vae_export.verifier",
+    "refit": "vae_export.building.builder",
+    "verify": "vae_export.certification.verifier",
 }
 __all__ = [
     "VAE",

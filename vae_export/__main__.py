@@ -1,6 +1,6 @@
 """`python -m vae_export` is `vae-export`."""
 
-from vae_export.cli import main
+from vae_export.commands.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,11 @@
 """Latency of a bundle, its builds, and what else could run the model: interleaved in one run, and checked after it."""
 
-from .cells import VERBS, Cell, Examples
-from .measure import run
-from .report import Absent, Report, Row, check_plot, plot, summary, table
-from .roof import machine
-from .runners import Bare, Ours, Recipe, Runner
-from .select import Selection, candidates
+from vae_export.bench.cells import VERBS, Cell, Examples
+from vae_export.bench.measure import run
+from vae_export.bench.report import Absent, Report, Row, check_plot, plot, summary, table
+from vae_export.bench.roof import machine
+from vae_export.bench.runners import Bare, Ours, Recipe, Runner
+from vae_export.bench.select import Selection, candidates
 
 __all__ = [
     "VERBS",

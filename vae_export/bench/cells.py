@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vae_export import golden, noise
-from vae_export.bundle import Bundle
+from vae_export.certification import golden
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import Model
 from vae_export.errors import InputError, VerificationError
-from vae_export.manifest import Model
+from vae_export.numerics import noise
 from vae_export.runtimes import VAE, open_backend
 
 #: All verbs, and the graphs that each goes through.

@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vae_export import timing
-from vae_export.bundle import Bundle
+from vae_export.bench import memory as memories
+from vae_export.bench.cells import Cell, Examples, check_verbs
+from vae_export.bench.report import Absent, Report, Row, reason
+from vae_export.bench.roof import Roof, machine
+from vae_export.bench.runners import Call, Runner
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import MAX_SIZE
 from vae_export.errors import InputError
-from vae_export.manifest import MAX_SIZE
 from vae_export.runtimes.threads import cores
-
-from . import memory as memories
-from .cells import Cell, Examples, check_verbs
-from .report import Absent, Report, Row, reason
-from .roof import Roof, machine
-from .runners import Call, Runner
 
 
 def run(

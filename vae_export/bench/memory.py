@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vae_export.bundle import Bundle
+from vae_export.bench.cells import VERBS, Cell
+from vae_export.bench.runners import Recipe, Runner
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, InputError
-
-from .cells import VERBS, Cell
-from .runners import Recipe, Runner
 
 _STATUS = Path("/proc/self/status")
 _PROGRAM = "import sys; from vae_export.bench import memory; print(memory.measure(sys.argv[1]))"
@@ -63,7 +62,7 @@ def peak(runner: Runner, verbs: Sequence[str], batch: int, sizes: Mapping[str, i
 
 def measure(text: str) -> int:
     """In the other process: do what the request, in JSON, says, and tell the bytes."""
-    from .select import open_recipe  # a cycle: it opens what is measured here
+    from vae_export.bench.select import open_recipe  # a cycle: it opens what is measured here
 
     request = json.loads(text)
     before = _status("VmRSS")

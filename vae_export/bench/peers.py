@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_export.bundle import Bundle
+from vae_export.bench.cells import VERBS, Cell, Results
+from vae_export.bench.runners import Call, Function, Graphs, Recipe
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, require
-from vae_export.runtimes.openvino import compiled
-
-from .cells import VERBS, Cell, Results
-from .runners import Call, Function, Graphs, Recipe
+from vae_export.runtimes.cpu.openvino import compiled
 
 if TYPE_CHECKING:
     from vae_export.sources.protocol import Trained

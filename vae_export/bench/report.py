@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from vae_export import files
+from vae_export.contract import atomic
 from vae_export.errors import InputError, require
 
 _TIMES = ("median", "p10", "p50", "p90", "p99")
@@ -247,7 +247,7 @@ def plot(report: Report, path: Path) -> None:
     figure.legend(labels.values(), labels, loc="outside right center", frameon=False)
     figure.suptitle(f"{report.bundle}, {report.threads} threads")
     FigureCanvasAgg(figure)
-    with files.atomic_file(path) as stage:
+    with atomic.atomic_file(path) as stage:
         figure.savefig(stage, format="png", dpi=120)
 
 

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vae_export import builds, elbo, likelihoods, onnx_reader
-from vae_export.builds import BuildFolder
-from vae_export.bundle import Bundle
+from vae_export.bench.cells import VERBS, Array, Cell, Results, Values
+from vae_export.contract import onnx_guard, targets
+from vae_export.contract.build_record import BuildFolder
+from vae_export.contract.bundle import Bundle
+from vae_export.contract.model import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model
 from vae_export.errors import require
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model
+from vae_export.numerics import elbo, likelihoods
 from vae_export.runtimes import BuildLike, load
-from vae_export.runtimes.ort import session_options
-
-from .cells import VERBS, Array, Cell, Results, Values
+from vae_export.runtimes.ort_session import session_options
 
 Call = Callable[[], Any]
 #: An array in, some outputs of a graph, in order, out.
@@ -106,7 +106,7 @@ class Ours:
         self.precision = "fp32" if record.exact else record.options.precision
         on = "" if record.target == "cpu" else f" {record.target}"
         self.name = f"vae_export{on} {record.options.precision}"
-        device = builds.target(record.target).device
+        device = targets.parse(record.target).device
         self.vae = load(bundle, device=device, build=build, micro_batch=micro_batch, threads=threads)
 
     def prepare(self, cell: Cell) -> Call:
@@ -206,7 +206,7 @@ class Bare(Graphs):
         self.recipe = Recipe("onnxruntime", str(bundle), threads)
         graphs, weights = opened.graphs()
         self._arrays = {
-            name: onnx_reader.check_operators(model, name, weights.get(name)) for name, model in graphs.items()
+            name: onnx_guard.check_operators(model, name, weights.get(name)) for name, model in graphs.items()
         }
         self._sessions = {}
         for name, model in graphs.items():

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vae_export.bundle import Bundle
+from vae_export.bench import peers
+from vae_export.bench.report import Absent, reason
+from vae_export.bench.runners import Bare, Ours, Recipe, Runner
+from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, InputError, require
 from vae_export.runtimes.threads import cores
-
-from . import peers
-from .report import Absent, reason
-from .runners import Bare, Ours, Recipe, Runner
 
 if TYPE_CHECKING:
     from vae_export.sources.protocol import Trained

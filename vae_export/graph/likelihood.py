@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir
 
-from vae_export.elbo import LOG_2PI
+from vae_export.contract.model import Model
 from vae_export.graph.nodes import Formula
-from vae_export.likelihoods import DiscretizedLogistic
-from vae_export.manifest import Model
+from vae_export.numerics.elbo import LOG_2PI
+from vae_export.numerics.likelihoods import DiscretizedLogistic
 
 _Ends = Mapping[str, onnx_ir.Value]
 _Value = onnx_ir.Value

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.overrides import TorchFunctionMode
 
+from vae_export.contract.model import DECODER_OUTPUTS, LikelihoodKind
 from vae_export.errors import InputError
-from vae_export.manifest import DECODER_OUTPUTS, LikelihoodKind
 
 #: What a single tensor of a Bernoulli decoder holds.
 Outputs = Literal["logits", "probabilities"]

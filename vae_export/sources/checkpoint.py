@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vae_export.contract.manifest import Origin
+from vae_export.contract.model import Data, Latent, Model, Posterior
 from vae_export.errors import BackendError, InputError
-from vae_export.manifest import Data, Latent, Model, Origin, Posterior
 from vae_export.sources.protocol import Trained, Training
-from vae_export.trainers import checkpoint, data
+from vae_export.trainers import checkpoint, datasets
 from vae_export.trainers import config as configs
 
 _ROWS = 1024
@@ -25,9 +26,9 @@ def load(path: Path) -> Trained:
         InputError: there is no checkpoint at `path`, or its files do not fit each other.
     """
     config, module = checkpoint.read(path)
-    dataset: data.DataSet | None
+    dataset: datasets.DataSet | None
     try:
-        dataset = data.load(config.data, config.train.seed)
+        dataset = datasets.load(config.data, config.train.seed)
         if config.model.likelihood == "discretized_logistic":
             dataset = dataset.quantized()
         if config.split and dataset.split.fingerprint != config.split.fingerprint:
@@ -86,6 +87,6 @@ def _training(path: Path, config: configs.CheckpointConfig) -> Training | None:
     )
 
 
-def _rows(part: data.Part) -> npt.NDArray[np.float32]:
+def _rows(part: datasets.Part) -> npt.NDArray[np.float32]:
     """As many as an export can make use of."""
     return part.read(np.arange(min(len(part), _ROWS)))

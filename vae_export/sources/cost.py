@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vae_export.manifest import Cost, Model
+from vae_export.contract.model import Cost, Model
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 
 

@@ -19,8 +19,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from vae_export.contract.manifest import Origin
+from vae_export.contract.model import EXAMPLE_SIZE, Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim
 from vae_export.errors import InputError, require
-from vae_export.manifest import EXAMPLE_SIZE, Data, Latent, LatentDim, Likelihood, Model, Origin, Posterior, SizeDim
 from vae_export.sources.module import checked_rows
 from vae_export.sources.protocol import Trained
 

@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from vae_export.errors import InputError, check_flags
-from vae_export.manifest import (
+from vae_export.contract.manifest import Origin
+from vae_export.contract.model import (
     DECODER_OUTPUTS,
     Data,
     Latent,
@@ -32,10 +32,10 @@ from vae_export.manifest import (
     Likelihood,
     LikelihoodKind,
     Model,
-    Origin,
     Posterior,
     SizeDim,
 )
+from vae_export.errors import InputError, check_flags
 from vae_export.sources.adapter import Adapter, Outputs, Parts, advice, shown
 from vae_export.sources.protocol import Trained
 

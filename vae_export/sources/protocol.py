@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from vae_export.contract.manifest import Origin
+from vae_export.contract.model import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, SizeDim
 from vae_export.errors import InputError
-from vae_export.manifest import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, Origin, SizeDim
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The float64 reference, golden examples, and the certificate measured against them."""

@@ -1,0 +1,251 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from vae_export.certification.certificate import Certificate
+from vae_export.contract.build_record import Build, BuiltGraph, Variant
+from vae_export.contract.manifest import Manifest, Origin
+from vae_export.contract.model import Cost, Likelihood, Model, shape_text
+from vae_export.contract.targets import title
+
+
+def facts(title: str, values: Mapping[str, object]) -> Table:
+    """Two columns: what, and its value."""
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(Text(name), Text(str(value)))
+    return table
+
+
+def certificate(measured: Certificate) -> Table:
+    """The checks of a certificate, one a row, and in the caption what was compared with what."""
+    ran = measured.measured
+    kinds = ", ".join(f"{count:,} {name}" for name, count in measured.examples.items() if count)
+    table = Table(
+        title=escape(f"{measured.bundle}: certificate, {measured.precision}"),
+        title_justify="left",
+        caption=escape(
+            f"{measured.reference} against {ran.get('backend')} {ran.get('version')} {ran.get('provider')}; "
+            f"{kinds}; over batches {', '.join(map(str, measured.batches))}"
+            f"{'; at ' + '; '.join(measured.sizes) if measured.sizes else ''}. Shown: the row nearest to it. "
+            f"Batch splits bit-identical: {'yes' if measured.splits_identical else 'no'}"
+            + "".join(f". Not measured: {reason}" for reason in measured.absent)
+        ),
+        caption_justify="left",
+    )
+    for heading in ("graph", "quantity"):
+        table.add_column(heading)
+    for heading in ("measured", "tolerance", "PyTorch float32"):
+        table.add_column(heading, justify="right")
+    table.add_column("unit")
+    table.add_column("")
+    for check in measured.checks:
+        verdict = "" if check.tolerance is None else "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+        allowed, own = (f"{v:.3g}" if v is not None else "" for v in (check.tolerance, check.pytorch))
+        what = check.quantity
+        if check.rows is not None and check.quantile is not None:
+            what += f" ({check.rows:,}: 99.9 % are within {check.quantile:.3g})"
+        quantity, unit = Text(what), Text(check.unit)
+        table.add_row(check.graph, quantity, f"{check.measured:.3g}", allowed, own, unit, verdict)
+    return table
+
+
+def costs(model: Model, counted: Mapping[str, Cost], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What one example of these sizes costs each graph: multiply-adds, and bytes of intermediate results."""
+    graphs = {}
+    for name, cost in counted.items():
+        multiply_adds, activations = cost.at(sizes)
+        graphs[name] = {"multiply_adds": multiply_adds, "activation_bytes": activations}
+    return {"sizes": dict(sizes), "weight_bytes": 4 * model.parameters, **graphs}
+
+
+def source(name: str, model: Model, origin: Origin, counted: Mapping[str, Any]) -> Table:
+    """What a trained model is that no bundle was made of yet."""
+    return facts(name, {"from": f"{origin.kind} {origin.name}", **_model(model, counted)})
+
+
+def _model(model: Model, counted: Mapping[str, Any]) -> dict[str, object]:
+    """The facts about a model, in words."""
+    low, high = model.data.range
+    nominal = " (nominal: it was not trained with it)" * model.likelihood.nominal
+    values: dict[str, object] = {
+        "architecture": f"{model.architecture}, {model.parameters:,} parameters",
+        "data x": f"{shape_text(model.data.shape)} in [{low:g}, {high:g}]",
+        "latent z": shape_text(model.latent.shape),
+        "prior p(z)": model.prior,
+        "posterior q(z|x)": _with_clamp(model.posterior.kind, model.posterior.logvar_clamp),
+        "likelihood p(x|z)": _likelihood(model.likelihood) + nominal,
+    }
+    if named := model.data.named():
+        values["sizes"] = "; ".join(str(dim) for dim in named.values())
+    if model.latent.scaled:
+        values["a diffusion model's latents"] = model.latent.formula
+    if model.force_upcast:
+        values["float16"] = "overflows, as its makers say"
+    at = ", ".join(f"{name} {size}" for name, size in counted["sizes"].items())
+    for graph in ("encoder", "decoder"):
+        if graph in counted:
+            one = counted[graph]
+            values[f"one example in the {graph}"] = (
+                f"{one['multiply_adds'] / 1e9:.3g} billion multiply-adds, {one['activation_bytes'] / 2**20:.3g} MiB of "
+                f"intermediate results{f' at {at}' if at else ''}"
+            )
+    values["weights"] = f"{counted['weight_bytes'] / 2**20:.3g} MiB in float32"
+    return values
+
+
+def bundle(
+    path: Path,
+    manifest: Manifest,
+    measured: Certificate,
+    unlisted: list[str],
+    cached: list[str],
+    counted: Mapping[str, Any],
+) -> list[Table]:
+    """What a bundle is."""
+    worst = measured.nearest
+    overview: dict[str, object] = {
+        "bundle": path,
+        "created": manifest.created,
+        **_model(manifest.model, counted),
+        "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
+        "certificate": (
+            f"{'passed' if measured.passed else 'FAILED'} at the export, {measured.precision}, as the bundle says; "
+            f"nearest to its tolerance: {worst}. `vae-export verify` measures it here"
+        ),
+    }
+    for name, graph in manifest.graphs.items():
+        if graph.tiled:
+            overview[f"tiles in the {name}"] = graph.tiled
+    if cached:
+        overview["builds in the cache"] = ", ".join(cached)
+    if unlisted:
+        overview["unlisted files"] = f"{', '.join(unlisted)} (never read)"
+    graphs = Table("graph", "file", "opset", "inputs", "outputs", title="graphs", title_justify="left")
+    for name, graph in manifest.graphs.items():
+        ends = (
+            "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.shape))})" for t in tensors)
+            for tensors in (graph.inputs, graph.outputs)
+        )
+        graphs.add_row(
+            *map(Text, (name, "\n".join(filter(None, (graph.file, graph.weights))), str(graph.opset), *ends))
+        )
+    files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
+    files.columns[1].justify = "right"
+    for name, file in manifest.files.items():
+        files.add_row(Text(name), f"{file.size:,}", file.sha256[:16] + "…")
+    return [facts(manifest.name, overview), graphs, files]
+
+
+#: Kinds of rows, in words.
+_KINDS = {
+    "calibration": "rows of calibration data",
+    "held_out": "golden rows of data",
+    "decoded": "decoded draws from the prior",
+    "prior": "draws from the prior for the decoder",
+}
+
+
+def build(path: Path, record: Build) -> Table:
+    """What a build is."""
+    options, engine = record.options, record.engine
+    flags = [name for name in ("tf32", "nhwc", "refittable") if getattr(options, name)]
+    values: dict[str, object] = {
+        "build": path,
+        "of bundle": f"{record.bundle}, manifest {record.manifest[:16]}…",
+        "target": record.target,
+        "created": record.created,
+        "precision": ", ".join([options.precision, *flags]),
+        "computes in": record.in_words(),
+        "graphs": ", ".join(f"{name} ({record.files[g.file].size:,} bytes)" for name, g in record.graphs.items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in record.tools.items()),
+    }
+    for name, graph in record.graphs.items():
+        if graph.variants or graph.passes or graph.kept:
+            values[name] = "\n".join(_variants(graph))
+    if record.processor:
+        values["measured on"] = f"{record.processor}: {', '.join(record.processor.features)}"
+    if record.calibrated:
+        values["activations recorded on"] = ", ".join(
+            f"{count:,} {_KINDS.get(kind, kind)}" for kind, count in record.calibrated.items()
+        )
+    if record.absent:
+        values["not possible here"] = "\n".join(record.absent)
+    if engine:
+        values["engine"] = f"{title(engine.flavour)} {engine.version}, {engine.platform}"
+        values["runs on"] = f"compute capability {', '.join(engine.capabilities)}"
+        values["built on"] = f"{engine.gpu}, {engine.driver}" if engine.gpu else "a machine without a GPU"
+        values["profiles"] = "\n".join(map(str, options.profiles))
+    return facts(f"build for {record.target}", values)
+
+
+def _variants(graph: BuiltGraph) -> list[str]:
+    """How a graph runs, what was done to it and what stayed in float32, in lines."""
+    lines = []
+    for variant in graph.variants:
+        limit = "all other batches" if variant.up_to is None else f"batches up to {variant.up_to}"
+        threads = "" if variant.threads is None else f", {variant.threads} thread{'s' * (variant.threads > 1)}"
+        exact = ", ".join(" ".join(f"{name} {size}" for name, size in shape.items()) for shape in variant.exact)
+        compiled = f", compiled for {exact}" if exact else ""
+        lines.append(f"{limit}: {variant.runner}, {variant.precision}{threads}{compiled}; {_changes(variant)}")
+    if not graph.variants:
+        lines.append(_changes(graph))
+    return lines
+
+
+def _changes(made: Variant | BuiltGraph) -> str:
+    changed = ", ".join(f"{name} {count}" for name, count in made.passes.items()) or "none"
+    kept = "".join(f"\n  float32: {node} ({why})" for node, why in made.kept.items())
+    return f"passes: {changed}{kept}"
+
+
+def measurements(record: Build) -> Table:
+    """Every candidate that was measured, the chosen ones first for each graph and batch."""
+    shown = Table(title="median time of a call; candidates took turns", title_justify="left")
+    for heading in ("graph", "batch", "runner", "precision", "threads", "passes", "ms", "spread", ""):
+        shown.add_column(heading, justify="right" if heading in ("batch", "ms", "spread") else "left")
+    for row in record.measurements:
+        shown.add_row(
+            Text(row.graph),
+            str(row.batch),
+            row.runner,
+            row.precision,
+            "" if row.threads is None else str(row.threads),
+            Text(", ".join(row.passes)),
+            "" if row.median_us is None else f"{row.median_us / 1e3:,.3f}",
+            "" if row.spread is None else f"{row.spread:.0%}",
+            Text(row.verdict),
+        )
+    return shown
+
+
+def as_text(*renderables: Any, width: int = 120) -> str:
+    """Tables as plain text."""
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable)
+    return capture.get()
+
+
+def _likelihood(likelihood: Likelihood) -> str:
+    shown = _with_clamp(likelihood.kind, likelihood.logvar_clamp)
+    if likelihood.log_scale_clamp:
+        shown += ", log_scale clamped to [{:g}, {:g}]".format(*likelihood.log_scale_clamp)
+    return shown if likelihood.variance is None else f"{shown}, variance {likelihood.variance:.4g}"
+
+
+def _with_clamp(kind: str, clamp: tuple[float, float] | None) -> str:
+    return kind if clamp is None else f"{kind}, logvar clamped to [{clamp[0]:g}, {clamp[1]:g}]"

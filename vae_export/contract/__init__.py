@@ -1,0 +1,1 @@
+"""What lies on disk: manifests, records of builds, and the folders that hold them."""

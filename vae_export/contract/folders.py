@@ -1,0 +1,241 @@
+"""Folders whose record lists every file: read, trusting nothing in them, and written whole or not at all.
+
+What is in such a folder may come from a stranger. Only listed files are read; each is read once, checked against
+its size and SHA-256, and the bytes that were checked are the bytes that are used. Links and special files are
+refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import sys
+import weakref
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Final, Generic, TypeVar
+
+from vae_export.contract import atomic
+from vae_export.contract.records import File, Seal, SealedRecord
+from vae_export.errors import BundleError, InputError
+
+#: A record larger than this is not read.
+_RECORD_LIMIT = 16 << 20
+_PIECE = 16 << 20
+#: Whether an open file keeps its content when the folder is replaced; on Windows it would keep it from being replaced.
+_HOLDS: Final = sys.platform != "win32"
+
+T = TypeVar("T", bound=SealedRecord)
+
+
+class SealedFolder(Generic[T]):
+    """An opened folder. Nothing but its record has been read; `read` and `check` do the rest.
+
+    Its files are held open for as long as it lives, so that a folder that is replaced meanwhile stays what it was.
+
+    Attributes:
+        path: the folder.
+        record: its verified record.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], seal: Seal[T]) -> None:
+        """Open the folder at `path` and check its record.
+
+        Args:
+            path: the folder.
+            seal: the format of its record.
+
+        Raises:
+            InputError: there is no folder at `path`.
+            BundleError: its record is missing, damaged, newer than this version or was changed.
+        """
+        self.path = Path(path)
+        self._seal = seal
+        self._kept: dict[str, bytes] = {}
+        if not self.path.is_dir():
+            found = "is a file" if self.path.exists() else "does not exist"
+            raise InputError(
+                f"{self.path} {found}; expected the folder of a {seal.folder} (vae-export {seal.made} makes one)"
+            )
+        self._open: dict[str, BinaryIO] = {}
+        weakref.finalize(self, _close, self._open)
+        self.record: T = self._open_all()
+        self._checked: set[str] = set()
+
+    def read(self, name: str) -> bytes:
+        """The verified content of a listed file.
+
+        Raises:
+            BundleError: the file is not listed, missing, not a plain file, or its content was changed.
+        """
+        if name not in self.record.files:
+            raise BundleError(f"{self.path}: {name} is not listed in the {self._seal.name} and is not read")
+        if name in self._kept:
+            return self._kept.pop(name)
+        content = self._content(name, self.record.files[name])
+        self._checked.add(name)
+        return content
+
+    def check(self, keep: Collection[str] = ()) -> None:
+        """Verify every listed file that was not read yet.
+
+        Args:
+            keep: files whose content stays in memory until `read` takes it, so that they are read once.
+
+        Raises:
+            BundleError: as `read`.
+        """
+        for name in self.record.files:
+            if name not in self._checked:
+                content = self._content(name, self.record.files[name], keep=name in keep)
+                self._checked.add(name)
+                if name in keep:
+                    self._kept[name] = content
+
+    def _open_all(self) -> T:
+        """The record, and with it every file that it lists, open: what replaces the folder later changes neither.
+
+        A folder that is replaced meanwhile loses files, so that the one that is at the path then is opened.
+        """
+        while True:
+            with _held(self.path) as folder:
+                if (record := self._try_open(folder)) is not None:
+                    return record
+            _close(self._open)
+
+    def _try_open(self, folder: os.stat_result) -> T | None:
+        """The record, its files open; None if another folder came to be at the path."""
+        try:
+            record = self._seal.decode(self._content(self._seal.file, None))
+            if _HOLDS:
+                for name in record.files:
+                    with contextlib.suppress(BundleError):  # `read` says why
+                        self._open[name] = self._opened(name)
+        except BundleError:
+            if self._is_still(folder):
+                raise
+        return record if self._is_still(folder) else None
+
+    def _is_still(self, folder: os.stat_result) -> bool:
+        return not self.path.is_dir() or os.path.samestat(folder, self.path.stat())
+
+    def _opened(self, name: str) -> BinaryIO:
+        """A file of the folder, open.
+
+        Raises:
+            BundleError: it or a folder on the way is a link, or it cannot be opened.
+        """
+        path = self.path.joinpath(*PurePosixPath(name).parts)
+        for part in (path, *path.parents):
+            if part == self.path:
+                break
+            if part.is_symlink():
+                raise BundleError(
+                    f"{path}: {part.name} is a symbolic link. Copy the {self._seal.folder} with its files instead"
+                )
+        try:
+            return open(path, "rb", buffering=0, opener=_opener)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._seal.remedy}") from None
+
+    def unlisted(self) -> list[str]:
+        """Files in the folder that the record does not list. They are never read."""
+        found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir())
+        return sorted(set(found) - set(self.record.files) - {self._seal.file})
+
+    def _content(self, name: str, expected: File | None, *, keep: bool = True) -> bytes:
+        """A file's content, checked; with `keep` false it is only checked, piece by piece."""
+        path = self.path.joinpath(*PurePosixPath(name).parts)
+        digest, pieces = hashlib.sha256(), []
+        held = self._open.get(name)
+        try:
+            with contextlib.nullcontext(held) if held else self._opened(name) as file:
+                left = self._check_status(path, os.fstat(file.fileno()), expected) + 1
+                file.seek(0)
+                while left and (piece := file.read(min(left, _PIECE))):
+                    left -= len(piece)
+                    digest.update(piece)
+                    if keep:
+                        pieces.append(piece)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._seal.remedy}") from None
+        if expected and (left != 1 or digest.hexdigest() != expected.sha256):
+            raise BundleError(
+                f"{path}: its SHA-256 is not the one in the {self._seal.name}: it was damaged or changed. "
+                f"{self._seal.remedy}"
+            )
+        return b"".join(pieces)
+
+    def _check_status(self, path: Path, status: os.stat_result, expected: File | None) -> int:
+        """Refuse what is not a plain file of the expected size. Gives the largest size that may be read."""
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{path}: is not a plain file")
+        if status.st_nlink > 1:
+            raise BundleError(
+                f"{path}: is a hard link, so that it can be changed from outside the {self._seal.folder}. "
+                f"Copy the {self._seal.folder} with its content instead"
+            )
+        limit = _RECORD_LIMIT if expected is None else expected.size
+        if status.st_size > limit or (expected and status.st_size != limit):
+            raise BundleError(
+                f"{path}: has {status.st_size} bytes, expected {'at most ' * (expected is None)}{limit}. "
+                f"It is truncated or was changed. {self._seal.remedy}"
+            )
+        return limit
+
+
+def _close(opened: dict[str, BinaryIO]) -> None:
+    for file in opened.values():
+        file.close()
+    opened.clear()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[os.stat_result]:
+    """What the folder at `path` is; while it is held, no other gets its number."""
+    if not _HOLDS:
+        yield path.stat()
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield os.fstat(handle)
+    finally:
+        os.close(handle)
+
+
+def _opener(path: str, flags: int) -> int:
+    """Open neither a link nor, waiting for somebody to write, a FIFO."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def check_target(path: Path, seal: Seal[T], *, overwrite: bool) -> None:
+    """Refuse a place at which no such folder can be made, or one that holds more than such a folder.
+
+    Raises:
+        InputError: something is at `path` and overwrite is false, or what is there is not just such a folder.
+    """
+    atomic.check_target(path, overwrite=overwrite)
+    if path.is_dir() and any(path.iterdir()):
+        try:
+            strangers = SealedFolder(path, seal).unlisted()
+        except BundleError as error:
+            raise InputError(
+                f"{path} exists and is not a whole {seal.folder} ({error}). Remove it yourself, or choose another path"
+            ) from None
+        if strangers:
+            raise InputError(
+                f"{path} holds files that are not the {seal.folder}'s: {', '.join(strangers[:5])}. Move them away, or "
+                "choose another path"
+            )
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """The records of all files in a folder, for `SealedRecord.files`."""
+    records = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records[path.relative_to(folder).as_posix()] = File(size=path.stat().st_size, sha256=digest)
+    return records

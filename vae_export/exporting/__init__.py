@@ -1,0 +1,1 @@
+"""A trained model to a bundle, and a bundle to the layouts of other tools."""

@@ -1,0 +1,1 @@
+"""Noise, likelihoods, ELBO and pixels, in NumPy."""

@@ -1,0 +1,180 @@
+"""Pictures and arrays: what the command line reads and writes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vae_export.contract.atomic import atomic_file
+from vae_export.contract.model import Data
+from vae_export.errors import InputError
+from vae_export.numerics.pixels import is_picture, to_uint8
+
+Array = npt.NDArray[Any]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+_TILE = 48  # pixels that a tile of a grid has at least along its shorter side
+_MODES = {1: "L", 3: "RGB"}
+_CLEAR = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes that convert without loss of meaning
+
+
+def grid(x: Array, value_range: tuple[float, float], columns: int | None = None) -> Image.Image:
+    """Tile pictures (B, C, H, W) row by row, small ones enlarged, with a white line between them.
+
+    Args:
+        x: (B, 1 or 3, H, W).
+        value_range: what is black and what is white.
+        columns: pictures in a row; None makes the grid about square.
+    """
+    pixels = to_uint8(x, value_range)
+    count, _, height, width = pixels.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    scale = max(1, -(-_TILE // min(height, width)))
+    pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
+    height, width, gap = height * scale, width * scale, max(2, scale // 2)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, pixels.shape[1]), 255, np.uint8)
+    for index, tile in enumerate(pixels):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = tile.transpose(1, 2, 0)
+    return Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
+
+
+def pairs(above: Array, below: Array, value_range: tuple[float, float], columns: int = 12) -> Image.Image:
+    """A grid of pictures (B, C, H, W) in which each row of `above` stands over its row of `below`."""
+    above, below = to_uint8(above, value_range), to_uint8(below, value_range)
+    rows = []
+    for first in range(0, len(above), columns):
+        for part in (above[first : first + columns], below[first : first + columns]):
+            blank = np.full((columns - len(part), *part.shape[1:]), 255, np.uint8)
+            rows += [part, blank]
+    return grid(np.concatenate(rows), value_range, columns)
+
+
+def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
+    """Write examples as a grid of pictures (`.png`) or as an array (`.npy`).
+
+    Args:
+        path: the file; its ending says what it becomes.
+        x: (B, *data) float32, or uint8 pictures.
+        data: shape and range.
+        below: for a picture, what to show under each of x (reconstructions); for an array, what to write
+            in place of x.
+
+    Raises:
+        InputError: another ending, or examples that are no pictures.
+    """
+    check_target(path, data)
+    with atomic_file(path) as stage:
+        if path.suffix.lower() == ".npy":
+            with stage.open("wb") as file:
+                np.save(file, x if below is None else below)
+        else:
+            (grid(x, data.range) if below is None else pairs(x, below, data.range)).save(stage)
+
+
+def check_target(path: Path, data: Data) -> None:
+    """Refuse, before anything is computed, a file that `write` cannot write.
+
+    Raises:
+        InputError: an ending other than `.png` and `.npy`, or examples that are no pictures.
+    """
+    if path.suffix.lower() not in (".png", ".npy"):
+        raise InputError(f"{path}: expected a file that ends in .png (pictures) or .npy (array)")
+    if path.suffix.lower() == ".png" and not is_picture(data.shape):
+        raise InputError(f"{path}: only data of shape (1 or 3, H, W) can be shown; write .npy instead")
+
+
+def read(spec: str, data: Data, *, resize: bool = False) -> Array:
+    """Read examples: a picture, a folder of pictures, `array.npy`, or `arrays.npz:key`.
+
+    Arrays are given as they are, `.npy` memory-mapped; the runtime checks them. Pictures become uint8 with
+    the bundle's number of channels.
+
+    Args:
+        spec: what to read.
+        data: the shape that is expected.
+        resize: scale pictures of another size to the expected one.
+
+    Returns:
+        (B, *data) in the file's dtype, or uint8 for pictures.
+
+    Raises:
+        InputError: it is missing, damaged, or not of a kind or size that can be read.
+    """
+    name, _, key = spec.rpartition(":")
+    path = Path(name) if name.endswith(".npz") else Path(spec)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is no plain file; expected a picture, a folder, array.npy or arrays.npz:key")
+    if path.suffix == ".npz":
+        return _read_npz(path, key if name.endswith(".npz") else "")
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy's reader raises whatever its parts raise on damaged files
+            raise InputError(f"{path} is not a plain NumPy array: {error}") from None
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{path} is not a plain NumPy array; is it an .npz?")
+        return array
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not files:
+        raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
+    pictures = [_read_picture(file, data, resize) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise InputError(
+                f"{file} has {picture.shape[2]} × {picture.shape[1]} pixels and {files[0].name} has "
+                f"{pictures[0].shape[2]} × {pictures[0].shape[1]}; pictures of one folder must have one size"
+            )
+    return np.stack(pictures)
+
+
+def _read_npz(path: Path, key: str) -> Array:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = list(arrays)
+            array = np.asarray(arrays[key]) if key in found else None
+    except Exception as error:  # NumPy's reader raises whatever its parts raise on damaged files
+        raise InputError(f"{path} is not a NumPy archive: {error}") from None
+    if array is None:
+        raise InputError(f"{path} has the arrays {', '.join(found) or 'none'}; name one: {path}:KEY")
+    return array
+
+
+def _read_picture(path: Path, data: Data, resize: bool) -> Array:
+    if not is_picture(data.shape):
+        raise InputError(f"{path}: this bundle's data are no pictures; pass array.npy or arrays.npz:key")
+    colours, height, width = data.shape
+    assert isinstance(colours, int)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                frames, mode = getattr(file, "n_frames", 1), file.mode
+                clear = mode in _CLEAR and "transparency" not in file.info
+                picture = file.convert(_MODES[colours])
+    except Exception as error:  # Pillow's readers raise whatever their formats raise on damaged files
+        raise InputError(f"{path} is not a picture that can be read: {error}") from None
+    if not clear or frames > 1:
+        what = f"{frames} frames" if frames > 1 else f"transparency or more than 8 bits (mode {mode})"
+        raise InputError(f"{path} has {what}; convert it to one 8-bit grey or RGB picture")
+    if isinstance(height, int) and isinstance(width, int) and picture.size != (width, height):
+        if not resize:
+            raise InputError(
+                f"{path} has {picture.size[0]} × {picture.size[1]} pixels; this bundle expects {width} × {height} "
+                "(width × height). Add --resize to scale it"
+            )
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    return pixels[None] if colours == 1 else pixels.transpose(2, 0, 1)
