@@ -29,8 +29,10 @@ def test_import_costs_at_most_numpy(tmp_path: Path) -> None:
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    program = "import sys; sys.argv[1:] = ['--help']\nfrom vae_export.commands.app import main\n"
+    program = (
+        "import sys; sys.argv[1:] = ['--help']\nfrom vae_export.commands.app import main\n"
         "try: main()\nexcept SystemExit: 0"
+    )
     found = imported(program, cwd=tmp_path)
     assert not found & {"torch", "onnx", "onnxruntime", "numpy", "PIL", "msgspec", "scipy", "sklearn", "safetensors"}
 
@@ -75,8 +77,8 @@ def test_a_runtime_never_imports_torch_by_itself(digits: dict[str, Path], tmp_pa
          "install 'vae-export[export]'"),
         (["onnxruntime"], "vae_export.load(sys.argv[1])", "load: the Python package 'onnxruntime' is not installed. "
          "Run: pip install 'vae-export[cpu]'"),
-        (["sklearn"], "from vae_export.trainers import config, datasets as d; d.load(config.DataConfig(), 0)", "data set "
-         "'digits': the Python package 'sklearn' is not installed. Run: pip install 'vae-export[train]'"),
+        (["sklearn"], "from vae_export.trainers import config, datasets as d; d.load(config.DataConfig(), 0)",
+         "data set 'digits': the Python package 'sklearn' is not installed. Run: pip install 'vae-export[train]'"),
     ],
 )  # fmt: skip
 def test_a_missing_extra_is_named(
