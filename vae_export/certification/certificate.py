@@ -18,7 +18,7 @@ from vae_export.contract.records import Record, check_text
 from vae_export.errors import BundleError, VerificationError
 from vae_export.numerics.elbo import Float64
 
-FORMAT: Final = "vae_export.certification.certificate"
+FORMAT: Final = "vae_export.certificate"
 VERSION: Final = 2
 
 GraphName = Literal["encoder", "decoder", "end to end"]
@@ -203,7 +203,7 @@ class Certificate(Record, frozen=True, kw_only=True):
     """The measured difference between the PyTorch reference and the graphs, up to the ELBO.
 
     Attributes:
-        format: always `vae_export.certification.certificate`.
+        format: always `vae_export.certificate`.
         version: of this format: 2.
         bundle: the bundle's name.
         created: when it was measured, UTC, ISO 8601.
@@ -218,7 +218,7 @@ class Certificate(Record, frozen=True, kw_only=True):
         checks: what was measured.
     """
 
-    format: Literal["vae_export.certification.certificate"] = FORMAT
+    format: Literal["vae_export.certificate"] = FORMAT
     version: Literal[2] = VERSION
     bundle: str
     created: str

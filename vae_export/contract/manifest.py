@@ -11,7 +11,7 @@ from typing import Final, Literal
 from vae_export.contract.model import GRAPHS, Cost, Model, Tensor, _signature
 from vae_export.contract.records import File, Part, Seal, check_paths, check_text
 
-FORMAT: Final = "vae_export.contract.bundle"
+FORMAT: Final = "vae_export.bundle"
 VERSION: Final = 1
 
 
@@ -156,7 +156,7 @@ class Manifest(Part, frozen=True, kw_only=True):
     """What `manifest.json` says.
 
     Attributes:
-        format: always `vae_export.contract.bundle`.
+        format: always `vae_export.bundle`.
         version: of this format: 1.
         digest: SHA-256 of the manifest's own bytes with this field empty.
         name: of the bundle.
@@ -169,7 +169,7 @@ class Manifest(Part, frozen=True, kw_only=True):
         files: every file of the bundle but the manifest, by its path with forward slashes.
     """
 
-    format: Literal["vae_export.contract.bundle"]
+    format: Literal["vae_export.bundle"]
     version: Literal[1]
     digest: str
     name: str
