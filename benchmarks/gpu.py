@@ -227,7 +227,7 @@ def bare(path: Path) -> Callable[[str, torch.Tensor], Call]:
     def prepare(verb: str, value: torch.Tensor) -> Call:
         session = sessions["encoder" if verb == "encode" else "decoder"]
         model = bundle.manifest.model
-        tensor = model.ends("encoder" if verb == "encode" else "decoder")[1][0]
+        tensor = model.signature("encoder" if verb == "encode" else "decoder")[1][0]
         sizes = model.input_sizes("encoder" if verb == "encode" else "decoder", tuple(value.shape[1:]))
         result = torch.empty(model.tensor_shape(tensor, len(value), sizes), device="cuda")
 

@@ -40,7 +40,7 @@ from vae_export.exporting import tracing
 from vae_export.graph import rewrites
 from vae_export.numerics.noise import Normals
 from vae_export.runtimes import Backend, Settings, open_backend
-from vae_export.runtimes.backend import Way, slices
+from vae_export.runtimes.backend import planned, slices
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.sources import cost
 from vae_export.sources.protocol import Decoder, Encoder, Trained
@@ -164,7 +164,7 @@ def openvino(case: Case) -> Backend:
     for name, raw in case.graphs.items():
         read = graph.read(raw)
         rewrites.optimize(read, ("group_norm",))
-        ways[name] = [Way(graph.write(read), runner="openvino")]
+        ways[name] = [planned(graph.write(read), runner="openvino")]
     return CpuBackend(ways, case.source.model, Settings())
 
 
@@ -193,7 +193,7 @@ def planted(case: Case, kind: str) -> Iterator[tuple[str, Margin | None]]:
 
 def _same(case: Case, name: str, *backends: Backend) -> bool:
     """Whether backends give the same bits for the golden rows of data, or for their latents."""
-    inputs, outputs = case.source.model.ends(name)
+    inputs, outputs = case.source.model.signature(name)
     given = case.reference.tensors["x" if name == "encoder" else "mean"]
     feeds = {inputs[0].name: np.ascontiguousarray(given, np.float32)}
     first, second = (b.run(name, feeds, [tensor.name for tensor in outputs], 64) for b in backends)

@@ -22,11 +22,12 @@ from machine import machine
 
 from vae_export import graph, timing
 from vae_export.contract import atomic
+from vae_export.contract.build_record import ExecutionPlan
 from vae_export.contract.bundle import Bundle
 from vae_export.graph import rewrites
 from vae_export.numerics import noise
 from vae_export.runtimes import Settings
-from vae_export.runtimes.backend import Way
+from vae_export.runtimes.backend import PlannedGraph
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 
 CASES = {"conv64": (1, 8), "resnet64": (1, 8), "tiny": (1,), "kl-small": (1,), "sd15": (1,)}
@@ -68,10 +69,10 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
     """The rows of one graph at one batch."""
     bundle = Bundle(cases.make(case, work).bundle)
     model, source = bundle.manifest.model, bundle.graphs()[0][graph_name]
-    (tensor,) = model.ends(graph_name)[0]
+    (tensor,) = model.signature(graph_name)[0]
     shape = model.tensor_shape(tensor, batch, dict(case.sizes))
     value = noise.normals(0, noise.PRIOR, 0, batch, math.prod(shape[1:])).reshape(shape)
-    outputs = [output.name for output in model.ends(graph_name)[1]]
+    outputs = [output.name for output in model.signature(graph_name)[1]]
     variants: dict[str, tuple[bytes, int]] = {"none": (source, 0)}
     for choice, names in CHOICES.items():
         read = graph.read(source)
@@ -80,7 +81,7 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
     calls, opened = {}, []
     for runner in ("onnxruntime", "openvino"):
         for choice, (content, _) in variants.items():
-            way = Way(content, runner, exact=({"batch": batch, **case.sizes},))
+            way = PlannedGraph(content, ExecutionPlan(file="", runner=runner, exact=({"batch": batch, **case.sizes},)))
             backend = CpuBackend({graph_name: [way]}, model, Settings())
             opened.append(backend)
 

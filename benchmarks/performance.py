@@ -171,7 +171,7 @@ def multiplications(case: Case, bundle: Path, path: Path) -> dict[str, dict[str,
     ways = folder.variants()
     found = {}
     for verb, graph in (("encode", "encoder"), ("decode", "decoder")):
-        taken = {t.name: model.tensor_shape(t, 1, dict(case.sizes)) for t in model.ends(graph)[0]}
+        taken = {t.name: model.tensor_shape(t, 1, dict(case.sizes)) for t in model.signature(graph)[0]}
         direct, ours = (count(content, taken) for content in (plain[graph], ways[graph][0][1]))
         found[verb] = {"direct": direct, "ours": ours, "ceiling": direct / ours}
     return found

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vae_export.contract.build_record import ExecutionPlan
 from vae_export.contract.onnx_guard import Arrays
 from vae_export.contract.targets import Precision, Runner
 from vae_export.numerics.noise import Normals
@@ -38,32 +39,25 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a graph runs on the CPU.
+class PlannedGraph:
+    """A graph and how it runs on the CPU.
 
     Attributes:
         graph: serialized ONNX. Its bytes were verified, and its operators checked; no path is ever opened.
-        runner: `onnxruntime` or `openvino`.
-        precision: what the runner is asked to compute in; what is written in the graph needs no asking.
-        threads: inside one call; None leaves it to the runner.
-        up_to: the largest batch that runs this way; None is no limit.
-        exact: shapes, as `Variant.exact`, that the runner prepares for when it first meets them; it takes all others,
-            too. Of OpenVINO.
+        plan: runner, precision, threads, and the batches that it is for.
         arrays: weights that lie beside the graph, over verified bytes, which must stay.
     """
 
     graph: bytes
-    runner: Runner = "onnxruntime"
-    precision: Precision = "fp32"
-    threads: int | None = None
-    up_to: int | None = None
-    exact: tuple[Mapping[str, int], ...] = ()
+    plan: ExecutionPlan
     arrays: Arrays = field(default_factory=Arrays)
 
-    def __str__(self) -> str:
-        limit = "" if self.up_to is None else f" up to {self.up_to}"
-        threads = "" if self.threads is None else f", {self.threads} threads"
-        return f"{self.runner} in {self.precision}{threads}{limit}"
+
+def planned(
+    graph: bytes, runner: Runner = "onnxruntime", precision: Precision = "fp32", arrays: Arrays | None = None
+) -> PlannedGraph:
+    """A graph that runs at all batches in the same way, with as many threads as the runner takes."""
+    return PlannedGraph(graph, ExecutionPlan(file="", runner=runner, precision=precision), arrays or Arrays())
 
 
 class Backend(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vae_export.contract.build_record import Build, Engine, Processor, Variant
+from vae_export.contract.build_record import Build, Engine, ExecutionPlan, Processor
 from vae_export.contract.targets import _TITLES
 from vae_export.errors import BackendError
 
@@ -76,7 +76,7 @@ def _cores(has: Processor) -> str:
     return f"{has.cores} core{'s' * (has.cores > 1)}, {has.threads} thread{'s' * (has.threads > 1)}"
 
 
-def _required(variant: Variant, record: Build) -> set[str]:
+def _required(variant: ExecutionPlan, record: Build) -> set[str]:
     """What a variant needs; builds that do not know their processor do not say it, and have 8-bit weights."""
     required = set(variant.requires)
     if record.processor is None and variant.precision == "int8":

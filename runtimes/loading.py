@@ -16,7 +16,7 @@ from vae_export.contract.onnx_guard import Weights
 from vae_export.contract.targets import Wanted
 from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, check_flags
 from vae_export.runtimes import compatibility, processor
-from vae_export.runtimes.backend import Backend, Settings, Way
+from vae_export.runtimes.backend import Backend, PlannedGraph, Settings, planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.gpu import driver
 from vae_export.runtimes.memory import Budget, parse_bytes
@@ -387,13 +387,12 @@ def _open_build(
                 f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target cpu"
                 f"{_option(record.options)}, or load without it"
             )
-        ways: dict[str, list[Way]] = {}
+        ways: dict[str, list[PlannedGraph]] = {}
         for name, variants in folder.variants().items():
             ways[name] = []
             for variant, graph in variants:
                 arrays = onnx_guard.check_operators(graph, name)
-                taken = variant.runner, variant.precision, variant.threads, variant.up_to, variant.exact
-                ways[name].append(Way(graph, *taken, arrays=arrays))
+                ways[name].append(PlannedGraph(graph, variant, arrays))
         return Opened(CpuBackend(ways, bundle.manifest.model, settings), folder, passed_over, _notes(record, here))
     graphs = folder.graphs()
     engine = record.engine
@@ -480,4 +479,4 @@ def open_backend(
         from vae_export.runtimes.gpu.ort import open_cuda
 
         return open_cuda(graphs, model, options, settings, arrays)
-    return CpuBackend({name: [Way(graph, arrays=arrays[name])] for name, graph in graphs.items()}, model, settings)
+    return CpuBackend({name: [planned(graph, arrays=arrays[name])] for name, graph in graphs.items()}, model, settings)

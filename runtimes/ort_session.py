@@ -82,7 +82,7 @@ def open_session(
             f"load: {provider} was asked for, and ONNX Runtime opened {session.get_providers()[0]} "
             "instead. `vae-export doctor` shows what is missing"
         )
-    inputs, outputs = model.ends(name)
+    inputs, outputs = model.signature(name)
     found, said = (
         [(t.name, t.type, tuple(t.shape)) for t in (*session.get_inputs(), *session.get_outputs())],
         [(t.name, _TYPES[t.dtype], t.shape) for t in (*inputs, *outputs)],

@@ -56,7 +56,7 @@ def features() -> frozenset[str]:
     """What this processor computes by itself, as far as it matters to graphs.
 
     Linux' names (`avx2`, `avx512_vnni`, `amx_bf16`, `asimddp`, …) and two that hold on every architecture, which
-    `Variant.requires` uses:
+    `ExecutionPlan.requires` uses:
 
     - `vnni`: products of 8-bit integers are summed in 32 bits at once (AVX512-VNNI, AVX-VNNI, ARM's dot product).
       Without it, x86 adds pairs of them in 16 bits first, which overflow.

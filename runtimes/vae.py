@@ -517,7 +517,7 @@ class VAE:
 
     def _warm(self, graph: str, n: int, sizes: Mapping[str, int]) -> None:
         """Run a graph, if a method would: tile by tile where max_memory holds no more, and then one tile is enough."""
-        inputs, outputs = self.model.ends(graph)
+        inputs, outputs = self.model.signature(graph)
         example = self.model.tensor_shape(inputs[0], n, sizes)[1:]
         if graph not in GRAPHS and not self._fused(graph, example):
             return
@@ -725,7 +725,7 @@ class VAE:
         def run(tile: Array) -> list[Any]:
             return self._run(graph, {name: tile}, outputs, rows=rows)
 
-        (name,) = (tensor.name for tensor in self.model.ends(graph)[0])
+        (name,) = (tensor.name for tensor in self.model.signature(graph)[0])
         shape = (len(value), *self._example(graph, value.shape[1:]))
         results = [np.empty(shape, np.float32) for _ in outputs] if out is None else [out]
         for part in slices(len(value), rows):
@@ -741,7 +741,7 @@ class VAE:
 
     def _expected(self, graph: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """What a graph gives for one example of these sizes."""
-        return self.model.tensor_shape(self.model.ends(graph)[1][0], 1, sizes)[1:]
+        return self.model.tensor_shape(self.model.signature(graph)[1][0], 1, sizes)[1:]
 
 
 def _copied(value: npt.NDArray[Any], out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:

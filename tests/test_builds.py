@@ -27,7 +27,7 @@ import vae_export
 from vae_export.building import mixed_precision
 from vae_export.building.cpu import search
 from vae_export.contract import build_record, cache, records, targets
-from vae_export.contract.build_record import SEAL, Build, BuildFolder, BuiltGraph, Engine, Options
+from vae_export.contract.build_record import RECORD_FORMAT, Build, BuildFolder, BuiltGraph, Engine, Options
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.manifest import File
 from vae_export.contract.model import Likelihood, Model
@@ -92,7 +92,7 @@ def copy(made: Callable[..., vae_export.Built], tmp_path: Path) -> Callable[[str
 def rewrite(path: Path, **changes: Any) -> None:
     """Change a build's record, and seal it as it is now: what a hostile author would do."""
     record = msgspec.structs.replace(BuildFolder(path).record, **changes)
-    (path / SEAL.file).write_bytes(SEAL.encode(record))
+    (path / RECORD_FORMAT.file).write_bytes(RECORD_FORMAT.encode(record))
 
 
 # Builds for ONNX Runtime
@@ -426,7 +426,7 @@ def test_records_of_earlier_versions_are_read(copy: Any) -> None:
     """They name neither a processor nor what they need."""
     path = copy("cpu")
     rewrite(path, processor=None)
-    text = (path / SEAL.file).read_text()
+    text = (path / RECORD_FORMAT.file).read_text()
     assert '"processor"' not in text
     assert "requires" not in text
     assert BuildFolder(path).record.exact
@@ -437,9 +437,9 @@ def test_other_kernels_for_other_batches_are_told(bundle: Path, copy: Any) -> No
     path = copy("cpu")
     record = BuildFolder(path).record
     graph = record.graphs["decoder"]
-    last = msgspec.structs.replace(graph.variants[-1], up_to=None, exact=())
+    last = msgspec.structs.replace(graph.variants[-1], max_batch=None, exact=())
     one = {**record.graphs, "decoder": msgspec.structs.replace(graph, variants=(last,))}
-    for ways in ((last,), (msgspec.structs.replace(last, up_to=2, threads=1), last)):
+    for ways in ((last,), (msgspec.structs.replace(last, max_batch=2, threads=1), last)):
         rewrite(path, graphs=one | {"decoder": msgspec.structs.replace(graph, variants=ways)})
         with vae_export.load(bundle, build=path) as vae:
             said = [note for note in vae.describe()["notes"] if "kernels" in note]
@@ -814,7 +814,7 @@ def test_a_broken_build_in_the_cache_is_passed_over(bundle: Path, device: str) -
     assert "decoder.onnx: has" in facts["passed_over"]["build cpu"]
     assert "It is truncated or was changed. Build it again (vae-export build)" in facts["passed_over"]["build cpu"]
     damaged(path, bundle, "It is truncated or was changed")
-    (path / SEAL.file).write_bytes(b"{")
+    (path / RECORD_FORMAT.file).write_bytes(b"{")
     with vae_export.load(bundle, device=device) as vae:
         assert "is not a build's record" in vae.describe()["passed_over"]["build cpu"]
 
@@ -835,8 +835,10 @@ def test_a_hostile_graph_in_a_build_is_refused(bundle: Path, copy: Any) -> None:
     model = onnx.load(path / "generate.onnx")
     model.graph.node.append(onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
     (path / "generate.onnx").write_bytes(model.SerializeToString())
-    listed = {name: file for name, file in folders.list_files(path).items() if name != SEAL.file}
-    (path / SEAL.file).write_bytes(SEAL.encode(msgspec.structs.replace(BuildFolder(path).record, files=listed)))
+    listed = {name: file for name, file in folders.list_files(path).items() if name != RECORD_FORMAT.file}
+    (path / RECORD_FORMAT.file).write_bytes(
+        RECORD_FORMAT.encode(msgspec.structs.replace(BuildFolder(path).record, files=listed))
+    )
     damaged(path, bundle, "generate: the graph draws random numbers")
 
 
@@ -1010,11 +1012,11 @@ FOR_CPU: dict[str, Any] = {"target": "cpu", "engine": None, "options": Options()
     ],
 )
 def test_round_trip(record: Build) -> None:
-    raw = SEAL.encode(record)
-    again = SEAL.decode(raw)
+    raw = RECORD_FORMAT.encode(record)
+    again = RECORD_FORMAT.decode(raw)
     assert msgspec.structs.replace(again, digest="") == record
     assert records.is_sha256(again.digest)
-    assert SEAL.encode(again) == raw
+    assert RECORD_FORMAT.encode(again) == raw
 
 
 def test_every_field_is_described() -> None:
@@ -1027,7 +1029,7 @@ def test_every_field_is_described() -> None:
 
 
 def tampered(change: Callable[[dict[str, Any]], None]) -> bytes:
-    plain = json.loads(SEAL.encode(a_build()))
+    plain = json.loads(RECORD_FORMAT.encode(a_build()))
     change(plain)
     return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
 
@@ -1043,7 +1045,7 @@ def with_measurement(plain: dict[str, Any], **changes: Any) -> None:
 
 
 def test_tampering_starts_from_the_exact_bytes() -> None:
-    assert tampered(lambda plain: None) == SEAL.encode(a_build())
+    assert tampered(lambda plain: None) == RECORD_FORMAT.encode(a_build())
 
 
 @pytest.mark.parametrize(
@@ -1090,7 +1092,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: with_ways(p, {"up_to": 3}), r"variants: rising limits and then none expected, got \[3\]"),
         (lambda p: with_ways(p, {"up_to": 3}, {"up_to": 3}, {}), r"and then none expected, got \[3, 3, None\]"),
         (lambda p: with_ways(p, {}, {}), r"variants: rising limits and then none expected, got \[None, None\]"),
-        (lambda p: with_ways(p, {"up_to": 0}, {}), "up_to: a number from 1 to"),
+        (lambda p: with_ways(p, {"up_to": 0}, {}), "max_batch: a number from 1 to"),
         (lambda p: with_ways(p, {"threads": -1}), "threads: a number from 1 to 65535"),
         (lambda p: with_ways(p, {"file": "x"}), "files: x must be listed"),
         (lambda p: with_ways(p, {"runner": "tvm"}), "Invalid enum value 'tvm'"),
@@ -1102,12 +1104,12 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
 )
 def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        SEAL.decode(tampered(change))
+        RECORD_FORMAT.decode(tampered(change))
 
 
 def test_white_space_is_refused() -> None:
     with pytest.raises(BundleError, match="its digest or its form"):
-        SEAL.decode(SEAL.encode(a_build()).replace(b"  ", b" \t", 1))
+        RECORD_FORMAT.decode(RECORD_FORMAT.encode(a_build()).replace(b"  ", b" \t", 1))
 
 
 # Targets and profiles
@@ -1166,7 +1168,7 @@ def test_profiles_of_named_sizes() -> None:
     ]
     (static,) = targets.profiles(SIZED, [4], sizes[:1], static=True)
     assert str(static) == "batch 4 to 4, height 32 to 32, width 24 to 24"
-    x, z = (SIZED.ends(graph)[0][0] for graph in ("encoder", "decoder"))
+    x, z = (SIZED.signature(graph)[0][0] for graph in ("encoder", "decoder"))
     assert static.shapes(x, SIZED) == ((4, 3, 32, 24),) * 3
     moving = targets.profiles(SIZED, [4], sizes[:1])[0]
     assert moving.shapes(x, SIZED) == ((1, 3, 16, 8), (4, 3, 32, 24), (4, 3, 32, 24))

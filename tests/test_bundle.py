@@ -359,13 +359,13 @@ def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path)
 
 def test_every_file_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    content = folders.SealedFolder._content
+    content = folders.RecordFolder._content
 
     def counted(self: Bundle, name: str, *args: object, **options: object) -> bytes:
         read.append(name)
         return content(self, name, *args, **options)
 
-    monkeypatch.setattr(folders.SealedFolder, "_content", counted)
+    monkeypatch.setattr(folders.RecordFolder, "_content", counted)
     vae_export.load(copy, device="cpu").close()
     assert sorted(read) == sorted({bundles.MANIFEST, *Bundle(copy).manifest.files})
 

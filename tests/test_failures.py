@@ -23,7 +23,7 @@ from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError
 from vae_export.exporting import tracing
 from vae_export.runtimes import VAE, Settings
-from vae_export.runtimes.backend import Way
+from vae_export.runtimes.backend import planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.failures import failure, words
 from vae_export.sources import module
@@ -84,7 +84,7 @@ def with_nodes(bundle: Path, path: Path, nodes: Nodes, constants: dict[str, list
 def on(runner: Any, bundle: Path) -> VAE:
     opened = Bundle(bundle)
     model, (graphs, _) = opened.manifest.model, opened.graphs()
-    ways = {name: [Way(graph, runner=runner)] for name, graph in graphs.items()}
+    ways = {name: [planned(graph, runner=runner)] for name, graph in graphs.items()}
     return VAE(model, CpuBackend(ways, model, Settings()), name=opened.manifest.name)
 
 

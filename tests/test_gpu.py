@@ -367,7 +367,7 @@ def test_what_was_built_for_another_version_is_built_again(
     record = built.record
     assert record.engine is not None
     older = msgspec.structs.replace(record, engine=msgspec.structs.replace(record.engine, version="1.0"))
-    (built.path / build_record.SEAL.file).write_bytes(build_record.SEAL.encode(older))
+    (built.path / build_record.RECORD_FORMAT.file).write_bytes(build_record.RECORD_FORMAT.encode(older))
     with pytest.raises(BackendError, match=r"built for .* 1\.0; this machine has"):
         vae_export.load(digits["gaussian"], build=built.path)
     with vae_export.load(digits["gaussian"]) as vae:

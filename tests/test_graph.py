@@ -25,7 +25,7 @@ from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import DECODER_OUTPUTS, GRAPHS, Data, Latent, Model
 from vae_export.errors import InputError
 from vae_export.graph import fingerprint, fuse
-from vae_export.graph.half import lower
+from vae_export.graph.half import to_half
 from vae_export.numerics import noise, pixels
 
 Graphs = dict[str, bytes]
@@ -68,7 +68,7 @@ def fused_bytes(fusion: str, parts: Graphs, model: Model) -> bytes:
 
 
 def lowered(raw: bytes, precision: Any, name: str = "graph") -> bytes:
-    return graph.write(lower(graph.read(raw), precision, name))
+    return graph.write(to_half(graph.read(raw), precision, name))
 
 
 def run(raw: bytes, feed: Mapping[str, np.ndarray]) -> Arrays:
@@ -88,7 +88,7 @@ def inputs(model: Model, name: str, batch: int, size: Mapping[str, int]) -> Arra
     """A graph's inputs: patterns in the data's range, and addressed noise."""
     found: Arrays = {}
     low, high = model.data.range
-    for tensor in model.ends(name)[0]:
+    for tensor in model.signature(name)[0]:
         shape = model.tensor_shape(tensor, batch, size)
         if tensor.name == "x":
             found["x"] = (zoo.pictures(batch, shape[1:]) * (high - low) + low).astype(np.float32)
@@ -115,7 +115,7 @@ def check_ends(proto: onnx.ModelProto, model: Model, name: str) -> None:
         tensor = value.type.tensor_type
         return value.name, tensor.elem_type, tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
 
-    for found, wanted in zip((proto.graph.input, proto.graph.output), model.ends(name), strict=True):
+    for found, wanted in zip((proto.graph.input, proto.graph.output), model.signature(name), strict=True):
         assert [end(value) for value in found] == [(t.name, types[t.dtype], t.shape) for t in wanted]
 
 
@@ -314,7 +314,7 @@ def test_nodes_may_have_no_names() -> None:
     assert np.array_equal(run(fused_bytes("reconstruct", parts, vectors((4,), (4,))), {"x": x})["sample"], x)
 
 
-# Lower precision
+# HalfPrecision precision
 
 
 def emulate(raw: bytes) -> bytes:

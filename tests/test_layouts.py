@@ -118,7 +118,7 @@ def dims(value: onnx.ValueInfoProto) -> tuple[str, list[int | str]]:
     return value.name, [dim.dim_param or dim.dim_value for dim in shape]
 
 
-def ends(path: Path, part: str) -> list[tuple[str, list[int | str]]]:
+def names_of(path: Path, part: str) -> list[tuple[str, list[int | str]]]:
     graph = onnx.load(path / f"vae_{part}" / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
     return [dims(value) for value in (*graph.graph.input, *graph.graph.output)]
@@ -152,11 +152,11 @@ def test_the_reader_of_optimum_gives_what_diffusers_gives(
 
 def test_the_names_of_optimum(diffusers: SimpleNamespace) -> None:
     """Optimum evaluates an output's size as an expression of the input's names."""
-    assert ends(diffusers.layout, "encoder") == [
+    assert names_of(diffusers.layout, "encoder") == [
         ("sample", ["batch_size", 3, "sample_height", "sample_width"]),
         ("latent_parameters", ["batch_size", 8, "sample_height / 2", "sample_width / 2"]),
     ]
-    assert ends(diffusers.layout, "decoder") == [
+    assert names_of(diffusers.layout, "decoder") == [
         ("latent_sample", ["batch_size", 4, "latent_height", "latent_width"]),
         ("sample", ["batch_size", 3, "latent_height * 2", "latent_width * 2"]),
     ]
@@ -170,8 +170,8 @@ def test_other_outputs_are_dropped_with_their_nodes(member: Callable[..., object
     """A model of fixed sizes that is not of diffusers: sizes stay numbers, and the facts are the manifest's."""
     path = member("spatial").bundle
     optimum.optimum(path, tmp_path / "onnx")
-    assert ends(tmp_path / "onnx", "encoder")[1] == ("latent_parameters", ["batch_size", 8, 4, 6])
-    assert ends(tmp_path / "onnx", "decoder") == [
+    assert names_of(tmp_path / "onnx", "encoder")[1] == ("latent_parameters", ["batch_size", 8, 4, 6])
+    assert names_of(tmp_path / "onnx", "decoder") == [
         ("latent_sample", ["batch_size", 4, 4, 6]),
         ("sample", ["batch_size", 3, 16, 24]),
     ]
@@ -218,11 +218,11 @@ def test_a_deterministic_encoder_gives_a_sample(tmp_path: Path) -> None:
     )
     vae_export.export(source, tmp_path / "tiny.bundle")
     optimum.optimum(tmp_path / "tiny.bundle", tmp_path / "onnx")
-    assert ends(tmp_path / "onnx", "encoder") == [
+    assert names_of(tmp_path / "onnx", "encoder") == [
         ("sample", ["batch_size", 1, "sample_height", 8]),
         ("latent_sample", ["batch_size", 2, "sample_height", 8]),
     ]
-    assert ends(tmp_path / "onnx", "decoder")[1] == ("sample", ["batch_size", 1, "latent_height", 8])
+    assert names_of(tmp_path / "onnx", "decoder")[1] == ("sample", ["batch_size", 1, "latent_height", 8])
 
 
 @pytest.mark.parametrize("name", ["plain", "conv-bernoulli"])

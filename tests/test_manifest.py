@@ -26,7 +26,7 @@ FILES = (
 
 def a_manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
-        "format": "vae_export.contract.bundle",
+        "format": "vae_export.bundle",
         "version": 1,
         "digest": "",
         "name": "test",
@@ -44,10 +44,10 @@ def a_manifest(**changes: Any) -> Manifest:
     return Manifest(**fields | changes)
 
 
-Ends = dict[str, tuple[int | str, ...]]
+Signature = dict[str, tuple[int | str, ...]]
 
 
-def graph(kind: str, inputs: Ends, outputs: Ends) -> Graph:
+def graph(kind: str, inputs: Signature, outputs: Signature) -> Graph:
     into, out = (
         tuple(Tensor(name=name, dtype="float32", shape=("batch", *shape)) for name, shape in ends.items())
         for ends in (inputs, outputs)
@@ -97,11 +97,11 @@ def test_round_trip(name: str, seed: int, scaling: float, low: float) -> None:
         },
         golden=Golden(seed=seed, reference="", extremes=0, held_out=0, decoded=1, prior=1),
     )
-    raw = manifests.SEAL.encode(manifest)
-    again = manifests.SEAL.decode(raw)
+    raw = manifests.RECORD_FORMAT.encode(manifest)
+    again = manifests.RECORD_FORMAT.decode(raw)
     assert msgspec.structs.replace(again, digest="") == manifest
     assert again.digest != ""
-    assert manifests.SEAL.encode(again) == raw
+    assert manifests.RECORD_FORMAT.encode(again) == raw
 
 
 def test_every_field_is_described() -> None:
@@ -113,13 +113,13 @@ def test_every_field_is_described() -> None:
 
 
 def tampered(change: Callable[[dict[str, Any]], None]) -> bytes:
-    plain = json.loads(manifests.SEAL.encode(a_manifest()))
+    plain = json.loads(manifests.RECORD_FORMAT.encode(a_manifest()))
     change(plain)
     return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def test_tampering_starts_from_the_exact_bytes() -> None:
-    assert tampered(lambda plain: None) == manifests.SEAL.encode(a_manifest())
+    assert tampered(lambda plain: None) == manifests.RECORD_FORMAT.encode(a_manifest())
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
         (lambda p: p.update(version=2), r"has version 2; this vae_export reads versions up to 1\. Run: pip install"),
         (lambda p: p.update(version=0), "Invalid enum value 0"),
         (lambda p: p["model"]["likelihood"].update(nominal=False), "was changed after the export"),
-        (lambda p: p.update(format="zip"), "format is 'zip', expected 'vae_export.contract.bundle'"),
+        (lambda p: p.update(format="zip"), "format is 'zip', expected 'vae_export.bundle'"),
         (lambda p: p.update(extra=1), "unknown field `extra`"),
         (lambda p: p.pop("model"), "missing required field `model`"),
         (lambda p: p.update(name=3), r"Expected `str`, got `int` - at `\$\.name`"),
@@ -169,7 +169,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
 )
 def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        manifests.SEAL.decode(tampered(change))
+        manifests.RECORD_FORMAT.decode(tampered(change))
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,13 @@ def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> Non
 )
 def test_what_is_no_manifest(raw: bytes) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json is not a manifest: "):
-        manifests.SEAL.decode(raw)
+        manifests.RECORD_FORMAT.decode(raw)
 
 
 def test_white_space_is_refused() -> None:
-    raw = manifests.SEAL.encode(a_manifest())
+    raw = manifests.RECORD_FORMAT.encode(a_manifest())
     with pytest.raises(BundleError, match="its digest or its form"):
-        manifests.SEAL.decode(raw.replace(b"  ", b" \t", 1))
+        manifests.RECORD_FORMAT.decode(raw.replace(b"  ", b" \t", 1))
 
 
 def test_named_dimensions() -> None:

@@ -96,7 +96,7 @@ def test_installs(checkout: Path, tmp_path: Path, mode: list[str]) -> None:
 
 def test_version_1_bundles_stay_readable() -> None:
     """A manifest as version 1 wrote it: every later version must read it."""
-    from vae_export.contract.manifest import SEAL
+    from vae_export.contract.manifest import RECORD_FORMAT
 
     raw = (ROOT / "tests" / "data" / "manifest-v1.json").read_bytes()
-    assert SEAL.decode(raw).version == 1
+    assert RECORD_FORMAT.decode(raw).version == 1

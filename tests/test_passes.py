@@ -163,7 +163,7 @@ def ops(raw: bytes) -> list[str]:
 
 
 def check_structure(before: bytes, after: bytes, counts: dict[str, int], names: tuple[str, ...]) -> None:
-    """Ends and types are as they were, a second run finds nothing, and who found nothing changed nothing."""
+    """Signature and types are as they were, a second run finds nothing, and who found nothing changed nothing."""
     old, new = onnx.ModelProto.FromString(before).graph, onnx.ModelProto.FromString(after).graph
     assert list(new.input) == list(old.input)
     assert list(new.output) == list(old.output)

@@ -1,4 +1,4 @@
-"""Lower precision: what 8 bits lose, what was recorded, and which nodes stay in float32."""
+"""HalfPrecision precision: what 8 bits lose, what was recorded, and which nodes stay in float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vae_export.commands import tables
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import VerificationError
 from vae_export.graph import edit, quantize
-from vae_export.graph.half import lower
+from vae_export.graph.half import to_half
 from vae_export.numerics.noise import normals
 from vae_export.runtimes import processor
 
@@ -384,7 +384,7 @@ def test_lowering_every_node_overflows(overflowing: Path) -> None:
     graphs, _ = Bundle(overflowing).graphs()
     inputs = {"encoder": {"x": zoo.pictures(64, SHAPES["x"])}, "decoder": {"z": normals(0, 0, 0, 64, 32)}}
     for name, raw in graphs.items():
-        lowered = graph.write(lower(graph.read(raw), "fp16", name))
+        lowered = graph.write(to_half(graph.read(raw), "fp16", name))
         feed = {key: value.reshape(64, *SHAPES[key]) for key, value in inputs[name].items()}
         assert all(np.isfinite(value).all() for value in evaluated(raw, feed))
         assert not all(np.isfinite(value).all() for value in evaluated(lowered, feed))
@@ -521,7 +521,7 @@ def test_sums_over_positions_stay_in_float32() -> None:
     assert set(low.kept) == {"nv1", "nv2"}
     words = "values up to 6.55e+04 (it grows with the size: measured at height 256, width 256) with 4 times to spare"
     assert all(why.startswith(words) for why in low.kept.values())
-    everything = mixed_precision.rounding(graph.write(lower(graph.read(raw), "fp16", "net")))
+    everything = mixed_precision.rounding(graph.write(to_half(graph.read(raw), "fp16", "net")))
     x = np.ones((1, 4, 65536), np.float32)
     assert not np.isfinite(ran(everything, {"x": x})[0]).all()
     assert np.isfinite(ran(everything, {"x": x[..., :1024]})[0]).all()

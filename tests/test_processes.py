@@ -24,7 +24,7 @@ from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import Cost
 from vae_export.errors import BackendError, BundleError, InputError
 from vae_export.runtimes import VAE, forks, interrupts, threads
-from vae_export.runtimes.backend import Settings, Way
+from vae_export.runtimes.backend import Settings, planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.memory import Budget
 from vae_export.sources import cost
@@ -49,7 +49,7 @@ def _in_child(work: Callable[[], str]) -> str:
 
 def _opened(bundle: Path, runner: str) -> CpuBackend:
     opened = Bundle(bundle)
-    ways = {name: [Way(graph, runner=runner)] for name, graph in opened.graphs()[0].items()}
+    ways = {name: [planned(graph, runner=runner)] for name, graph in opened.graphs()[0].items()}
     return CpuBackend(ways, opened.manifest.model, Settings(threads=2))
 
 
@@ -221,7 +221,7 @@ import signal, sys, time, numpy as np, onnx
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may have it ignored
 from onnx import TensorProto as T, helper as h, numpy_helper
 from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
-from vae_export.runtimes.backend import Settings, Way
+from vae_export.runtimes.backend import Settings, planned
 from vae_export.runtimes.cpu import CpuBackend
 side, count = 1024, 4000
 names = ["x", *(f"v{i}" for i in range(1, count)), "mean"]
@@ -233,7 +233,7 @@ model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)], ir_version=9
 said = Model(architecture="long", parameters=1, data=Data(shape=(side,), range=(0.0, 1.0)),
              latent=Latent(shape=(side,)), prior="standard_normal", posterior=Posterior(kind="deterministic"),
              likelihood=Likelihood(kind="none"))
-backend = CpuBackend({"encoder": [Way(model.SerializeToString(), runner=sys.argv[1])]}, said, Settings(threads=1))
+backend = CpuBackend({"encoder": [planned(model.SerializeToString(), runner=sys.argv[1])]}, said, Settings(threads=1))
 print("begun", flush=True)
 try:
     backend.run("encoder", {"x": np.ones((1024, side), np.float32)}, ["mean"], 4096)

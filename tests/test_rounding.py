@@ -14,7 +14,7 @@ from test_passes import Net, ran
 
 from vae_export import graph
 from vae_export.graph import half_rounding
-from vae_export.graph.half import lower
+from vae_export.graph.half import to_half
 
 KINDS = {"fp16": (TensorProto.FLOAT16, np.dtype(np.float16)), "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
 
@@ -151,7 +151,7 @@ def test_a_lowered_graph(kind: Any) -> None:
     net.add("Exp")  # stays in float32
     net.add("MatMul", net.value, second)
     net.add("Mul", net.value, net.array(np.float32(1 / 3)))  # behind the last product
-    model = lower(graph.read(net.raw()), kind, "net")
+    model = to_half(graph.read(net.raw()), kind, "net")
     assert half_rounding.apply(model) >= 3
     raw = graph.write(model)
     assert {t.data_type for t in onnx.ModelProto.FromString(raw).graph.initializer} == {TensorProto.FLOAT}

@@ -112,7 +112,7 @@ def test_the_graph_is_valid(member: Any, built: Builds, name: str, precision: st
         return value.name, kinds[tensor.elem_type], tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
 
     for found, wanted in zip(
-        (proto.graph.input, proto.graph.output), member(name).source.model.ends("score"), strict=True
+        (proto.graph.input, proto.graph.output), member(name).source.model.signature("score"), strict=True
     ):
         assert [end(value) for value in found] == [(t.name, t.dtype, t.shape) for t in wanted]
 

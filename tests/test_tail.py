@@ -25,10 +25,10 @@ from vae_export.commands import tables
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import GRAPHS
 from vae_export.errors import BackendError, VerificationError
-from vae_export.graph.half import lower
+from vae_export.graph.half import to_half
 from vae_export.numerics import noise
 from vae_export.runtimes import Settings
-from vae_export.runtimes.backend import Way
+from vae_export.runtimes.backend import planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 
 #: x[0] of a decoded draw is a standard normal: 0.2 % of them are above this.
@@ -88,9 +88,9 @@ def parts(path: Path) -> tuple[Any, ...]:
 
 def test_a_tail_that_golden_examples_do_not_have_is_refused(rare: Path) -> None:
     graphs, weights, model, costs, reference, calibration = parts(rare)
-    ways = {name: [Way(raw)] for name, raw in graphs.items()}
-    low = graph.write(lower(graph.read(graphs["encoder"]), "fp16", "encoder"))
-    ways["encoder"] = [Way(mixed_precision.rounding(low), precision="fp16")]
+    ways = {name: [planned(raw)] for name, raw in graphs.items()}
+    low = graph.write(to_half(graph.read(graphs["encoder"]), "fp16", "encoder"))
+    ways["encoder"] = [planned(mixed_precision.rounding(low), precision="fp16")]
     kinds = {"encoder": "float16", "decoder": "float32"}
     more = tail.make(graphs, weights, model, costs, reference, calibration)
     assert isinstance(more, tail.Tail)
@@ -188,7 +188,7 @@ def test_why_there_are_none(member: Callable[[str], Any], monkeypatch: pytest.Mo
 
 
 def _plain(graphs: dict[str, bytes], model: Any) -> CpuBackend:
-    return CpuBackend({name: [Way(raw)] for name, raw in graphs.items()}, model, Settings())
+    return CpuBackend({name: [planned(raw)] for name, raw in graphs.items()}, model, Settings())
 
 
 def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:

@@ -508,11 +508,11 @@ RELEASE = """
 import sys
 import numpy as np
 from vae_export.contract.bundle import Bundle
-from vae_export.runtimes.backend import Settings, Way
+from vae_export.runtimes.backend import Settings, planned
 from vae_export.runtimes.cpu import CpuBackend
 from vae_export.runtimes import VAE
 bundle = Bundle(sys.argv[1])
-ways = {name: [Way(graph, runner=sys.argv[2])] for name, graph in bundle.graphs()[0].items()}
+ways = {name: [planned(graph, runner=sys.argv[2])] for name, graph in bundle.graphs()[0].items()}
 vaes = [VAE(bundle.manifest.model, CpuBackend(ways, bundle.manifest.model, Settings(threads=1))) for _ in range(2)]
 z = np.zeros((1, 4, 384, 512), np.float32)
 def resident():

@@ -28,7 +28,7 @@ from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError, VerificationError
 from vae_export.graph import rewrites
 from vae_export.runtimes import Settings, processor
-from vae_export.runtimes.backend import Way
+from vae_export.runtimes.backend import planned
 from vae_export.runtimes.cpu import dispatch, openvino
 
 BATCHES = (1, 3, 8, 9, 64, 65)
@@ -74,7 +74,7 @@ def test_every_candidate_has_a_verdict_and_one_is_chosen(built: dict[str, Any]) 
 def test_variants_cover_all_batches_in_one_precision(built: dict[str, Any]) -> None:
     for made in built.values():
         for found in made.record.graphs.values():
-            assert found.variants[-1].up_to is None
+            assert found.variants[-1].max_batch is None
             assert found.file == found.variants[-1].file
             assert len({variant.precision for variant in found.variants}) == 1
         assert made.certificate.passed
@@ -104,7 +104,7 @@ def test_out_is_written_in_place_by_every_runner(bundle: Path) -> None:
     z = np.random.default_rng(0).standard_normal((5, *model.latent.shape)).astype(np.float32)
     results = []
     for runner in ("onnxruntime", "openvino"):
-        backend = dispatch.CpuBackend({"decoder": [Way(graphs["decoder"], runner)]}, model, Settings())
+        backend = dispatch.CpuBackend({"decoder": [planned(graphs["decoder"], runner)]}, model, Settings())
         out = np.full((5, *model.data.shape), np.nan, np.float32)
         (given,) = backend.run("decoder", {"z": z}, ("sample",), 2, out=[out])
         assert given is out
@@ -120,7 +120,7 @@ def test_out_is_written_in_place_by_every_runner(bundle: Path) -> None:
 def test_openvino_from_many_threads(bundle: Path) -> None:
     opened = Bundle(bundle)
     model, (graphs, _) = opened.manifest.model, opened.graphs()
-    backend = dispatch.CpuBackend({"decoder": [Way(graphs["decoder"], "openvino")]}, model, Settings())
+    backend = dispatch.CpuBackend({"decoder": [planned(graphs["decoder"], "openvino")]}, model, Settings())
     inputs = np.random.default_rng(0).standard_normal((8, 3, *model.latent.shape)).astype(np.float32)
     alone = [backend.run("decoder", {"z": z}, ("sample",), 64)[0] for z in inputs]
     together: list[Any] = [None] * 8
@@ -232,12 +232,13 @@ def test_signals_are_handled_after_sessions_were_closed(bundle: Path) -> None:
 import gc, os, signal
 import vae_export
 from vae_export.contract.bundle import Bundle
-from vae_export.runtimes import Settings, cpu
-from vae_export.runtimes.backend import Way
+from vae_export.runtimes import Settings
+from vae_export.runtimes.cpu.dispatch import CpuBackend
+from vae_export.runtimes.backend import planned
 
 opened = Bundle({str(bundle)!r})
 graph = opened.graphs()[0]["decoder"]
-opens = lambda: cpu.CpuBackend({{"decoder": [Way(graph, "openvino")]}}, opened.manifest.model, Settings())
+opens = lambda: CpuBackend({{"decoder": [planned(graph, "openvino")]}}, opened.manifest.model, Settings())
 first, second = opens(), opens()
 first.close(); gc.collect(); second.close(); gc.collect()
 signal.signal(signal.SIGTERM, lambda *_: print("handled"))
@@ -325,8 +326,8 @@ def test_a_share_of_the_tolerance(
 
 def test_the_certificate_is_headed_by_what_runs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = _tuner(Bundle(bundle), precision="auto", budget="int8")
-    full = {graph: [Way(raw)] for graph, raw in tuner.base.items()}
-    low = full | {"decoder": [*full["decoder"], Way(tuner.base["decoder"], precision="int8")]}
+    full = {graph: [planned(raw)] for graph, raw in tuner.base.items()}
+    low = full | {"decoder": [*full["decoder"], planned(tuner.base["decoder"], precision="int8")]}
     assert tuner._quickly(full).precision == "float32"
     assert tuner._quickly(low).precision == "encoder float32, decoder int8"
     tuner = _tuner(Bundle(bundle), precision="auto", budget="fp16")
@@ -354,9 +355,9 @@ def test_however_few_golden_rows_there_are(bundle: Path) -> None:
     reference = golden.decode(opened.read(golden.FILE), opened.manifest.golden, model).first(1)
     assert reference.record.examples < 8
     tuner = _tuner(opened, reference)
-    problem = tuner._problem("decoder", Way(tuner.base["decoder"]), 1.0)
+    problem = tuner._problem("decoder", planned(tuner.base["decoder"]), 1.0)
     assert problem is None
-    assert tuner._quickly({graph: [Way(tuner.base[graph])] for graph in tuner.base}).batches == (5,)
+    assert tuner._quickly({graph: [planned(tuner.base[graph])] for graph in tuner.base}).batches == (5,)
 
 
 @pytest.mark.parametrize("vnni", [True, False])
@@ -372,9 +373,9 @@ def test_8_bits_are_for_processors_that_have_vnni(bundle: Path, vnni: bool, monk
         weights = [np.abs(array.astype(int)).max() for array in steps if array.any()]
         assert weights
         assert max(weights) == (127 if vnni else 63)
-    assert tuner._requires(Way(b"", precision="int8")) == (("vnni",) if vnni else ())
-    assert tuner._requires(Way(b"", precision="bf16")) == ("bf16",)
-    assert tuner._requires(Way(b"")) == ()
+    assert tuner._requires(planned(b"", precision="int8")) == (("vnni",) if vnni else ())
+    assert tuner._requires(planned(b"", precision="bf16")) == ("bf16",)
+    assert tuner._requires(planned(b"")) == ()
     tuner._made.clear()
     monkeypatch.setattr(tuner, "_problem", lambda graph, way, share: "decoder: PSNR is 20 dB")
     assert tuner._lowered("int8") is None
@@ -646,7 +647,7 @@ def test_a_changed_variant_is_refused(bundle: Path, built: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"up_to": 0}, "up_to: a number from 1 to"),
+        ({"max_batch": 0}, "max_batch: a number from 1 to"),
         ({"threads": 0}, "threads: a number from 1 to 65535"),
         ({"kept": {"a\x1b": "b"}}, "printable text expected"),
         ({"exact": ({"height": 8},)}, "exact: a batch and sizes from 1 to"),
@@ -655,12 +656,14 @@ def test_a_changed_variant_is_refused(bundle: Path, built: dict[str, Any], tmp_p
 )
 def test_variants_that_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_record.Variant(file="decoder.onnx", runner="openvino", **changed)
+        build_record.ExecutionPlan(file="decoder.onnx", runner="openvino", **changed)
 
 
 @pytest.mark.parametrize("limits", [(1, 8), (8, 1, None), (None, None), (1, 1, None)])
 def test_limits_rise_and_end(limits: tuple[int | None, ...]) -> None:
-    variants = tuple(build_record.Variant(up_to=limit, file="d.onnx", runner="onnxruntime") for limit in limits)
+    variants = tuple(
+        build_record.ExecutionPlan(max_batch=limit, file="d.onnx", runner="onnxruntime") for limit in limits
+    )
     with pytest.raises(ValueError, match="rising limits and then none expected, got"):
         build_record.BuiltGraph(file="d.onnx", onnx_sha256="0" * 64, structure="0" * 64, variants=variants)
 

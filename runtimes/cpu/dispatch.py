@@ -10,7 +10,7 @@ import numpy as np
 from vae_export.contract.model import Model
 from vae_export.errors import BackendError, VaeExportError
 from vae_export.numerics.noise import Normals
-from vae_export.runtimes.backend import Settings, Value, Way, slices
+from vae_export.runtimes.backend import PlannedGraph, Settings, Value, slices
 from vae_export.runtimes.cpu.arena import trim
 from vae_export.runtimes.failures import failure
 from vae_export.runtimes.threads import cores
@@ -40,11 +40,11 @@ class CpuBackend:
 
     on_gpu = False
 
-    def __init__(self, ways: Mapping[str, Sequence[Way]], model: Model, settings: Settings) -> None:
+    def __init__(self, ways: Mapping[str, Sequence[PlannedGraph]], model: Model, settings: Settings) -> None:
         """Open graphs.
 
         Args:
-            ways: for each graph how it runs, by rising `up_to`, of which the last is None.
+            ways: for each graph how it runs, by rising `max_batch`, of which the last is None.
             model: what they take and give.
             settings: threads, which go before those of a way. Without them there are as many as this process may
                 use: see `threads.cores`.
@@ -55,19 +55,19 @@ class CpuBackend:
         """
         self.graphs = frozenset(ways)
         self._model = model
-        self._said = {name: [str(way) for way in chosen] for name, chosen in ways.items()}  # not their bytes
+        self._said = {name: [str(way.plan) for way in chosen] for name, chosen in ways.items()}  # not their bytes
         allowed, counted = cores(), set[int]()
         opened: dict[tuple[Any, ...], Session] = {}
         self._sessions: dict[str, tuple[tuple[int | None, Session], ...]] = {}
         for name, chosen in ways.items():
             rows = []
             for way in chosen:
-                threads = settings.threads or min(way.threads or allowed, allowed)
+                threads = settings.threads or min(way.plan.threads or allowed, allowed)
                 counted.add(threads)
-                key = (name, id(way.graph), way.runner, way.precision, threads, str(way.exact))
+                key = (name, id(way.graph), way.plan.runner, way.plan.precision, threads, str(way.plan.exact))
                 if key not in opened:
                     opened[key] = _open(name, way, model, threads)
-                rows.append((way.up_to, opened[key]))
+                rows.append((way.plan.max_batch, opened[key]))
             self._sessions[name] = tuple(rows)
         self._threads = max(counted)
 
@@ -88,8 +88,8 @@ class CpuBackend:
             return self._sliced(graph, inputs, outputs, micro_batch, out)
         if len(inputs) > 1 or type(first) is Normals:
             inputs = {name: value.numpy() if type(value) is Normals else value for name, value in inputs.items()}
-        for up_to, session in self._sessions.get(graph, ()):
-            if up_to is None or n <= up_to:
+        for max_batch, session in self._sessions.get(graph, ()):
+            if max_batch is None or n <= max_batch:
                 try:
                     return session.run(outputs, inputs, out)
                 except VaeExportError:
@@ -162,11 +162,11 @@ class CpuBackend:
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}
 
 
-def _open(name: str, way: Way, model: Model, threads: int) -> Session:
-    if way.runner == "openvino":
+def _open(name: str, way: PlannedGraph, model: Model, threads: int) -> Session:
+    if way.plan.runner == "openvino":
         from vae_export.runtimes.cpu.openvino import OpenVinoSession
 
-        return OpenVinoSession(name, way.graph, model, way.precision, threads, way.exact)
+        return OpenVinoSession(name, way.graph, model, way.plan.precision, threads, way.plan.exact)
     from vae_export.runtimes.cpu.ort import OrtSession
 
     return OrtSession(name, way.graph, model, way.arrays, threads)

@@ -68,7 +68,7 @@ class OpenVinoSession:
             model: what it takes and gives.
             precision: `bf16` computes in bfloat16 what can be; `fp32` and `int8` leave every node what it is.
             threads: None leaves it to OpenVINO.
-            exact: see `Variant.exact`; it is compiled for each of them by the first call that has it.
+            exact: see `ExecutionPlan.exact`; it is compiled for each of them by the first call that has it.
 
         Raises:
             BackendError: OpenVINO is not installed, or does not compute in this precision here.
@@ -77,7 +77,7 @@ class OpenVinoSession:
         self._ov = runtime("load")
         self._name, self._model = name, model
         self.version = str(self._ov.__version__)
-        self._inputs, self._outputs = ({t.name: t for t in ends} for ends in model.ends(name))
+        self._inputs, self._outputs = ({t.name: t for t in ends} for ends in model.signature(name))
         hint = _HINTS[precision]
         # Without a hint OpenVINO rounds to bfloat16 by itself. Pinned threads of two processes would share a core.
         options: dict[str, Any] = {

@@ -43,7 +43,7 @@ class OrtSession:
         self.version = str(ort.__version__)
         self._arrays = arrays  # the session leans on their memory
         self._name, self._model = name, model
-        self._outputs = {tensor.name: tensor for tensor in model.ends(name)[1]}
+        self._outputs = {tensor.name: tensor for tensor in model.signature(name)[1]}
         # Where sizes stay the session's own arena is as good, and a call takes 3 µs less. In a child that was forked in
         # the midst of a call the shared one may be locked for ever.
         shared = arena.shared(ort) if model.data.named() else None
@@ -93,7 +93,9 @@ class OrtSession:
             return
         if self._forks != forks.count():
             self._after_fork()
-        given = {t.name: np.zeros(self._model.tensor_shape(t, 1, {}), t.dtype) for t in self._model.ends(self._name)[0]}
+        given = {
+            t.name: np.zeros(self._model.tensor_shape(t, 1, {}), t.dtype) for t in self._model.signature(self._name)[0]
+        }
         self._running.append(None)
         try:
             with contextlib.suppress(Exception):  # what could not be given back stays
@@ -143,7 +145,7 @@ def _shortest_run(session: Any) -> Callable[[Sequence[str], Mapping[str, Any], A
     version of ONNX Runtime has it there.
 
     The Python around that looks for missing inputs, for arrays of other devices and for captured graphs, which takes a
-    fifth of a small model's time. Here inputs are those of `Model.ends`, arrays of the host, and nothing is captured.
+    fifth of a small model's time. Here inputs are those of the model, arrays of the host, and nothing is captured.
     """
     run: Callable[[Sequence[str], Mapping[str, Any], Any], list[Any]]
     run = getattr(getattr(session, "_sess", None), "run", session.run)

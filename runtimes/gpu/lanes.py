@@ -183,7 +183,7 @@ class Lane:
             self._plans.move_to_end(key)
             return self._plans[key]
         offsets, total = {}, 0
-        for tensor in (*self.model.ends(graph)[0], *self.model.ends(graph)[1]):
+        for tensor in (*self.model.signature(graph)[0], *self.model.signature(graph)[1]):
             shape, dtype = self.model.tensor_shape(tensor, rows, sizes), np.dtype(tensor.dtype)
             offsets[tensor.name] = total, shape, dtype
             total += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

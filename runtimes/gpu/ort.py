@@ -99,7 +99,7 @@ class _Sessions:
         """See `Executor.prepare`."""
         session = self._sessions[graph]
         binding = session.io_binding()
-        inputs, outputs = self._model.ends(graph)
+        inputs, outputs = self._model.signature(graph)
         for tensors, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
             for tensor in tensors:
                 address, shape = ends[tensor.name]

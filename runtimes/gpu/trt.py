@@ -146,8 +146,8 @@ class _Contexts:
         handle = int(stream.handle)
         opened.bindings.said()
         context = opened.context()
-        inputs = {tensor.name for tensor in self._lane.model.ends(graph)[0]}
-        first = ends[self._lane.model.ends(graph)[0][0].name][1]
+        inputs = {tensor.name for tensor in self._lane.model.signature(graph)[0]}
+        first = ends[self._lane.model.signature(graph)[0][0].name][1]
         sizes = self._lane.model.input_sizes(graph, first[1:])
         chosen = targets.choose(self._profiles, first[0], sizes)
         assert chosen is not None
@@ -203,7 +203,9 @@ def _check_ends(bindings: Bindings, name: str, engine: Any, model: Model) -> Non
     def text(kind: str, tensor: Tensor) -> str:
         return f"{kind} {tensor.name} {tensor.dtype} {[d if isinstance(d, int) else -1 for d in tensor.shape]}"
 
-    expected = [text(kind, t) for kind, ends in zip(("INPUT", "OUTPUT"), model.ends(name), strict=True) for t in ends]
+    expected = [
+        text(kind, t) for kind, ends in zip(("INPUT", "OUTPUT"), model.signature(name), strict=True) for t in ends
+    ]
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = [
         f"{engine.get_tensor_mode(n).name} {n} {types.get(engine.get_tensor_dtype(n), engine.get_tensor_dtype(n))} "

@@ -216,7 +216,7 @@ class Bare(Graphs):
 
     def function(self, graph: str, shape: tuple[int, ...], outputs: Sequence[str]) -> Function:
         """The session takes every shape."""
-        session, (end,) = self._sessions[graph], self.model.ends(graph)[0]
+        session, (end,) = self._sessions[graph], self.model.signature(graph)[0]
         names, name = list(outputs), end.name
         return lambda value: session.run(names, {name: value})
 

@@ -18,7 +18,7 @@ from vae_export.building import tensorrt
 from vae_export.certification import certificate, golden, tail, verifier
 from vae_export.certification.certificate import Certificate
 from vae_export.contract import atomic, build_record, cache, folders, onnx_guard, targets
-from vae_export.contract.build_record import Build, BuildFolder, BuiltGraph, Engine, Measurement, Options, Variant
+from vae_export.contract.build_record import Build, BuildFolder, BuiltGraph, Engine, ExecutionPlan, Measurement, Options
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import GRAPHS, Model
 from vae_export.contract.onnx_guard import Arrays
@@ -36,7 +36,7 @@ from vae_export.numerics.pixels import is_picture
 from vae_export.progress import Progress, silent
 from vae_export.runtimes import Settings, compatibility, open_backend
 from vae_export.runtimes import processor as here
-from vae_export.runtimes.backend import Array, Way
+from vae_export.runtimes.backend import Array, planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.gpu import driver, flavours
 
@@ -236,7 +236,7 @@ def _make(
     if path.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     replace = overwrite or out is None
-    folders.check_target(path, build_record.SEAL, overwrite=replace)
+    folders.check_target(path, build_record.RECORD_FORMAT, overwrite=replace)
     bindings = flavours.load(target.flavour) if target.flavour else None
     sources, weights = bundle.graphs()
     arrays = {name: onnx_guard.check_operators(source, name, weights.get(name)) for name, source in sources.items()}
@@ -335,7 +335,7 @@ def _structure(graph: bytes) -> str:
     return fingerprint.digest(graph)
 
 
-def _built(file: str, graph: bytes, variants: tuple[Variant, ...] = ()) -> BuiltGraph:
+def _built(file: str, graph: bytes, variants: tuple[ExecutionPlan, ...] = ()) -> BuiltGraph:
     digest = hashlib.sha256(graph).hexdigest()
     return BuiltGraph(file=file, onnx_sha256=digest, structure=_structure(graph), variants=variants)
 
@@ -365,7 +365,7 @@ def _write(
     with atomic.atomic_folder(
         path,
         overwrite=overwrite,
-        check=lambda folder: folders.check_target(folder, build_record.SEAL, overwrite=True),
+        check=lambda folder: folders.check_target(folder, build_record.RECORD_FORMAT, overwrite=True),
     ) as folder:
         for file, content in contents.items():
             (folder / file).write_bytes(content)
@@ -390,7 +390,7 @@ def _write(
             calibrated=dict(calibrated or {}),
             files=folders.list_files(folder),
         )
-        (folder / build_record.SEAL.file).write_bytes(build_record.SEAL.encode(record))
+        (folder / build_record.RECORD_FORMAT.file).write_bytes(build_record.RECORD_FORMAT.encode(record))
     return Built(path, BuildFolder(path).record, measured, unmeasured)
 
 
@@ -516,7 +516,7 @@ class _Rounded:
         from vae_export.building import mixed_precision as precisions
 
         rounded = precisions.rounding(made)
-        ways = {name: [Way(rounded if name == graph else raw)] for name, raw in self._base.items()}
+        ways = {name: [planned(rounded if name == graph else raw)] for name, raw in self._base.items()}
         backend = CpuBackend(ways, self._model, Settings())
         record = self._few.record
         batches = (min(_BATCH, max(record.examples, record.prior)),)

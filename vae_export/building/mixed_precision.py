@@ -24,7 +24,7 @@ from vae_export.contract.targets import Precision
 from vae_export.errors import require
 from vae_export.numerics import noise
 from vae_export.runtimes import VAE, Settings, open_backend
-from vae_export.runtimes.backend import Way
+from vae_export.runtimes.backend import planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.ort_session import session_options
 
@@ -70,7 +70,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Lowered:
+class ReducedPrecision:
     """A graph in a lower precision.
 
     Attributes:
@@ -310,7 +310,7 @@ def choose(
     seen: Mapping[str, Activation],
     problem: Callable[[bytes], str | None] | None,
     bits: Bits = 8,
-) -> Lowered | None:
+) -> ReducedPrecision | None:
     """A graph with as many nodes in a lower precision as its budget allows.
 
     Args:
@@ -329,7 +329,7 @@ def choose(
     """
     from vae_export import graph as graphs
     from vae_export.graph import quantize
-    from vae_export.graph.half import heavy, lower
+    from vae_export.graph.half import heavy, to_half
 
     plain = graphs.read(graph)
     forced: dict[str, str] = {}
@@ -345,15 +345,15 @@ def choose(
         }
     order = sorted(losses, key=losses.__getitem__, reverse=True)
 
-    def make(count: int) -> Lowered:
+    def make(count: int) -> ReducedPrecision:
         model = graphs.read(graph)
         kept = forced | {node: _reason(precision, losses[node], count, bits) for node in order[:count]}
         if precision == "int8":
             spans = {value: activation.span for value, activation in seen.items()}
             quantize.apply(model, set(order[count:]), spans, bits)
         else:
-            model = lower(model, "fp16" if precision == "fp16" else "bf16", name, kept)
-        return Lowered(graphs.write(model), kept)
+            model = to_half(model, "fp16" if precision == "fp16" else "bf16", name, kept)
+        return ReducedPrecision(graphs.write(model), kept)
 
     if problem is None:
         return make(0)
@@ -422,8 +422,8 @@ class Large:
             model: what it computes.
         """
         name, rows = self.inputs[graph]
-        backend = CpuBackend({graph: [Way(made)]}, model, Settings())
-        outputs = tuple(tensor.name for tensor in model.ends(graph)[1])
+        backend = CpuBackend({graph: [planned(made)]}, model, Settings())
+        outputs = tuple(tensor.name for tensor in model.signature(graph)[1])
         try:
             for row in rows:
                 for output, value in zip(outputs, backend.run(graph, {name: row[None]}, outputs, 1), strict=True):

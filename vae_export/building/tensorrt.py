@@ -114,7 +114,7 @@ def _engine(
             config.set_compute_capability(known[capability], index)
     for profile in options.profiles:
         shapes = builder.create_optimization_profile()
-        for tensor in model.ends(name)[0]:
+        for tensor in model.signature(name)[0]:
             shapes.set_shape(tensor.name, *profile.shapes(tensor, model))
         config.add_optimization_profile(shapes)
     with _timing_cache(bindings, config):

@@ -20,7 +20,6 @@ import typer.core
 
 from vae_export.commands import terminal
 from vae_export.commands.train import numbers, train
-from vae_export.contract import cache, targets
 from vae_export.errors import EXPORT_NEEDS, BackendError, BundleError, InputError, VaeExportError, printable, require
 
 if TYPE_CHECKING:
@@ -473,7 +472,7 @@ def inspect(
     from vae_export.trainers import config as configs
 
     path, sizes = Path(source), _sizes("inspect", size) if size else None
-    if (path / build_record.SEAL.file).is_file():
+    if (path / build_record.RECORD_FORMAT.file).is_file():
         folder = build_record.BuildFolder(path)
         folder.check()
         if json:
@@ -507,6 +506,8 @@ def inspect(
     model.latent_shape(at)  # refuses a size that the model does not take
     costs = tables.costs(model, counted, at)
     unlisted = opened.unlisted()
+    from vae_export.contract import cache
+
     cached = cache.cached_slots(opened.manifest)
     if json:
         plain = {**msgspec.to_builtins(opened.manifest), "certificate": measured.to_dict(), "builds": cached}
@@ -768,6 +769,8 @@ def _cached(verb: str, bundle: Path, target: str | None, precision: RunPrecision
 
     if target is None and precision is None:
         return None
+    from vae_export.contract import cache, targets
+
     manifest, name = Bundle(bundle).manifest, targets.parse(target or "cpu").name
     wanted: Wanted = precision.value if precision else "fp32"
     found: dict[str, Path] = {}

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vae_export.certification.certificate import Certificate
-from vae_export.contract.build_record import Build, BuiltGraph, Variant
+from vae_export.contract.build_record import Build, BuiltGraph, ExecutionPlan
 from vae_export.contract.manifest import Manifest, Origin
 from vae_export.contract.model import Cost, Likelihood, Model, shape_text
 from vae_export.contract.targets import title
@@ -195,7 +195,7 @@ def _variants(graph: BuiltGraph) -> list[str]:
     """How a graph runs, what was done to it and what stayed in float32, in lines."""
     lines = []
     for variant in graph.variants:
-        limit = "all other batches" if variant.up_to is None else f"batches up to {variant.up_to}"
+        limit = "all other batches" if variant.max_batch is None else f"batches up to {variant.max_batch}"
         threads = "" if variant.threads is None else f", {variant.threads} thread{'s' * (variant.threads > 1)}"
         exact = ", ".join(" ".join(f"{name} {size}" for name, size in shape.items()) for shape in variant.exact)
         compiled = f", compiled for {exact}" if exact else ""
@@ -205,7 +205,7 @@ def _variants(graph: BuiltGraph) -> list[str]:
     return lines
 
 
-def _changes(made: Variant | BuiltGraph) -> str:
+def _changes(made: ExecutionPlan | BuiltGraph) -> str:
     changed = ", ".join(f"{name} {count}" for name, count in made.passes.items()) or "none"
     kept = "".join(f"\n  float32: {node} ({why})" for node, why in made.kept.items())
     return f"passes: {changed}{kept}"

@@ -16,10 +16,10 @@ from typing import Final, Literal
 
 import msgspec
 
-from vae_export.contract.folders import SealedFolder
+from vae_export.contract.folders import RecordFolder
 from vae_export.contract.manifest import Manifest
 from vae_export.contract.model import FUSED, GRAPHS, MAX_SIZE, parts_of
-from vae_export.contract.records import File, Part, Seal, check_paths, check_text, is_sha256
+from vae_export.contract.records import File, Part, RecordFormat, check_paths, check_text, is_sha256
 from vae_export.contract.targets import TOLERANCE_NAMES, Asked, FlavourName, Precision, Profile, Runner, Wanted, parse
 from vae_export.errors import BundleError, InputError
 
@@ -29,12 +29,12 @@ VERSION: Final = 1
 CERTIFICATE = "verification.json"
 
 
-class Variant(Part, frozen=True, kw_only=True):
-    """How a graph runs on the CPU, for batches up to a size.
+class ExecutionPlan(Part, frozen=True, kw_only=True):
+    """How a graph runs on the CPU, for batches up to a limit.
 
     Attributes:
-        up_to: the largest batch that runs this way; null for all that are larger than the others'.
-        file: its ONNX file in the build's folder. Several variants may share one.
+        max_batch: the largest batch that this plan runs; null for no limit. `up_to` in the file.
+        file: the ONNX file in the build's folder; empty for a graph that is in no build. Several plans may share one.
         runner: what runs it.
         precision: what its heavy nodes compute in, but those in `kept`.
         threads: inside one call; null leaves it to the runner.
@@ -45,7 +45,7 @@ class Variant(Part, frozen=True, kw_only=True):
         requires: what a processor must have for the graph to be right, by the names of `processor.features`.
     """
 
-    up_to: int | None = None
+    max_batch: int | None = msgspec.field(default=None, name="up_to")
     file: str
     runner: Runner
     precision: Precision = "fp32"
@@ -59,12 +59,17 @@ class Variant(Part, frozen=True, kw_only=True):
         check_text(*self.passes, *self.kept, *self.kept.values(), *self.requires)
         if any("batch" not in shape or not all(1 <= n <= MAX_SIZE for n in shape.values()) for shape in self.exact):
             raise ValueError(f"exact: a batch and sizes from 1 to {MAX_SIZE} expected")
-        if self.up_to is not None and not 1 <= self.up_to <= MAX_SIZE:
-            raise ValueError(f"up_to: a number from 1 to {MAX_SIZE} expected, got {self.up_to}")
+        if self.max_batch is not None and not 1 <= self.max_batch <= MAX_SIZE:
+            raise ValueError(f"max_batch: a number from 1 to {MAX_SIZE} expected, got {self.max_batch}")
         if self.threads is not None and not 1 <= self.threads < 1 << 16:
             raise ValueError(f"threads: a number from 1 to 65535 expected, got {self.threads}")
         if self.runner == "openvino" and self.precision == "fp16":
             raise ValueError("precision fp16: OpenVINO computes in it on no processor here; fp32, bf16, int8 expected")
+
+    def __str__(self) -> str:
+        limit = "" if self.max_batch is None else f" up to {self.max_batch}"
+        threads = "" if self.threads is None else f", {self.threads} threads"
+        return f"{self.runner} in {self.precision}{threads}{limit}"
 
 
 class Measurement(Part, frozen=True, kw_only=True):
@@ -74,9 +79,9 @@ class Measurement(Part, frozen=True, kw_only=True):
         graph: its name.
         batch: examples in a call.
         runner: what ran it.
-        precision: as in `Variant`.
+        precision: as in `ExecutionPlan`.
         passes: those that changed the graph.
-        threads: as in `Variant`.
+        threads: as in `ExecutionPlan`.
         median_us: the median of the turns' medians, in microseconds; null where it was not timed.
         spread: the interquartile range of the turns' medians, as a share of the median.
         verdict: `chosen`, or why not, in words.
@@ -114,13 +119,13 @@ class BuiltGraph(Part, frozen=True, kw_only=True):
     structure: str
     passes: dict[str, int] = msgspec.field(default_factory=dict)
     kept: dict[str, str] = msgspec.field(default_factory=dict)
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[ExecutionPlan, ...] = ()
 
     def __post_init__(self) -> None:
         check_text(*self.passes, *self.kept, *self.kept.values())
         if not (is_sha256(self.onnx_sha256) and is_sha256(self.structure)):
             raise ValueError("onnx_sha256 and structure: 64 lower-case hexadecimal digits expected")
-        limits = [variant.up_to for variant in self.variants]
+        limits = [variant.max_batch for variant in self.variants]
         rising = [limit for limit in limits if limit is not None]
         if limits and (rising != sorted(set(rising)) or limits != [*rising, None]):
             raise ValueError(f"variants: rising limits and then none expected, got {limits}")
@@ -338,7 +343,7 @@ def _one(asked: Asked) -> Precision:
     return "fp32" if asked == "auto" else asked
 
 
-SEAL = Seal(
+RECORD_FORMAT = RecordFormat(
     record=Build,
     format=FORMAT,
     version=VERSION,
@@ -350,7 +355,7 @@ SEAL = Seal(
 )
 
 
-class BuildFolder(SealedFolder[Build]):
+class BuildFolder(RecordFolder[Build]):
     """An opened build: its record is verified, and nothing else of it has been read."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -360,7 +365,7 @@ class BuildFolder(SealedFolder[Build]):
             InputError: there is no folder at `path`.
             BundleError: its record is missing, damaged, newer than this version or was changed.
         """
-        super().__init__(path, SEAL)
+        super().__init__(path, RECORD_FORMAT)
 
     def check_source(self, manifest: Manifest) -> None:
         """Refuse a build of another bundle.
@@ -374,7 +379,7 @@ class BuildFolder(SealedFolder[Build]):
             if wrong := next((shape for shape in exact if set(shape) != names), None):
                 raise BundleError(
                     f"{self.path}: exact: sizes of {', '.join(sorted(names))} expected, got {', '.join(wrong)}. "
-                    f"{SEAL.remedy}"
+                    f"{RECORD_FORMAT.remedy}"
                 )
             return
         ours = {name: manifest.files[graph.file].sha256 for name, graph in manifest.graphs.items()}
@@ -396,14 +401,14 @@ class BuildFolder(SealedFolder[Build]):
         self.check()
         return found
 
-    def variants(self) -> dict[str, list[tuple[Variant, bytes]]]:
+    def variants(self) -> dict[str, list[tuple[ExecutionPlan, bytes]]]:
         """How each graph of a build for the CPU runs, with its verified bytes, by rising batch.
 
         Raises:
             BundleError: a file is missing or was changed.
         """
         chosen = {
-            name: graph.variants or (Variant(file=graph.file, runner="onnxruntime"),)
+            name: graph.variants or (ExecutionPlan(file=graph.file, runner="onnxruntime"),)
             for name, graph in self.record.graphs.items()
         }
         named = {variant.file for variants in chosen.values() for variant in variants}

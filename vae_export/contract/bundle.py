@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from vae_export.contract import atomic, folders
-from vae_export.contract.manifest import SEAL, Manifest
+from vae_export.contract.manifest import RECORD_FORMAT, Manifest
 from vae_export.contract.model import GRAPHS
 from vae_export.contract.onnx_guard import Weights
 
-MANIFEST = SEAL.file
+MANIFEST = RECORD_FORMAT.file
 
 
-class Bundle(folders.SealedFolder[Manifest]):
+class Bundle(folders.RecordFolder[Manifest]):
     """An opened bundle. Nothing but the manifest has been read; `read` and `check` do the rest.
 
     Attributes:
@@ -29,7 +29,7 @@ class Bundle(folders.SealedFolder[Manifest]):
             InputError: there is no folder at `path`.
             BundleError: its manifest is missing, damaged, newer than this version or was changed.
         """
-        super().__init__(path, SEAL)
+        super().__init__(path, RECORD_FORMAT)
 
     @property
     def manifest(self) -> Manifest:
@@ -71,9 +71,9 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def check_target(path: Path, *, overwrite: bool) -> None:
     """Refuse a place at which `create` cannot make a bundle. Errors as there."""
-    folders.check_target(path, SEAL, overwrite=overwrite)
+    folders.check_target(path, RECORD_FORMAT, overwrite=overwrite)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into the folder of a bundle that is being made."""
-    (folder / MANIFEST).write_bytes(SEAL.encode(manifest))
+    (folder / MANIFEST).write_bytes(RECORD_FORMAT.encode(manifest))

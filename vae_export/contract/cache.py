@@ -40,7 +40,7 @@ def cached_slots(manifest: Manifest) -> list[str]:
     """The slots in which the cache holds a build of this bundle."""
     folder = cache() / "builds" / manifest.digest
     found = (
-        sorted(path.name for path in folder.iterdir() if (path / build_record.SEAL.file).is_file())
+        sorted(path.name for path in folder.iterdir() if (path / build_record.RECORD_FORMAT.file).is_file())
         if folder.is_dir()
         else []
     )

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final, Generic, TypeVar
 
 from vae_export.contract import atomic
-from vae_export.contract.records import File, Seal, SealedRecord
+from vae_export.contract.records import File, FolderRecord, RecordFormat
 from vae_export.errors import BundleError, InputError
 
 #: A record larger than this is not read.
@@ -27,10 +27,10 @@ _PIECE = 16 << 20
 #: Whether an open file keeps its content when the folder is replaced; on Windows it would keep it from being replaced.
 _HOLDS: Final = sys.platform != "win32"
 
-T = TypeVar("T", bound=SealedRecord)
+T = TypeVar("T", bound=FolderRecord)
 
 
-class SealedFolder(Generic[T]):
+class RecordFolder(Generic[T]):
     """An opened folder. Nothing but its record has been read; `read` and `check` do the rest.
 
     Its files are held open for as long as it lives, so that a folder that is replaced meanwhile stays what it was.
@@ -40,7 +40,7 @@ class SealedFolder(Generic[T]):
         record: its verified record.
     """
 
-    def __init__(self, path: str | os.PathLike[str], seal: Seal[T]) -> None:
+    def __init__(self, path: str | os.PathLike[str], seal: RecordFormat[T]) -> None:
         """Open the folder at `path` and check its record.
 
         Args:
@@ -210,7 +210,7 @@ def _opener(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
-def check_target(path: Path, seal: Seal[T], *, overwrite: bool) -> None:
+def check_target(path: Path, seal: RecordFormat[T], *, overwrite: bool) -> None:
     """Refuse a place at which no such folder can be made, or one that holds more than such a folder.
 
     Raises:
@@ -219,7 +219,7 @@ def check_target(path: Path, seal: Seal[T], *, overwrite: bool) -> None:
     atomic.check_target(path, overwrite=overwrite)
     if path.is_dir() and any(path.iterdir()):
         try:
-            strangers = SealedFolder(path, seal).unlisted()
+            strangers = RecordFolder(path, seal).unlisted()
         except BundleError as error:
             raise InputError(
                 f"{path} exists and is not a whole {seal.folder} ({error}). Remove it yourself, or choose another path"
@@ -232,7 +232,7 @@ def check_target(path: Path, seal: Seal[T], *, overwrite: bool) -> None:
 
 
 def list_files(folder: Path) -> dict[str, File]:
-    """The records of all files in a folder, for `SealedRecord.files`."""
+    """The records of all files in a folder, for `FolderRecord.files`."""
     records = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from vae_export.contract.model import GRAPHS, Cost, Model, Tensor, _signature
-from vae_export.contract.records import File, Part, Seal, check_paths, check_text
+from vae_export.contract.model import GRAPHS, Cost, Model, Tensor, signature_text
+from vae_export.contract.records import File, Part, RecordFormat, check_paths, check_text
 
 FORMAT: Final = "vae_export.bundle"
 VERSION: Final = 1
@@ -204,14 +204,14 @@ class Manifest(Part, frozen=True, kw_only=True):
                 raise ValueError(f"{name}: weights {graph.weights!r} is no other listed file in the graph's folder")
         if graph.opset < 1:
             raise ValueError(f"{name}: opset {graph.opset} is none")
-        inputs, outputs = self.model.ends(name)
+        inputs, outputs = self.model.signature(name)
         if graph.inputs != inputs or graph.outputs != outputs:
             raise ValueError(
-                f"{name}: {_signature(inputs, outputs)} expected, got {_signature(graph.inputs, graph.outputs)}"
+                f"{name}: {signature_text(inputs, outputs)} expected, got {signature_text(graph.inputs, graph.outputs)}"
             )
 
 
-SEAL = Seal(
+RECORD_FORMAT = RecordFormat(
     record=Manifest,
     format=FORMAT,
     version=VERSION,

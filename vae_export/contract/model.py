@@ -38,7 +38,7 @@ SCORE_OUTPUTS = ("log_likelihood", "kl", "elbo")
 GRAPHS = ("encoder", "decoder")
 
 
-#: The graphs that only builds have: see `Model.ends`.
+#: The graphs that only builds have: see `Model.signature`.
 FUSED = ("reconstruct", "generate", "score")
 
 
@@ -236,7 +236,7 @@ class Tensor(Part, frozen=True, kw_only=True):
     shape: tuple[int | str, ...]
 
 
-Ends = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+Signature = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class Model(Part, frozen=True, kw_only=True):
@@ -317,7 +317,7 @@ class Model(Part, frozen=True, kw_only=True):
         named = self.sizes(latent)
         return tuple(dim if isinstance(dim, int) else named[dim.name] for dim in self.data.shape)
 
-    def ends(self, graph: str) -> Ends:
+    def signature(self, graph: str) -> Signature:
         """A graph's inputs and outputs, in order.
 
         Args:
@@ -388,7 +388,7 @@ class Cost(Part, frozen=True, kw_only=True):
         return first, second
 
 
-def _signature(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> str:
+def signature_text(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> str:
     def end(tensor: Tensor) -> str:
         dtype = f"{tensor.dtype} " * (tensor.dtype != "float32")
         return f"{tensor.name} {dtype}({', '.join(map(str, tensor.shape))})"

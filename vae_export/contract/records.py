@@ -44,7 +44,7 @@ class File(Part, frozen=True, kw_only=True):
             raise ValueError("a size of 0 or more and 64 lower-case hexadecimal digits expected")
 
 
-class SealedRecord(Protocol):
+class FolderRecord(Protocol):
     """What a record needs to seal a folder: `digest`, the SHA-256 of its own bytes with this field empty, and
     `files`, every file of the folder but the record, by its path with forward slashes.
     """
@@ -60,11 +60,11 @@ class SealedRecord(Protocol):
         ...
 
 
-T = TypeVar("T", bound=SealedRecord)
+T = TypeVar("T", bound=FolderRecord)
 
 
 @dataclass(frozen=True)
-class Seal(Generic[T]):
+class RecordFormat(Generic[T]):
     """A format of sealed records, and its words for messages.
 
     Attributes:

@@ -75,7 +75,7 @@ def trace(kind: str, module: nn.Module, shape: tuple[int, ...], model: Model) ->
     Raises:
         InputError: PyTorch cannot trace it, or only for some of the batches and sizes that the model promises.
     """
-    inputs, outputs = model.ends(kind)
+    inputs, outputs = model.signature(kind)
     into = inputs[0].shape
     named = {axis: dim for axis, dim in enumerate(into) if isinstance(dim, str)}
     axes = {axis: re.sub(r"\W", "_", name) for axis, name in named.items()}
@@ -255,14 +255,14 @@ def _places(kind: str, model: Model) -> Iterator[dict[str, int]]:
     }
     many = len(_STEPS)
     turned = [(i, j) for i in range(many) for j in {0, i, many - 1 - i, (7 * i + 3) % many}]
-    shape = model.ends(kind)[0][0].shape
+    shape = model.signature(kind)[0][0].shape
     for number, (first, second) in enumerate(turned):
         sizes = {
             name: grids[name][index % len(grids[name])]
             for name, index in zip(grids, itertools.cycle((first, second)), strict=False)
         }
         batch = _BATCHES[number % len(_BATCHES)]
-        real = model.tensor_shape(model.ends(kind)[0][0], batch, sizes)
+        real = model.tensor_shape(model.signature(kind)[0][0], batch, sizes)
         yield {dim: size for dim, size in zip(shape, real, strict=True) if isinstance(dim, str)}
 
 

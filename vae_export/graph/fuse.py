@@ -1,9 +1,9 @@
 """The fused graphs: `reconstruct` (x, eps → sample), `generate` (z → uint8 image, channels last) and `score` (x, eps →
 the ELBO and its parts).
 
-Requires: an encoder and a decoder whose inputs and outputs are float32 and named as in `Model.ends`.
-Ensures: inputs and outputs as in `Model.ends`; what joins the two is computed in float32, and what is summed for an
-example in float64, whatever the precision inside of them; no output that is not asked for is computed.
+Requires: an encoder and a decoder whose inputs and outputs are float32 and named as in `Model.signature`.
+Ensures: inputs and outputs as in `Model.signature`; what joins the two is computed in float32, and what is summed for
+an example in float64, whatever the precision inside of them; no output that is not asked for is computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def reconstruct(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) ->
 
     A deterministic encoder has no eps: z is its mean. Both models are used up.
     """
-    inputs, outputs = model.ends("reconstruct")
+    inputs, outputs = model.signature("reconstruct")
     prefix_inner(encoder, "encoder")
     prefix_inner(decoder, "decoder")
     graph = encoder.graph
@@ -40,7 +40,7 @@ def score(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) -> onnx_
 
     Nats of each example, (batch,) float64. The KL is the closed form of appendix B. Both models are used up.
     """
-    inputs, outputs = model.ends("score")
+    inputs, outputs = model.signature("score")
     prefix_inner(encoder, "encoder")
     prefix_inner(decoder, "decoder")
     graph = encoder.graph
@@ -67,7 +67,7 @@ def generate(decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
 
     The cast to uint8 is the last node, as TensorRT wants it.
     """
-    _, outputs = model.ends("generate")
+    _, outputs = model.signature("generate")
     prefix_inner(decoder, "decoder")
     graph = decoder.graph
     sample = next(value for value in graph.outputs if value.name == "sample")

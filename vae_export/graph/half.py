@@ -21,7 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from vae_export.errors import InputError
 from vae_export.graph.rewrites import group_norm
 
-Lower = Literal["fp16", "bf16"]
+HalfPrecision = Literal["fp16", "bf16"]
 
 _TYPES = {
     "fp16": (onnx_ir.DataType.FLOAT16, np.dtype(np.float16)),
@@ -55,7 +55,7 @@ def heavy(model: onnx_ir.Model) -> list[onnx_ir.Node]:
     return [node for node in model.graph if node.op_type in _HEAVY]
 
 
-def lower(model: onnx_ir.Model, precision: Lower, name: str, kept: Collection[str] = ()) -> onnx_ir.Model:
+def to_half(model: onnx_ir.Model, precision: HalfPrecision, name: str, kept: Collection[str] = ()) -> onnx_ir.Model:
     """A graph in lower precision. The model is used up.
 
     Args:

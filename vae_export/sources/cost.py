@@ -51,7 +51,7 @@ def _at(module: nn.Module, model: Model, sizes: Mapping[str, int]) -> dict[str, 
             weights: dict[str, Tensor] = {
                 name: fake.from_tensor(value) for name, value in whole.state_dict(keep_vars=True).items()
             }
-            value = torch.empty(model.tensor_shape(model.ends(graph)[0][0], 1, sizes))
+            value = torch.empty(model.tensor_shape(model.signature(graph)[0][0], 1, sizes))
             with torch.no_grad(), FlopCounterMode(display=False) as flops, _Live() as live:
                 functional_call(whole, weights, (value,))
             found[graph] = (flops.get_total_flops() // 2, live.peak)

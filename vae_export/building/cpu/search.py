@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +28,7 @@ from vae_export.certification import tail, verifier
 from vae_export.certification.certificate import Certificate, Check, beyond_half, output_tolerance
 from vae_export.certification.golden import Reference, stretched
 from vae_export.contract import build_record
-from vae_export.contract.build_record import Measurement, Options, Variant
+from vae_export.contract.build_record import ExecutionPlan, Measurement, Options
 from vae_export.contract.model import GRAPHS, Cost, Model, parts_of
 from vae_export.contract.targets import Precision, Runner
 from vae_export.errors import BackendError, VaeExportError, VerificationError
@@ -36,7 +37,7 @@ from vae_export.numerics import noise
 from vae_export.numerics.pixels import is_picture
 from vae_export.progress import Progress
 from vae_export.runtimes import VAE, Settings, processor
-from vae_export.runtimes.backend import Backend, Way
+from vae_export.runtimes.backend import Backend, PlannedGraph, planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 
 Array = npt.NDArray[np.float32]
@@ -108,10 +109,20 @@ class Candidate:
     precisions: dict[str, Precision] = field(default_factory=dict)
 
     def way(
-        self, graph: str, threads: int | None, up_to: int | None = None, exact: tuple[Mapping[str, int], ...] = ()
-    ) -> Way:
+        self, graph: str, threads: int | None, max_batch: int | None = None, exact: tuple[dict[str, int], ...] = ()
+    ) -> PlannedGraph:
         """For the backend."""
-        return Way(self.graphs[graph], self.runner, self.precisions[graph], threads, up_to, exact)
+        plan = ExecutionPlan(
+            max_batch=max_batch,
+            file="",
+            runner=self.runner,
+            precision=self.precisions[graph],
+            threads=threads,
+            exact=exact,
+            passes={name: count for name, count in self.changed[graph].items() if count},
+            kept=self.kept.get(graph, {}),
+        )
+        return PlannedGraph(self.graphs[graph], plan)
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class Tuned:
         calibrated: the rows that activations were recorded on: see `Build.calibrated`.
     """
 
-    variants: dict[str, list[tuple[Variant, bytes]]]
+    variants: dict[str, list[tuple[ExecutionPlan, bytes]]]
     measurements: tuple[Measurement, ...]
     absent: tuple[str, ...]
     certificate: Certificate
@@ -201,7 +212,7 @@ class Tuner:
         self.timed: dict[str, list[Timed]] = {}
         self._compared: dict[tuple[str, int, int], float] = {}
         self._inexact: set[Place] = set()
-        self._made: dict[Precision, dict[str, mixed_precision.Lowered]] = {}
+        self._made: dict[Precision, dict[str, mixed_precision.ReducedPrecision]] = {}
         self._activations: dict[str, dict[str, mixed_precision.Activation]] | None = None
         self.share = _SHARE if options.precision == "auto" else 1.0
         self._rounded: dict[bytes, bytes] = {}
@@ -209,7 +220,7 @@ class Tuner:
         self._more: dict[bool, tail.Tail | str] = {}
         self.small = reference.first(_ROWS)
         began = time.perf_counter()
-        self._quickly({graph: [Way(self.base[graph])] for graph in GRAPHS})
+        self._quickly({graph: [planned(self.base[graph])] for graph in GRAPHS})
         if time.perf_counter() - began < _QUICK:
             self.small = reference
 
@@ -276,7 +287,7 @@ class Tuner:
         rows: Mapping[str, int] = {}
         if self._activations is not None:
             rows = mixed_precision.calibrated(self.model, self.reference, self.calibration)[1]
-        return Tuned(self._variants(chosen, ways), measurements, tuple(self.absent), measured, rows)
+        return Tuned(self._variants(ways), measurements, tuple(self.absent), measured, rows)
 
     def _runners(self) -> list[Runner]:
         """What can be used here; OpenVINO where it is installed."""
@@ -371,7 +382,7 @@ class Tuner:
             kept[graph] = {f"{p}.{node}": why for p in inside for node, why in kept.get(p, {}).items()}
             kinds[graph] = next((kinds[p] for p in inside if kinds[p] != "fp32"), "fp32")
 
-    def _lowered(self, kind: Precision) -> dict[str, mixed_precision.Lowered] | None:
+    def _lowered(self, kind: Precision) -> dict[str, mixed_precision.ReducedPrecision] | None:
         """Encoder and decoder in a lower precision, as far as each by itself holds; None where neither does.
 
         It is measured with the last runner that computes in it; made once.
@@ -388,14 +399,14 @@ class Tuner:
             last: list[str] = []
 
             def problem(made: bytes, graph: str = graph, last: list[str] = last) -> str | None:
-                reason = self._problem(graph, Way(made, runner, kind), self.share)
+                reason = self._problem(graph, planned(made, runner, kind), self.share)
                 if reason is not None:
                     last.append(reason)
                 return reason
 
             if kind == "bf16":  # the runner's own: it rounds every node, and holds or does not
-                if (reason := self._problem(graph, Way(self.base[graph], runner, kind), 1.0)) is None:
-                    found[graph] = mixed_precision.Lowered(self.base[graph], {})
+                if (reason := self._problem(graph, planned(self.base[graph], runner, kind), 1.0)) is None:
+                    found[graph] = mixed_precision.ReducedPrecision(self.base[graph], {})
                 else:
                     self.absent.append(f"the {graph} in bf16: {reason}")
                 continue
@@ -419,21 +430,21 @@ class Tuner:
             self._activations = mixed_precision.record_both(self.base, self.model, self.reference, self.calibration)
         return self._activations[graph]
 
-    def _problem(self, graph: str, way: Way, share: float) -> str | None:
+    def _problem(self, graph: str, way: PlannedGraph, share: float) -> str | None:
         """What is out of a share of the budget, with this graph alone in another way than float32.
 
         It is measured on few golden examples, and if they hold, on the rows of `tail`. Half precision is judged by
         arithmetic that rounds, and in a large size, too.
         """
         way = self._rounding(way)
-        ways = {other: [way if other == graph else Way(self.base[other])] for other in GRAPHS}
+        ways = {other: [way if other == graph else planned(self.base[other])] for other in GRAPHS}
         try:
             measured = self._quickly(ways)
             self._tail(choosing=True)
             for more in self._more.values():  # those that judge, too, where they refused what was chosen without them
                 if isinstance(more, tail.Tail) and all(_within(check, share) for check in measured.checks):
                     measured = self._quickly(ways, more)
-            if way.precision == "fp16" and (large := self._large_inputs()):
+            if way.plan.precision == "fp16" and (large := self._large_inputs()):
                 problem = large.problem(graph, way.graph, self.model)
                 if problem is not None:
                     return problem
@@ -444,9 +455,9 @@ class Tuner:
             return None
         return f"{wrong[0]}" + f", of which it may use {share:g} alone" * wrong[0].passed
 
-    def _rounding(self, way: Way) -> Way:
+    def _rounding(self, way: PlannedGraph) -> PlannedGraph:
         """A way of running a graph in float16, as hardware computes it that has float16; all others as they are."""
-        if way.precision != "fp16":
+        if way.plan.precision != "fp16":
             return way
         if way.graph not in self._rounded:
             self._rounded[way.graph] = mixed_precision.rounding(way.graph)
@@ -467,15 +478,15 @@ class Tuner:
             )
         return self._more[choosing]
 
-    def _quickly(self, ways: Mapping[str, Sequence[Way]], more: tail.Tail | str | None = None) -> Certificate:
+    def _quickly(self, ways: Mapping[str, Sequence[PlannedGraph]], more: tail.Tail | str | None = None) -> Certificate:
         """On few golden examples, and at one batch, which is no larger than there are rows."""
         record = self.small.record
         batches = (min(_FEW, max(record.examples, record.prior)),)
         return self._certificate(ways, self.small, batches=batches, more=more)
 
-    def _judged(self, ways: Mapping[str, Sequence[Way]]) -> Certificate:
+    def _judged(self, ways: Mapping[str, Sequence[PlannedGraph]]) -> Certificate:
         """The certificate of what runs; where it holds, and half precision that rounds does not, of that."""
-        lower = any(way.precision != "fp32" for each in ways.values() for way in each)
+        lower = any(way.plan.precision != "fp32" for each in ways.values() for way in each)
         more = self._tail(choosing=False) if lower else None
         measured = self._certificate(ways, self.reference, more=more)
         rounded = {graph: [self._rounding(way) for way in each] for graph, each in ways.items()}
@@ -487,7 +498,7 @@ class Tuner:
 
     def _certificate(
         self,
-        ways: Mapping[str, Sequence[Way]],
+        ways: Mapping[str, Sequence[PlannedGraph]],
         reference: Reference,
         *,
         batches: Sequence[int] = verifier.BATCHES,
@@ -495,7 +506,7 @@ class Tuner:
     ) -> Certificate:
         backend = CpuBackend(ways, self.model, Settings())
         try:
-            kinds = [(graph, way.precision) for graph, each in ways.items() for way in each]
+            kinds = [(graph, way.plan.precision) for graph, each in ways.items() for way in each]
             held_to = build_record.held_to(kinds, self.options.budget if self.options.precision == "auto" else None)
             return verifier.measure(self.model, backend, reference, self.name, held_to, batches=batches, more=more)
         finally:
@@ -539,7 +550,7 @@ class Tuner:
         return CpuBackend({graph: [way]}, self.model, Settings())
 
     def _shape(self, batch: int) -> dict[str, int]:
-        """See `Variant.exact`."""
+        """See `ExecutionPlan.exact`."""
         return {"batch": batch, **self.sizes}
 
     def _measured_batches(self) -> list[int]:
@@ -554,7 +565,7 @@ class Tuner:
         opened: dict[tuple[int, int | None], Backend],
     ) -> list[Timed]:
         inputs = self._inputs(graph, batch)
-        outputs = ("sample",) if graph == "decoder" else tuple(t.name for t in self.model.ends(graph)[1])
+        outputs = ("sample",) if graph == "decoder" else tuple(t.name for t in self.model.signature(graph)[1])
         threads: list[int | None] = [None]
         calls: dict[tuple[int, int | None], timing.Call] = {}
         first: dict[tuple[int, int | None], float] = {}
@@ -605,7 +616,7 @@ class Tuner:
     def _inputs(self, graph: str, batch: int) -> dict[str, Array]:
         """Real data and noise, at the sizes to measure at."""
         made = {}
-        for tensor in self.model.ends(graph)[0]:
+        for tensor in self.model.signature(graph)[0]:
             shape = self.model.tensor_shape(tensor, batch, self.sizes)
             if tensor.name == "x":
                 rows = self.reference.tensors["x"][self.reference.record.extremes :]
@@ -722,7 +733,7 @@ class Tuner:
 
     def _apart(self, graph: str, row: Timed) -> float:
         """How far a graph that is compiled for one shape is from itself compiled for all, as a share of the largest."""
-        inputs, outputs = self._inputs(graph, row.batch), tuple(t.name for t in self.model.ends(graph)[1])
+        inputs, outputs = self._inputs(graph, row.batch), tuple(t.name for t in self.model.signature(graph)[1])
         found = []
         for exact in ((), (self._shape(row.batch),)):
             way = row.candidate.way(graph, row.threads, exact=exact)
@@ -740,23 +751,23 @@ class Tuner:
         """Whether a graph has a candidate that was not refused."""
         return any(_why_not(graph, row.candidate, refused) is None for row in self.timed[graph])
 
-    def _ways(self, graph: str, rows: Sequence[Timed]) -> list[Way]:
+    def _ways(self, graph: str, rows: Sequence[Timed]) -> list[PlannedGraph]:
         """Neighbours that run the same way are one; the last is for all larger batches."""
-        merged: list[Way] = []
+        merged: list[PlannedGraph] = []
         for row in rows:
             whole = row.candidate.runner != "openvino" or (graph, id(row.candidate)) in self._inexact
             exact = () if whole else (self._shape(row.batch),)
             way = row.candidate.way(graph, row.threads, row.batch, exact)
-            if merged and dataclasses.replace(merged[-1], up_to=way.up_to, exact=exact) == way:
-                way = dataclasses.replace(way, exact=(*merged.pop().exact, *exact))
+            if merged and _planned(merged[-1], max_batch=row.batch, exact=exact) == way:
+                way = _planned(way, exact=(*merged.pop().plan.exact, *exact))
             merged.append(way)
-        return [*merged[:-1], dataclasses.replace(merged[-1], up_to=None)]
+        return [*merged[:-1], _planned(merged[-1], max_batch=None)]
 
-    def _requires(self, way: Way) -> tuple[str, ...]:
-        """See `Variant.requires`."""
-        if way.precision == "int8" and self.bits == 8:
+    def _requires(self, way: PlannedGraph) -> tuple[str, ...]:
+        """See `ExecutionPlan.requires`."""
+        if way.plan.precision == "int8" and self.bits == 8:
             return ("vnni",)
-        return ("bf16",) if way.precision == "bf16" else ()
+        return ("bf16",) if way.plan.precision == "bf16" else ()
 
     def _fusions(self, chosen: Mapping[str, list[Timed]]) -> dict[str, str]:
         """The fused graphs that do not beat their parts, and by how much they lose."""
@@ -828,32 +839,23 @@ class Tuner:
                 return no_gain(graph, self.timed[graph], candidate.precisions[graph])
         return None
 
-    def _variants(
-        self, chosen: Mapping[str, list[Timed]], ways: Mapping[str, Sequence[Way]]
-    ) -> dict[str, list[tuple[Variant, bytes]]]:
+    def _variants(self, ways: Mapping[str, Sequence[PlannedGraph]]) -> dict[str, list[tuple[ExecutionPlan, bytes]]]:
         """For the record: files are named after what is in them, and made once."""
-        found: dict[str, list[tuple[Variant, bytes]]] = {}
+        found: dict[str, list[tuple[ExecutionPlan, bytes]]] = {}
         for graph, used in ways.items():
             files: dict[bytes, str] = {}
             found[graph] = []
             for way in used:
-                row = next(r for r in reversed(chosen[graph]) if r.candidate.graphs[graph] == way.graph)
-                candidate = row.candidate
                 if way.graph not in files:
                     files[way.graph] = f"{graph}.onnx" if not files else f"{graph}.{len(files)}.onnx"
-                variant = Variant(
-                    up_to=way.up_to,
-                    file=files[way.graph],
-                    runner=way.runner,
-                    precision=way.precision,
-                    threads=way.threads,
-                    exact=tuple(dict(shape) for shape in way.exact),
-                    passes={name: count for name, count in candidate.changed[graph].items() if count},
-                    kept=candidate.kept.get(graph, {}),
-                    requires=self._requires(way),
-                )
-                found[graph].append((variant, way.graph))
+                named = _planned(way, file=files[way.graph], requires=self._requires(way))
+                found[graph].append((named.plan, way.graph))
         return found
+
+
+def _planned(way: PlannedGraph, **changes: Any) -> PlannedGraph:
+    """The same graph with another plan."""
+    return dataclasses.replace(way, plan=msgspec.structs.replace(way.plan, **changes))
 
 
 def choose(graph: str, rows: Sequence[Timed]) -> list[Timed]:

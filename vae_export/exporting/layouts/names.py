@@ -1,7 +1,7 @@
 """A bundle's encoder and decoder with the inputs and outputs of Hugging Face Optimum's ONNX export of a VAE.
 
-Requires: an encoder and a decoder whose inputs and outputs are float32 and named as in `Model.ends`; data (C, H, W)
-and latents (C, h, w).
+Requires: an encoder and a decoder whose inputs and outputs are float32 and named as in `Model.signature`; data
+(C, H, W) and latents (C, h, w).
 Ensures: the encoder takes `sample` and gives `latent_parameters`, mean and logvar one after the other along the
 channels, or, where it is deterministic, `latent_sample`; the decoder takes `latent_sample` and gives `sample`. Sizes
 that vary have Optimum's names, in which an output's size is an expression of the input's, such as
