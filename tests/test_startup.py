@@ -45,7 +45,11 @@ assert np.isfinite(vae.decode(vae.encode(x).sample(seed=1))).all()
 assert np.isfinite(vae.elbo(x).elbo).all() and np.isfinite(vae.log_likelihood(x, k=3)).all()
 assert vae.sample(2).shape == vae.reconstruct(x[:2]).shape
 assert vae_export.verify(sys.argv[1]).passed
-from vae_export import bench, builder, bundle, cli, doctor, engines, images, report, scoring, verifier
+from vae_export import bench
+from vae_export.building import builder, tensorrt
+from vae_export.certification import verifier
+from vae_export.commands import app, doctor, scoring, tables
+from vae_export.numerics import images
 from vae_export.trainers import config
 """
 

@@ -214,7 +214,7 @@ def test_how_far_apart(bundle: Path, monkeypatch: pytest.MonkeyPatch, for_all: A
             (self.way,) = ways["decoder"]
 
         def run(self, *_: Any) -> list[Any]:
-            return [np.asarray(for_all), np.asarray(exactly if self.way.exact else for_all)]
+            return [np.asarray(for_all), np.asarray(exactly if self.way.plan.exact else for_all)]
 
         def close(self) -> None:
             pass
@@ -474,7 +474,7 @@ def test_what_does_not_hold_is_taken_out(bundle: Path, tmp_path: Path, monkeypat
 
     def certificate(self: Any, ways: Any, reference: Any, **options: Any) -> Any:
         measured = honest(self, ways, reference, **options)
-        if reference is self.reference and any(w.precision != "fp32" for each in ways.values() for w in each):
+        if reference is self.reference and any(w.plan.precision != "fp32" for each in ways.values() for w in each):
             import msgspec
 
             check = msgspec.structs.replace(measured.checks[1], measured=1.0, tolerance=1e-9, at_least=False)
