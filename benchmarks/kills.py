@@ -26,7 +26,7 @@ from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
 from vae_export.trainers.fit import fit
 
 MODEL = ModelConfig(model="mlp", data_shape=(1, 8, 8), likelihood="gaussian", widths=(32,), latent=4)
-TRAIN = TrainConfig(epochs=4, importance_draws=1, device="cpu")
+TRAIN = TrainConfig(epochs=2, importance_draws=1, device="cpu")
 
 
 def main(count: int) -> int:

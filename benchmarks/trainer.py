@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vae_export.trainers import checkpoint, datasets, evaluate
-from vae_export.trainers.batches import Feed
+from vae_export.trainers.batches import Batches
 from vae_export.trainers.config import DataConfig, TrainConfig, model_config, train_config
 from vae_export.trainers.fit import fit
 
@@ -131,19 +131,19 @@ def resumed(work: Path) -> list[Figure]:
 
 def stopped_at(step: int, path: Path, model: Any, config: TrainConfig) -> None:
     """Begin a run, and send SIGTERM as it makes the batch of a step."""
-    before = Feed.__getitem__
+    before = Batches.__getitem__
 
-    def item(feed: Feed, index: int) -> Any:
+    def item(batches: Batches, index: int) -> Any:
         if index == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return before(feed, index)
+        return before(batches, index)
 
-    Feed.__getitem__ = item  # type: ignore[method-assign]
+    Batches.__getitem__ = item  # type: ignore[method-assign]
     try:
         with contextlib.suppress(SystemExit):
             fit(path, model, config)
     finally:
-        Feed.__getitem__ = before  # type: ignore[method-assign]
+        Batches.__getitem__ = before  # type: ignore[method-assign]
     kept = checkpoint.read_state(path)
     assert kept
     assert kept[0].step == step + 1
