@@ -1,4 +1,4 @@
-"""Measure every figure that is promised of the trainer, and show it beside its bound.
+"""Measure the figures of the trainer that have a bound.
 
     make trainer
 
@@ -82,8 +82,8 @@ def linear(work: Path) -> list[Figure]:
     x = test.astype(np.float64)
     exact, before = closed_forms.exact_evidence(model, x), math.inf
     for k in DRAWS:
-        found = evaluate.importance_weighted(model, torch.from_numpy(x), TrainConfig(importance_draws=k), 0).numpy()
-        gap = exact - found
+        estimate = evaluate.importance_weighted(model, torch.from_numpy(x), TrainConfig(importance_draws=k), 0).numpy()
+        gap = exact - estimate
         error = gap.std() / math.sqrt(len(x))
         bound = min(before, 0.02 if k == DRAWS[-1] else math.inf)
         figures.append(
@@ -113,7 +113,7 @@ def seeds(work: Path) -> list[Figure]:
 
 
 def resumed(work: Path) -> list[Figure]:
-    """Each model, stopped in three places, each resumed to the end: tensors that differ from the run left alone."""
+    """Each model, stopped at three steps and resumed to the end: runs that differ from an uninterrupted one."""
     figures: list[Figure] = []
     for name, (model, run) in RESUMED.items():
         bad = 0
@@ -130,7 +130,7 @@ def resumed(work: Path) -> list[Figure]:
 
 
 def stopped_at(step: int, path: Path, model: Any, config: TrainConfig) -> None:
-    """Begin a run, and send SIGTERM as it makes the batch of a step."""
+    """Start a run, and send SIGTERM when it prepares the batch of a step."""
     before = Batches.__getitem__
 
     def item(batches: Batches, index: int) -> Any:
@@ -150,7 +150,7 @@ def stopped_at(step: int, path: Path, model: Any, config: TrainConfig) -> None:
 
 
 def kills() -> Figure:
-    """In a process of its own, which forks."""
+    """Run `kills.py` in a process of its own, which forks."""
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(KILLS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout)

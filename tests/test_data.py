@@ -535,9 +535,7 @@ def test_bad_configurations(config: dict[str, Any], message: str) -> None:
 def test_a_folder_without_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pngs").mkdir()
-    with pytest.raises(
-        InputError, match=r"KEY\. pngs is a folder: to train on the pictures in it, use --data images:pngs"
-    ):
+    with pytest.raises(InputError, match=r"KEY\. pngs is a folder: to train on its pictures, use --data images:pngs"):
         load("pngs")
     with pytest.raises(InputError, match=r"data set 'jpgs' is not known; .*KEY$"):
         load("jpgs")

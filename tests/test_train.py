@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import typer
 
+from vae_export.commands.train import default, train
 from vae_export.errors import BackendError, InputError
 from vae_export.numerics import noise
 from vae_export.trainers import checkpoint, datasets, fit, schedule
@@ -331,3 +335,31 @@ def test_mixed_precision_sees_the_data_as_it_is(tmp_path: Path, monkeypatch: pyt
     assert bf16
     assert full
     assert bf16[0].history[0].train_bound == pytest.approx(full[0].history[0].train_bound, rel=2e-3)
+
+
+def test_the_help_says_defaults_and_sentences(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Each option's help is a sentence of its own; defaults are those of the records, which differ between models."""
+    shown = run("train", "--help", COLUMNS="400").stdout
+    assert "Peak learning rate of AdamW. [default: (linear: 0.01; mlp, resnet: 0.001; conv: 0.002)]" in shown
+    assert "Linear warm-up, in steps; at most a tenth of all. [default: (100)]" in shown
+    for option, text in {
+        "--epochs": "linear: 500; mlp, conv, resnet: 60",
+        "--widths": "linear: none; mlp: 512; conv: 64,128; resnet: 32,64",
+        "--attention": "off",
+        "--variance": "learned",
+        "--range": "0,1",
+        "--data": "digits",
+    }.items():
+        (line,) = (line for line in shown.splitlines() if f"│ {option} " in line)
+        assert line.rstrip(" │").endswith(f"[default: ({text})]")
+    app = typer.Typer(add_completion=False)
+    app.command()(train)
+    options = [
+        parameter
+        for parameter in typer.main.get_command(app).params
+        if parameter.name not in ("out", "resume", "force", "download")
+    ]
+    assert len(options) > 30
+    for option in options:
+        assert re.fullmatch(r"[A-Z].{15,}\.", option.help or ""), option.name
+        assert default(option.name or "")

@@ -44,15 +44,7 @@ class Batches:
     def __init__(
         self, data: Subset, config: TrainConfig, latent: tuple[int, ...], rank: int = 0, processes: int = 1
     ) -> None:
-        """Prepare the batches of one process.
-
-        Args:
-            data: the training examples.
-            config: of the run.
-            latent: shape of one latent.
-            rank: of this process.
-            processes: number of processes that train together; a step takes `batch_size` examples for each.
-        """
+        """Prepare the batches of the process of a rank, for latents of shape `latent`."""
         self._data, self._config, self._latent = data, config, latent
         self._rank, self._processes = rank, processes
         self._global_batch = config.batch_size * processes

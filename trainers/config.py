@@ -245,11 +245,11 @@ class TrainConfig(Section, frozen=True, kw_only=True):
     kl_warmup: int = 0
     free_bits: float = 0.0
     ema: float = 0.999
-    keep: choices.KeptWeights = "best"
+    keep: choices.Kept = "best"
     patience: int = 0
     importance_draws: int = 64
-    device: choices.DeviceName = "auto"
-    precision: choices.PrecisionName = "32-true"
+    device: choices.Device = "auto"
+    precision: choices.Precision = "32-true"
     compile: bool = False
 
     def check(self) -> None:

@@ -28,8 +28,6 @@ ORDER = (1 << 63) + 6
 _SPLIT = (1 << 64) - 1  # an index of draw 0, as in version 0.1.0
 _LEVELS = 256
 _FINGERPRINT_ROWS = 64  # rows of an array that enter its fingerprint
-_PARTS = ("train", "validation", "test")
-_MEMORY = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +205,10 @@ class Dataset:
                 "train: likelihood 'discretized_logistic' needs data with 256 levels, which binarized or dequantized "
                 "data does not have. Choose one of them"
             )
-        parts = {name: dataclasses.replace(getattr(self, name), transform=transform) for name in _PARTS}
+        parts = {
+            name: dataclasses.replace(getattr(self, name), transform=transform)
+            for name in ("train", "validation", "test")
+        }
         return dataclasses.replace(self, levels=_LEVELS, **parts)
 
     def for_model(self, model: ModelConfig) -> Dataset:
@@ -238,7 +239,7 @@ class Dataset:
         return dataset
 
 
-def load(config: DataConfig, seed: int, *, report: Report = lambda message: None, memory: int = _MEMORY) -> Dataset:
+def load(config: DataConfig, seed: int, *, report: Report = lambda message: None, memory: int = 2 << 30) -> Dataset:
     """Open a data set and split it by the seed.
 
     Args:

@@ -81,7 +81,7 @@ def download(
     """Download the missing files of a data set. A file appears under its name once it is complete and verified.
 
     Args:
-        kind: `mnist`, `fashion` or `cifar10`.
+        kind: a key of `sources`.
         folder: to download to; created if it does not exist.
         report: called with lines of progress.
         sources: the files of each kind.

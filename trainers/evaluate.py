@@ -47,11 +47,7 @@ def _exactly(measure: Callable[P, R]) -> Callable[P, R]:
 def on_validation(model: VAEModel, fabric: Fabric, data: Subset, config: TrainConfig) -> tuple[float, float, float]:
     """Mean ELBO, reconstruction and KL, in nats; for an autoencoder minus the squared error, the same again, and 0.
 
-    Args:
-        model: on the device, in evaluation mode, in float32.
-        fabric: of all processes, each of which measures a share.
-        data: the validation examples.
-        config: of the run; its seed is that of the noise.
+    The model is in float32 and in evaluation mode. Each process measures a share of the data.
     """
     total = torch.zeros(3, dtype=torch.float64)
     for x, first in _slices(data, fabric, np.arange(len(data))):

@@ -88,23 +88,13 @@ class ArrayRows:
 
 
 def read(config: DataConfig, report: Report, memory: int) -> RawDataset:
-    """Open the data set that `config.spec` names.
-
-    Args:
-        config: `spec`, `size`, `channels` and `range` are used.
-        report: called with lines of progress.
-        memory: bytes that decoded pictures may take; of more, each is decoded again whenever it is read.
-
-    Raises:
-        InputError: the data set is unknown, missing, damaged, or cannot be trained on.
-        BackendError: scikit-learn, which ships `digits` and `photos`, is not installed.
-    """
+    """Open the data set that `config.spec` names. For arguments and errors see `datasets.load`."""
     kind, _, path = config.spec.partition(":")
     if kind not in READERS:
         hint = ""
         with contextlib.suppress(InputError):
             folder = _existing(config.spec, "folder")
-            hint = f". {folder} is a folder: to train on the pictures in it, use --data images:{config.spec}"
+            hint = f". {folder} is a folder: to train on its pictures, use --data images:{config.spec}"
         forms = ", ".join(form for form, _ in READERS.values())
         raise InputError(f"train: data set {kind!r} is not known; expected {forms}{hint}")
     form, reader = READERS[kind]
@@ -334,13 +324,7 @@ def _open_npz(path: Path, key: str) -> Array:
 
 
 def check_values(path: Path, array: Array, value_range: tuple[float, float], chunk: int = _CHUNK) -> None:
-    """Check that all values lie in the range after conversion to float32, which is what models get.
-
-    Args:
-        path: of the array, for the message.
-        array: (N, C, H, W).
-        value_range: smallest and largest value.
-        chunk: number of values that are converted at once.
+    """Check that all values, converted to float32 in chunks of about `chunk` values, lie in the range.
 
     Raises:
         InputError: a value is outside of the range, or NaN.

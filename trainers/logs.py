@@ -31,13 +31,7 @@ class Log:
     """Progress bar, messages and TensorBoard events of a run. Every process but the first has a silent one."""
 
     def __init__(self, path: Path, config: TrainConfig, *, first: bool) -> None:
-        """Create a log that writes nothing yet.
-
-        Args:
-            path: the run's folder.
-            config: of the run.
-            first: whether this is the process of rank 0.
-        """
+        """Create the log of the run in `path`; `first` is true in the process of rank 0."""
         self._path, self._first, self._config = path, first, config
         self._console = Console(stderr=True, quiet=not first)
         self._progress = Progress(
@@ -76,15 +70,7 @@ class Log:
             yield
 
     def step(self, step: int, epoch: int, bound: float, kl: float, rate: float) -> None:
-        """Update the progress bar.
-
-        Args:
-            step: number of steps taken.
-            epoch: the current one, counted from 1.
-            bound: mean of the objective over this epoch so far; of an autoencoder, minus the squared error.
-            kl: mean of the KL over this epoch so far, in nats.
-            rate: training throughput, in images per second.
-        """
+        """Update the progress bar: means of bound and KL over this epoch so far in nats, `rate` in images/s."""
         plain = self._config.objective == "autoencoder"
         figures = f"squared error {-bound:.3g}" if plain else f"bound {bound:.2f} nats"
         figures += self._validation + ("" if plain else f", KL {kl:.2f}") + f", {rate:,.0f} images/s"

@@ -29,16 +29,13 @@ _SIDE = 20  # pictures in a row of the manifold
 
 @torch.no_grad()
 def write(folder: Path, model: VAEModel, dataset: Dataset, history: tuple[Epoch, ...]) -> dict[str, Image.Image]:
-    """Write the pictures that the shapes of data and latents allow.
+    """Write the pictures that the shapes of data and latents allow, and return the grids of examples by name.
 
     Args:
         folder: to write to; created if it does not exist.
         model: in evaluation mode, on its device.
         dataset: whose test examples are shown.
         history: the completed epochs.
-
-    Returns:
-        The grids of examples among the pictures, by the name of their file without its suffix.
     """
     folder.mkdir(exist_ok=True)
     device = next(model.parameters()).device

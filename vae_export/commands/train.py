@@ -1,9 +1,9 @@
 """The command line's `train`. Each of its options is a field of a record in `trainers.config`."""
 
-from __future__ import annotations
-
+import inspect
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -11,15 +11,7 @@ import typer
 
 from vae_export.commands import terminal
 from vae_export.errors import TRAIN_NEEDS, InputError, require
-from vae_export.trainers.choices import (
-    Binarization,
-    DeviceName,
-    KeptWeights,
-    LikelihoodName,
-    ModelName,
-    ObjectiveName,
-    PrecisionName,
-)
+from vae_export.trainers.choices import Binarization, Device, Kept, LikelihoodName, ModelName, ObjectiveName, Precision
 
 
 class _Default(str):
@@ -29,11 +21,11 @@ class _Default(str):
         return default(str(self))
 
 
-def _option(name: str, help: str, panel: str) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, show_default=_Default(name))
+def _option(panel: str, help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel)
 
 
-_MODEL, _DATA, _TRAINING, _OBJECTIVE = "Model", "Data", "Training", "Objective"
+_model, _data, _objective, _training = (partial(_option, panel) for panel in ("Model", "Data", "Objective", "Training"))
 _DATA_HELP = (
     "Data set: digits, photos, mnist:DIR, fashion:DIR, cifar10:DIR, images:DIR, array:FILE.npy or array:FILE.npz:KEY."
 )
@@ -46,87 +38,50 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in OUT from its last checkpoint, bit for bit.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in OUT.")] = False,
-    model: Annotated[ModelName | None, _option("model", "Architecture of encoder and decoder.", _MODEL)] = None,
-    likelihood: Annotated[
-        LikelihoodName | None, _option("likelihood", "Likelihood p(x|z) of the data.", _MODEL)
-    ] = None,
-    variance: Annotated[float | None, _option("variance", "Variance of a gaussian_fixed likelihood.", _MODEL)] = None,
-    latent: Annotated[int | None, _option("latent", "Latent dimensions; for resnet, latent channels.", _MODEL)] = None,
-    widths: Annotated[str | None, _option("widths", _WIDTHS_HELP, _MODEL)] = None,
-    blocks: Annotated[int | None, _option("blocks", "Residual blocks at each level of resnet.", _MODEL)] = None,
-    attention: Annotated[bool | None, _option("attention", "Self-attention in the middle of resnet.", _MODEL)] = None,
-    data: Annotated[str | None, _option("data", _DATA_HELP, _DATA)] = None,
+    model: Annotated[ModelName | None, _model("Architecture of encoder and decoder.")] = None,
+    likelihood: Annotated[LikelihoodName | None, _model("Likelihood p(x|z) of the data.")] = None,
+    variance: Annotated[float | None, _model("Variance of a gaussian_fixed likelihood.")] = None,
+    latent: Annotated[int | None, _model("Latent dimensions; for resnet, latent channels.")] = None,
+    widths: Annotated[str | None, _model(_WIDTHS_HELP)] = None,
+    blocks: Annotated[int | None, _model("Residual blocks at each level of resnet.")] = None,
+    attention: Annotated[bool | None, _model("Self-attention in the middle of resnet.")] = None,
+    data: Annotated[str | None, _data(_DATA_HELP)] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Download mnist, fashion or cifar10 to DIR.", rich_help_panel=_DATA)
+        bool, typer.Option("--download", help="Download mnist, fashion or cifar10 to DIR.", rich_help_panel="Data")
     ] = False,
-    size: Annotated[
-        str | None, _option("size", "Height and width of images and photos in pixels, such as 64 or 48x64.", _DATA)
-    ] = None,
-    channels: Annotated[int | None, _option("channels", "Channels of images: 1 (grey) or 3 (colour).", _DATA)] = None,
-    range: Annotated[
-        str | None, _option("range", "Smallest and largest value of the data, such as -1,1.", _DATA)
-    ] = None,
-    validation: Annotated[
-        float | None, _option("validation", "Share of the training data that chooses the best weights.", _DATA)
-    ] = None,
-    test: Annotated[
-        float | None, _option("test", "Share of the data for the final test, where there is no test set.", _DATA)
-    ] = None,
+    size: Annotated[str | None, _data("Height and width of pictures in pixels, such as 64 or 48x64.")] = None,
+    channels: Annotated[int | None, _data("Channels of images: 1 (grey) or 3 (colour).")] = None,
+    range: Annotated[str | None, _data("Smallest and largest value of the data, such as -1,1.")] = None,
+    validation: Annotated[float | None, _data("Share of the training data for validation.")] = None,
+    test: Annotated[float | None, _data("Share of the data for testing, if there is no test set.")] = None,
     binarize: Annotated[
-        Binarization | None,
-        _option("binarize", "Draw each value as 0 or 1: once (static) or at each training step (dynamic).", _DATA),
+        Binarization | None, _data("Draw values as 0 or 1: once (static), or at each step (dynamic).")
     ] = None,
-    dequantize: Annotated[bool | None, _option("dequantize", "Add uniform noise of one level's width.", _DATA)] = None,
-    flip: Annotated[bool | None, _option("flip", "Mirror a random half of the training pictures.", _DATA)] = None,
+    dequantize: Annotated[bool | None, _data("Add uniform noise of one level's width.")] = None,
+    flip: Annotated[bool | None, _data("Mirror a random half of the training pictures.")] = None,
     objective: Annotated[
-        ObjectiveName | None,
-        _option("objective", "Objective that is maximized; of autoencoder, minus the squared error.", _OBJECTIVE),
+        ObjectiveName | None, _objective("Objective; autoencoder minimizes the squared error.")
     ] = None,
-    draws: Annotated[
-        int | None, _option("draws", "Draws from the posterior for each example and training step.", _OBJECTIVE)
-    ] = None,
-    beta: Annotated[float | None, _option("beta", "Weight of the KL.", _OBJECTIVE)] = None,
-    kl_warmup: Annotated[
-        int | None, _option("kl_warmup", "Linear warm-up of the KL's weight from 0, in epochs.", _OBJECTIVE)
-    ] = None,
-    free_bits: Annotated[
-        float | None, _option("free_bits", "KL of each latent dimension that costs nothing, in nats.", _OBJECTIVE)
-    ] = None,
-    seed: Annotated[int | None, _option("seed", "Seed of split, initial weights, order and noise.", _TRAINING)] = None,
-    epochs: Annotated[int | None, _option("epochs", "Passes over the training data.", _TRAINING)] = None,
-    batch_size: Annotated[int | None, _option("batch_size", "Examples in a step of one process.", _TRAINING)] = None,
-    learning_rate: Annotated[float | None, _option("learning_rate", "Peak learning rate of AdamW.", _TRAINING)] = None,
-    warmup: Annotated[
-        int | None,
-        _option("warmup", "Linear warm-up of the learning rate, in steps; at most a tenth of all.", _TRAINING),
-    ] = None,
-    weight_decay: Annotated[float | None, _option("weight_decay", "Weight decay of AdamW.", _TRAINING)] = None,
-    gradient_clip: Annotated[
-        float | None, _option("gradient_clip", "Largest norm of the gradient, in nats for each example.", _TRAINING)
-    ] = None,
-    ema: Annotated[
-        float | None,
-        _option("ema", "Decay of the averaged weights for each step; 0 takes the last weights.", _TRAINING),
-    ] = None,
-    keep: Annotated[
-        KeptWeights | None,
-        _option("keep", "Averaged weights that are kept: the best on the validation data, or the last.", _TRAINING),
-    ] = None,
+    draws: Annotated[int | None, _objective("Draws from the posterior for each example and step.")] = None,
+    beta: Annotated[float | None, _objective("Weight of the KL.")] = None,
+    kl_warmup: Annotated[int | None, _objective("Linear warm-up of the KL's weight from 0, in epochs.")] = None,
+    free_bits: Annotated[float | None, _objective("KL of each latent dimension that costs nothing, in nats.")] = None,
+    seed: Annotated[int | None, _training("Seed of split, initial weights, order and noise.")] = None,
+    epochs: Annotated[int | None, _training("Passes over the training data.")] = None,
+    batch_size: Annotated[int | None, _training("Examples in a step of one process.")] = None,
+    learning_rate: Annotated[float | None, _training("Peak learning rate of AdamW.")] = None,
+    warmup: Annotated[int | None, _training("Linear warm-up, in steps; at most a tenth of all.")] = None,
+    weight_decay: Annotated[float | None, _training("Weight decay of AdamW.")] = None,
+    gradient_clip: Annotated[float | None, _training("Largest norm of the gradient, in nats.")] = None,
+    ema: Annotated[float | None, _training("Decay of the averaged weights; 0: no averaging.")] = None,
+    keep: Annotated[Kept | None, _training("Weights to keep: the best on validation, or the last.")] = None,
     patience: Annotated[
-        int | None,
-        _option("patience", "Epochs without a better validation ELBO after which training stops; 0: never.", _TRAINING),
+        int | None, _training("Epochs without a better validation ELBO before stopping; 0: never.")
     ] = None,
-    importance_draws: Annotated[
-        int | None,
-        _option("importance_draws", "Draws for each example (K) of the final importance-weighted bound.", _TRAINING),
-    ] = None,
-    device: Annotated[DeviceName | None, _option("device", "Device to train on.", _TRAINING)] = None,
-    precision: Annotated[
-        PrecisionName | None, _option("precision", "Precision of training; evaluation is in float32.", _TRAINING)
-    ] = None,
-    compile: Annotated[
-        bool | None, _option("compile", "Compile the training step with torch.compile.", _TRAINING)
-    ] = None,
+    importance_draws: Annotated[int | None, _training("Draws (K) of the final importance-weighted bound.")] = None,
+    device: Annotated[Device | None, _training("Device to train on.")] = None,
+    precision: Annotated[Precision | None, _training("Precision of training; evaluation is in float32.")] = None,
+    compile: Annotated[bool | None, _training("Compile the training step with torch.compile.")] = None,
 ) -> None:
     """Train a VAE, and write a run: checkpoint, figures and pictures."""
     given = {name: value for name, value in locals().items() if value is not None}
@@ -179,6 +134,12 @@ def train(
         "squared error {:.4g}": result.squared_error,
     }
     terminal.say(f"{out}: " + ", ".join(form.format(value) for form, value in figures.items() if value is not None))
+
+
+for _name, _hint in inspect.get_annotations(train).items():
+    for _info in getattr(_hint, "__metadata__", ()):
+        if isinstance(_info, typer.models.OptionInfo) and inspect.signature(train).parameters[_name].default is None:
+            _info.show_default = _Default(_name)
 
 
 def default(option: str) -> str:
