@@ -1,8 +1,8 @@
-"""Kill training runs at random moments with SIGKILL, continue them, and compare them with one that was left alone.
+"""Kill training runs at random moments with SIGKILL, resume them, and compare them with an uninterrupted run.
 
     make kills
 
-Prints what became of each and exits with 1 if one was lost or came out different. Every run writes its
+Prints each run that was lost or differs, and exits with 1 if there is one. Every run writes its
 checkpoint after every step, so that many moments lie within a write.
 """
 
@@ -26,13 +26,13 @@ from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
 from vae_export.trainers.fit import fit
 
 MODEL = ModelConfig(model="mlp", data_shape=(1, 8, 8), likelihood="gaussian", widths=(32,), latent=4)
-TRAIN = TrainConfig(epochs=4, importance_draws=1, device="cpu")
+TRAIN = TrainConfig(epochs=2, importance_draws=1, device="cpu")
 
 
 def main(count: int) -> int:
     """Kill and continue `count` runs."""
     choose = random.Random(0)
-    datasets.load(DataConfig(), 0)  # what it imports takes longer than the training that is to be killed
+    datasets.load(DataConfig(), 0)  # imported before: imports take longer than the training that is to be killed
     torch.set_num_threads(1)  # for all: a process that is forked has no threads of its own to lose
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "whole")
@@ -53,7 +53,7 @@ def main(count: int) -> int:
                 code = wait(start(path))
                 said = path.with_suffix(".log").read_text()[-500:]
                 problem = f"the resumed run ended with {code}: {said}" if code else difference(whole, path)
-            except Exception as error:  # whatever is wrong with what was left behind counts
+            except Exception as error:  # any error of a damaged run counts
                 kept, problem = None, f"lost: {error}"
             steps.append(kept[0].step if kept else 0)
             if problem:
@@ -66,7 +66,7 @@ def main(count: int) -> int:
 
 
 def start(path: Path) -> int:
-    """Begin or continue the run in `path`, in a process of its own; its number."""
+    """Start or resume the run in `path` in a forked process; its process id."""
     child = os.fork()
     if child:
         return child
@@ -75,7 +75,7 @@ def start(path: Path) -> int:
         sys.stderr = path.with_suffix(".log").open("w")
         fit(path, MODEL, TRAIN, resume=True, checkpoint_seconds=0.0)
         code = 0
-    except BaseException as error:  # the end of the process: nobody else will say it
+    except BaseException as error:  # the process ends here: nothing else reports it
         print(repr(error), file=sys.stderr, flush=True)
     finally:
         os._exit(code)
@@ -87,7 +87,7 @@ def wait(child: int) -> int:
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """What differs between two runs in their weights or in what they would go on with, to the bit."""
+    """The first difference between two runs in weights, state, history or result, to the bit; None if there is none."""
     states = [checkpoint.read_state(path) for path in (one, other)]
     weights = [checkpoint.read_weights(path) for path in (one, other)]
     assert states[0]

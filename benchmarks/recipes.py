@@ -1,4 +1,4 @@
-"""Run the recipes of docs/training.md as a person would, and record what comes out and how long it takes.
+"""Run the recipes of docs/training.md on the command line, and record results and durations.
 
 make record
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from machine import machine
 
-#: What is asked, and the options.
+#: Each recipe in words, and its options.
 RECIPES = {
     "linear on digits: probabilistic PCA": "--model linear",
     "mlp on binarized digits": "--model mlp --binarize dynamic --patience 20 --epochs 200",

@@ -1,4 +1,4 @@
-"""Measure every figure that is promised of the trainer, and show it beside its bound.
+"""Measure the figures of the trainer that have a bound.
 
     make trainer
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vae_export.trainers import checkpoint, datasets, evaluate
-from vae_export.trainers.batches import Feed
+from vae_export.trainers.batches import Batches
 from vae_export.trainers.config import DataConfig, TrainConfig, model_config, train_config
 from vae_export.trainers.fit import fit
 
@@ -82,8 +82,8 @@ def linear(work: Path) -> list[Figure]:
     x = test.astype(np.float64)
     exact, before = closed_forms.exact_evidence(model, x), math.inf
     for k in DRAWS:
-        found = evaluate.importance_weighted(model, torch.from_numpy(x), TrainConfig(importance_draws=k), 0).numpy()
-        gap = exact - found
+        estimate = evaluate.importance_weighted(model, torch.from_numpy(x), TrainConfig(importance_draws=k), 0).numpy()
+        gap = exact - estimate
         error = gap.std() / math.sqrt(len(x))
         bound = min(before, 0.02 if k == DRAWS[-1] else math.inf)
         figures.append(
@@ -113,7 +113,7 @@ def seeds(work: Path) -> list[Figure]:
 
 
 def resumed(work: Path) -> list[Figure]:
-    """Each model, stopped in three places, each resumed to the end: tensors that differ from the run left alone."""
+    """Each model, stopped at three steps and resumed to the end: runs that differ from an uninterrupted one."""
     figures: list[Figure] = []
     for name, (model, run) in RESUMED.items():
         bad = 0
@@ -130,27 +130,27 @@ def resumed(work: Path) -> list[Figure]:
 
 
 def stopped_at(step: int, path: Path, model: Any, config: TrainConfig) -> None:
-    """Begin a run, and send SIGTERM as it makes the batch of a step."""
-    before = Feed.__getitem__
+    """Start a run, and send SIGTERM when it prepares the batch of a step."""
+    before = Batches.__getitem__
 
-    def item(feed: Feed, index: int) -> Any:
+    def item(batches: Batches, index: int) -> Any:
         if index == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return before(feed, index)
+        return before(batches, index)
 
-    Feed.__getitem__ = item  # type: ignore[method-assign]
+    Batches.__getitem__ = item  # type: ignore[method-assign]
     try:
         with contextlib.suppress(SystemExit):
             fit(path, model, config)
     finally:
-        Feed.__getitem__ = before  # type: ignore[method-assign]
+        Batches.__getitem__ = before  # type: ignore[method-assign]
     kept = checkpoint.read_state(path)
     assert kept
     assert kept[0].step == step + 1
 
 
 def kills() -> Figure:
-    """In a process of its own, which forks."""
+    """Run `kills.py` in a process of its own, which forks."""
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(KILLS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout)

@@ -68,8 +68,8 @@ class Case:
     """What is trained, by the model's own recipe but for the options.
 
     Attributes:
-        model: of `trainers.config.RECIPES`.
-        data: of `specs`.
+        model: a key of `trainers.config.RECIPES`.
+        data: a key of `specs`.
         epochs: so that one measurement takes two to three seconds on one core, and the whole run about four minutes.
         options: of `ModelConfig`.
     """
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The case in words."""
         return f"{self.model}, {self.data}"
 
 
@@ -104,7 +104,7 @@ class Job(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """What one loop took, seconds (or images per second), and its last epoch's training ELBO, nats; NaN without."""
+    """Seconds (or images per second) of one loop, and the training ELBO of its last epoch in nats, or NaN."""
 
     training: float
     whole: float
@@ -119,34 +119,34 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--threads", type=int, default=THREADS, help="of PyTorch, for every loop")
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     loops: dict[str, Callable[[Job], Timing]] = {OURS: ours, PLAIN: plain}
     rows = []
     with silence() as silent:
         try:
             with silent():
-                loops[PYTHAE] = pythae(asked.pythae)
+                loops[PYTHAE] = pythae(options.pythae)
         except ImportError as error:
             print(f"pythae is left out: {error}. Install it into a folder of its own, and give that: --pythae DIR")
         for case in CASES:
-            if asked.case in (None, case.name):
+            if options.case in (None, case.name):
                 print(f"{case.name} …", flush=True)
                 with silent():
-                    rows.append(measure(case, loops, asked.turns))
+                    rows.append(measure(case, loops, options.turns))
     head = machine()
     if PYTHAE in loops:
         head["versions"][PYTHAE] = importlib.metadata.version(PYTHAE)
     head["machine"]["threads"] = torch.get_num_threads()
     about = " ".join((__doc__ or "").split("\n\n", 2)[2].split())
-    asked.out.write_text(json.dumps({**head, "about": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps({**head, "about": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     show(rows)
     return int(not all(row["met"] for row in rows))
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
-    """Something that sends to nowhere what is printed within it, by loggers made there too."""
+    """Yield a context manager that discards what is printed in it, also by loggers that are created in it."""
     with Path(os.devnull).open("w") as nowhere:
 
         @contextlib.contextmanager
@@ -186,20 +186,20 @@ def specs(folder: Path) -> dict[str, str]:
 
 
 def prepare(case: Case, spec: str, seed: int, epochs: int, out: Path) -> Job:
-    """The configurations, and the examples in memory for the loops that do not read them themselves."""
+    """The configurations, and the training examples in memory for the loops that read no files."""
     data_config = DataConfig(spec=spec)
-    found = datasets.load(data_config, seed)
+    dataset = datasets.load(data_config, seed)
     return Job(
-        model=model_config(case.model, data_shape=found.shape, **case.options),
+        model=model_config(case.model, data_shape=dataset.shape, **case.options),
         data=data_config,
         train=train_config(case.model, seed=seed, epochs=epochs, device="cpu"),
-        x=torch.from_numpy(found.train.read(np.arange(len(found.train)))),
+        x=torch.from_numpy(dataset.train.read(np.arange(len(dataset.train)))),
         out=out,
     )
 
 
 def ours(job: Job) -> Timing:
-    """The product."""
+    """Our `fit`."""
     began = time.perf_counter()
     fit(job.out, job.model, job.train, job.data)
     whole = time.perf_counter() - began
@@ -209,7 +209,7 @@ def ours(job: Job) -> Timing:
 
 
 def plain(job: Job) -> Timing:
-    """What somebody who knows PyTorch writes in an afternoon, without what makes it a product."""
+    """A loop as written by hand: no evaluation, no checkpoints, no log."""
     model, average = initial(job), initial(job)
     train, count = job.train, len(job.x)
     weights, averaged = list(model.parameters()), [p.detach() for p in average.parameters()]
@@ -244,7 +244,7 @@ def plain(job: Job) -> Timing:
 
 
 def initial(job: Job) -> models.VAEModel:
-    """The weights that `fit` begins with."""
+    """The initial model of `fit`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.train.seed)
         return models.build(job.model)
@@ -264,10 +264,10 @@ def negative_elbo(model: models.VAEModel, x: Tensor) -> Tensor:
 
 
 def pythae(folder: Path | None) -> Callable[[Job], Timing]:
-    """Its trainer around our trunks. A Gaussian likelihood becomes its squared error: a variance of 1, no learned one.
+    """Its trainer around our networks. A Gaussian likelihood becomes its squared error, a fixed variance of 1.
 
     Raises:
-        ImportError: it, or something that it needs, is not there.
+        ImportError: pythae or one of its dependencies is not installed.
     """
     if folder is not None:
         sys.path.append(str(folder))  # at the end: what we have ourselves comes first
@@ -303,7 +303,7 @@ def pythae(folder: Path | None) -> Callable[[Job], Timing]:
             self.trainer: Any = None
 
         def on_train_begin(self, training_config: Any, **kwargs: Any) -> None:
-            """Add what its trainer lacks to a step."""
+            """Add gradient clipping and averaged weights to a step."""
             weights = list(self.trainer.model.parameters())
             averaged = [weight.detach().clone() for weight in weights]
             clip, decay = self.train.gradient_clip, self.train.ema
@@ -400,12 +400,12 @@ def record(case: Case, job: Job, taken: dict[str, list[Timing]]) -> dict[str, An
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """What is kept of one number from every turn."""
+    """Median and range over the turns."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table: images per second, and ours beside the others' in the same turns."""
+    """Print the table: images per second, and the ratio of ours to the others in the same turns."""
     table = Table("case", "loop", "training", "ours ÷ it", "with evaluation", "ours ÷ it", "train ELBO", "")
     for row in rows:
         for name, speeds in row["images_per_second"].items():

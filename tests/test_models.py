@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vae_export.contract.model import DECODER_OUTPUTS
 from vae_export.numerics import likelihoods, noise
 from vae_export.trainers.config import ModelConfig, model_config
 from vae_export.trainers.models import VAEModel, build
-from vae_export.trainers.objective import Bound, Objective, elbo, shaped
+from vae_export.trainers.objective import Bound, Objective, elbo, training_loss
 
 DIGITS = (1, 8, 8)
 LIKELIHOODS = ("bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic")
@@ -116,21 +117,31 @@ def test_the_discretized_logistics_mean(value_range: tuple[float, float], locati
     assert sample.item() == pytest.approx((mass * levels).sum(), abs=near * (high - low) / 255)
 
 
+EXPORTED = {
+    "bernoulli": "conv-bernoulli",
+    "gaussian": "conv-gaussian",
+    "gaussian_fixed": "linear",
+    "discretized_logistic": "resnet",
+}
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_numpy_and_torch_agree_on_every_likelihood(likelihood: str, tmp_path: Path) -> None:
+def test_numpy_and_torch_agree_on_every_likelihood(likelihood: str, member: Callable[[str], Any]) -> None:
     """One model, exported: the runtime's ELBO is PyTorch's, with the same noise."""
-    source = zoo.trainer_model("conv", likelihood, widths=(4, 8), data_range=(0.0, 1.0))
-    vae_export.export(source, tmp_path / "b")
-    x = zoo.pictures(6, DIGITS)
-    eps = noise.normals(9, noise.POSTERIOR, 0, 6, 5)
+    source, bundle = member(EXPORTED[likelihood]).source, member(EXPORTED[likelihood]).bundle
     model = source.module
     assert isinstance(model, VAEModel)
+    assert model.config.likelihood == likelihood
+    low, high = model.config.data_range
+    x = (low + (high - low) * zoo.pictures(6, model.config.data_shape)).astype(np.float32)
+    latent = model.config.latent_shape
+    eps = noise.normals(9, noise.POSTERIOR, 0, 6, math.prod(latent)).reshape(6, *latent)
     with torch.no_grad():
         expected = elbo(model, model.log_prob(), torch.from_numpy(x), torch.from_numpy(eps))
-    with vae_export.load(tmp_path / "b") as vae:
-        found = vae.elbo(x, seed=9)
-    np.testing.assert_allclose(found.reconstruction, expected.reconstruction.numpy(), rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(found.kl, expected.kl.numpy(), rtol=1e-4, atol=1e-4)
+    with vae_export.load(bundle) as vae:
+        measured = vae.elbo(x, seed=9)
+    np.testing.assert_allclose(measured.reconstruction, expected.reconstruction.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(measured.kl, expected.kl.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "gaussian_fixed", "discretized_logistic"])
@@ -158,19 +169,19 @@ def a_bound() -> Bound:
     return Bound(reconstruction - kl.sum(1), reconstruction, kl.sum(1), kl)
 
 
-def test_shaped() -> None:
+def test_training_loss() -> None:
     bound = a_bound()
-    torch.testing.assert_close(shaped(bound, "elbo", 1.0, 0.0, None), -bound.bound)
-    torch.testing.assert_close(shaped(bound, "elbo", 3.0, 0.0, None), 3 * bound.kl - bound.reconstruction)
+    torch.testing.assert_close(training_loss(bound, "elbo", 1.0, 0.0, None), -bound.bound)
+    torch.testing.assert_close(training_loss(bound, "elbo", 3.0, 0.0, None), 3 * bound.kl - bound.reconstruction)
     # The first dimension has 0.2 nats on average: below 0.5 it costs 0.5 and has no gradient.
     bound.kl_by_dimension.requires_grad_()
-    loss = shaped(bound, "elbo", 1.0, 0.5, torch.tensor([0.2, 1.5]))
+    loss = training_loss(bound, "elbo", 1.0, 0.5, torch.tensor([0.2, 1.5]))
     torch.testing.assert_close(loss, torch.tensor([0.5 + 2.0 + 5.0, 0.5 + 1.0 + 7.0]))
     loss.sum().backward()
     assert bound.kl_by_dimension.grad is not None
     assert bound.kl_by_dimension.grad.tolist() == [[0.0, 1.0], [0.0, 1.0]]
     for kind in ("importance_weighted", "autoencoder"):
-        torch.testing.assert_close(shaped(bound, kind, 1.0, 0.0, None), -bound.bound)
+        torch.testing.assert_close(training_loss(bound, kind, 1.0, 0.0, None), -bound.bound)
 
 
 def test_an_autoencoders_bound_is_minus_the_squared_error() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import typer
 
+from vae_export.commands.train import default, train
 from vae_export.errors import BackendError, InputError
 from vae_export.numerics import noise
 from vae_export.trainers import checkpoint, datasets, fit, schedule
 from vae_export.trainers import config as configs
 from vae_export.trainers.config import DataConfig, ModelConfig, TrainConfig
-from vae_export.trainers.objective import elbo, gaussian
+from vae_export.trainers.objective import Objective, elbo, gaussian
 
 DIGITS = (1, 8, 8)
 
@@ -27,19 +31,25 @@ DIGITS = (1, 8, 8)
 @pytest.mark.parametrize("model", ["mlp", "conv"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_training_raises_the_held_out_elbo(tmp_path: Path, model: str, likelihood: str) -> None:
-    config = ModelConfig(model=model, data_shape=DIGITS, likelihood=likelihood, latent=6, widths=(16, 32))
-    results = [fit.fit(tmp_path / str(n), config, TrainConfig(epochs=n, device="cpu")) for n in (1, 4)]
-    assert results[1].elbo > results[0].elbo + 1
-    for result in results:
-        assert result.elbo == pytest.approx(result.reconstruction - result.kl)
-        assert result.kl > 0
+    config = ModelConfig(model=model, data_shape=DIGITS, likelihood=likelihood, latent=6, widths=(8, 16))
+    result = fit.fit(tmp_path / "run", config, TrainConfig(epochs=3, importance_draws=1, device="cpu"))
+    first, _, last = (checkpoint.read_state(tmp_path / "run") or pytest.fail("no state"))[0].history
+    assert last.validation_bound > first.validation_bound + 1
+    assert result.elbo == pytest.approx(last.validation_bound, rel=0.2)  # of other examples
+    for bound, reconstruction, kl in (
+        (result.elbo, result.reconstruction, result.kl),
+        *((row.validation_bound, row.validation_reconstruction, row.validation_kl) for row in (first, last)),
+    ):
+        assert bound == pytest.approx(reconstruction - kl)
+        assert kl > 0
 
 
 def test_same_seed_same_model(tmp_path: Path) -> None:
     config = ModelConfig(model="mlp", data_shape=DIGITS, widths=(8,), latent=2)
     weights = []
     for index, seed in enumerate((0, 0, 1)):
-        fit.fit(tmp_path / str(index), config, TrainConfig(epochs=1, seed=seed, device="cpu"))
+        train = TrainConfig(epochs=1, importance_draws=1, seed=seed, device="cpu")
+        fit.fit(tmp_path / str(index), config, train)
         weights.append((tmp_path / str(index) / configs.WEIGHTS).read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
@@ -71,44 +81,49 @@ def test_schedule() -> None:
     ("model", "train", "message"),
     [
         ({"latent": 0}, {}, "latent is 0; expected 1 to 65,536"),
-        ({"widths": ()}, {}, r"widths are \[\]; expected one or more numbers from 1"),
+        ({"widths": ()}, {}, r"widths is \[\]; expected one or more of 1 to 65,536"),
         ({"model": "linear"}, {}, r"model 'linear' has no hidden layers, got widths \[64, 128\]"),
         ({"model": "linear", "widths": ()}, {}, "'linear' is probabilistic PCA, whose likelihood is 'gaussian_fixed'"),
         ({"model": "resnet", "blocks": 0}, {}, "blocks is 0; expected 1 to 64"),
         ({"blocks": 2}, {}, "blocks and attention belong to model 'resnet', got them for 'conv'"),
         ({"attention": True}, {}, "blocks and attention belong to model 'resnet', got them for 'conv'"),
-        ({"model": "resnet", "widths": (4,) * 5}, {}, "5 widths of 'resnet' halve the image 4 times, but 8 × 8 does"),
+        ({"model": "resnet", "widths": (4,) * 5}, {}, "5 widths of 'resnet' halve the image 4 times, but 8 × 8 is"),
         ({"variance": 0.1}, {}, "variance belongs to likelihood 'gaussian_fixed', got 'bernoulli'"),
-        ({"variance": 0.0, "likelihood": "gaussian_fixed"}, {}, "variance must be positive, got 0"),
+        ({"variance": 0.0, "likelihood": "gaussian_fixed"}, {}, r"variance is 0\.0; expected a positive number"),
         ({"likelihood": "none"}, {}, "a deterministic posterior and likelihood 'none' belong together"),
         ({"posterior": "deterministic", "likelihood": "none"}, {}, "objective 'elbo' does not fit a 'deterministic'"),
         ({}, {"objective": "autoencoder"}, "objective 'autoencoder' does not fit a 'diagonal_gaussian' posterior"),
         ({"log_scale_clamp": (1.0, 1.0)}, {}, r"log_scale_clamp is \[1\.0, 1\.0\]"),
-        ({"widths": (4, 0)}, {}, r"widths are \[4, 0\]"),
-        ({"widths": (4,) * 4}, {}, "4 widths of 'conv' halve the image 4 times, but 8 × 8 does not divide by 16"),
-        ({"data_shape": (0, 8, 8)}, {}, r"data shape is \(0, 8, 8\)"),
+        ({"widths": (4, 0)}, {}, r"widths is \[4, 0\]"),
+        ({"widths": (4,) * 4}, {}, "4 widths of 'conv' halve the image 4 times, but 8 × 8 is not divisible by 16"),
+        ({"data_shape": (0, 8, 8)}, {}, r"data_shape is \(0, 8, 8\); expected \(C, H, W\), each 1 or more"),
         ({"logvar_clamp": (5.0, -5.0)}, {}, r"logvar_clamp is \[5\.0, -5\.0\]; expected two finite, rising numbers"),
         ({"data_range": (-1.0, 1.0)}, {}, r"a Bernoulli likelihood needs data in \[0, 1\], got \[-1\.0, 1\.0\]"),
         ({"data_range": (-1.0, 1.0), "likelihood": "gaussian"}, {}, r"expects data in \[-1\.0, 1\.0\]; scikit-learn"),
         ({"data_shape": (3, 8, 8)}, {}, r"expects examples of shape \(3, 8, 8\); scikit-learn handwritten digits has"),
-        ({}, {"epochs": 0}, "epochs and batch size must be 1 or more, got 0 and 64"),
-        ({}, {"batch_size": 0}, "got 60 and 0"),
-        ({}, {"learning_rate": 0.0}, r"learning rate must be positive, got 0\.0"),
-        ({}, {"gradient_clip": 0.0}, "the gradient clip must be positive"),
-        ({}, {"learning_rate": math.nan}, "learning rate must be positive, got nan"),
-        ({}, {"warmup": -1}, "warmup must not be negative, got -1"),
-        ({}, {"kl_warmup": -1}, "kl_warmup must not be negative"),
-        ({}, {"patience": -1}, "patience must not be negative"),
+        ({}, {"epochs": 0}, "epochs is 0; expected 1 or more"),
+        ({}, {"batch_size": 0}, "batch_size is 0; expected 1 or more"),
+        ({}, {"learning_rate": 0.0}, r"learning_rate is 0\.0; expected a positive number"),
+        ({}, {"gradient_clip": 0.0}, r"gradient_clip is 0\.0; expected a positive number"),
+        ({}, {"weight_decay": -1.0}, r"weight_decay is -1\.0; expected 0 or a positive number"),
+        ({}, {"learning_rate": math.nan}, "learning_rate is nan; expected a positive number"),
+        ({}, {"warmup": -1}, "warmup is -1; expected 0 or more"),
+        ({}, {"kl_warmup": -1}, "kl_warmup is -1; expected 0 or more"),
+        ({}, {"patience": -1}, "patience is -1; expected 0 or more"),
         ({}, {"draws": 0}, "draws is 0; expected 1 to 65,536"),
         ({}, {"importance_draws": 0}, "importance_draws is 0"),
-        ({}, {"ema": 1.0}, r"ema must be at least 0 and below 1, got 1\.0"),
-        ({}, {"beta": 0.0}, r"beta must be positive, got 0\.0"),
-        ({}, {"free_bits": -0.1}, r"free_bits must not be negative, got -0\.1"),
-        ({}, {"free_bits": 0.1, "objective": "importance_weighted"}, "'importance_weighted' has no KL term of its own"),
-        ({}, {"beta": 2.0, "objective": "autoencoder"}, "beta, kl_warmup and free_bits do not go with it"),
+        ({}, {"ema": 1.0}, r"ema is 1\.0; expected at least 0 and less than 1"),
+        ({}, {"beta": 0.0}, r"beta is 0\.0; expected a positive number"),
+        ({}, {"free_bits": -0.1}, r"free_bits is -0\.1; expected 0 or a positive number"),
+        (
+            {},
+            {"free_bits": 0.1, "objective": "importance_weighted"},
+            "'importance_weighted' has no separate KL term: leave out beta",
+        ),
+        ({}, {"beta": 2.0, "objective": "autoencoder"}, "leave out beta, kl_warmup and free_bits"),
         ({}, {"free_bits": 0.1, "objective": "elbo_monte_carlo"}, "free_bits needs the KL of each dimension in closed"),
-        ({}, {"draws": 2, "objective": "autoencoder"}, "an autoencoder draws nothing; draws must be 1"),
-        ({}, {"seed": -1}, r"the seed must be from 0 to 2\^64 - 1, got -1"),
+        ({}, {"draws": 2, "objective": "autoencoder"}, "an autoencoder draws no samples: draws must be 1, got 2"),
+        ({}, {"seed": -1}, r"seed is -1; expected 0 to 2\^64 - 1"),
     ],
 )
 def test_bad_configurations(tmp_path: Path, model: dict[str, Any], train: dict[str, Any], message: str) -> None:
@@ -121,18 +136,23 @@ def test_a_loss_that_explodes_is_told(tmp_path: Path) -> None:
     config = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="gaussian", widths=(8,))
     with pytest.raises(
         InputError,
-        match=r"the (loss|gradient's norm|validation bound) became (nan|-?inf) at step \d+ .*There is no checkpoint "
-        r"yet\. Lower the learning",
+        match=r"the (loss|gradient norm|validation bound) became (nan|-?inf) at step \d+ .*No checkpoint has been "
+        r"written yet\. Lower the learning",
     ):
         fit.fit(tmp_path / "out", config, TrainConfig(epochs=5, learning_rate=1e30, device="cpu"))
     assert not configs.is_checkpoint(tmp_path / "out")
 
 
-def test_nothing_is_overwritten(checkpoints: dict[str, Path]) -> None:
+def test_nothing_is_overwritten(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    config, train = ModelConfig(data_shape=DIGITS), TrainConfig(epochs=1)
     with pytest.raises(
-        InputError, match=r"exists already\. Choose another path, or overwrite it on purpose \(--force\)"
+        InputError,
+        match=r"exists already\. Continue its run \(--resume\), replace it \(--force\), or choose another folder",
     ):
-        fit.fit(checkpoints["gaussian"], ModelConfig(data_shape=DIGITS), TrainConfig(epochs=1))
+        fit.fit(checkpoints["gaussian"], config, train)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"exists already\. Choose another path, or overwrite it on purpose \(--force"):
+        fit.fit(tmp_path, config, train)
 
 
 def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
@@ -140,7 +160,7 @@ def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "mine.png").touch()
     config = ModelConfig(model="mlp", data_shape=DIGITS, widths=(8,))
-    with pytest.raises(InputError, match=r"is not just a run \(pictures/mine\.png, thesis\.txt\)\. Remove it yourself"):
+    with pytest.raises(InputError, match=r"is not just a run: it also has pictures/mine\.png, thesis\.txt\. Remove"):
         fit.fit(tmp_path, config, TrainConfig(epochs=1), overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
 
@@ -161,8 +181,9 @@ def test_a_device_that_is_not_there() -> None:
 def test_another_precision_is_used_or_refused(tmp_path: Path) -> None:
     """bfloat16 trains on the CPU; float16 does not, and is not quietly replaced."""
     config = ModelConfig(data_shape=DIGITS, widths=(8, 16))
-    result = fit.fit(tmp_path / "b", config, TrainConfig(epochs=1, device="cpu", precision="bf16-mixed"))
-    exact = fit.fit(tmp_path / "f", config, TrainConfig(epochs=1, device="cpu"))
+    few: dict[str, Any] = {"epochs": 1, "importance_draws": 1, "device": "cpu"}
+    result = fit.fit(tmp_path / "b", config, TrainConfig(precision="bf16-mixed", **few))
+    exact = fit.fit(tmp_path / "f", config, TrainConfig(**few))
     assert result.elbo != exact.elbo
     assert result.elbo == pytest.approx(exact.elbo, rel=0.1)
     with pytest.raises(BackendError, match=r"with precision '16-mixed' is not available here: .*fp16 is not supported"):
@@ -213,7 +234,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "pictures")
     (tmp_path / "run" / "pictures").symlink_to(tmp_path / "mine")
     (tmp_path / "mine" / "samples.png").touch()
-    with pytest.raises(InputError, match=r"is not just a run \(pictures\)"):
+    with pytest.raises(InputError, match=r"is not just a run: it also has pictures\. Remove"):
         fit.fit(tmp_path / "run", config, train, overwrite=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["samples.png"]
 
@@ -227,8 +248,8 @@ def test_what_fails_at_once_leaves_the_old_run(tmp_path: Path, monkeypatch: pyte
     def no_memory(*args: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
 
-    monkeypatch.setattr(fit.Objective, "forward", no_memory)
-    with pytest.raises(InputError, match=r"not enough memory: DefaultCPU.*Take a smaller --batch-size"):
+    monkeypatch.setattr(Objective, "forward", no_memory)
+    with pytest.raises(InputError, match=r"not enough memory: DefaultCPU.*Use a smaller --batch-size"):
         fit.fit(tmp_path / "run", config, train, overwrite=True)
     assert (tmp_path / "run" / configs.WEIGHTS).read_bytes() == before
 
@@ -239,8 +260,19 @@ def test_resuming_and_replacing_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_a_run_does_not_lie_in_its_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="lies in the folder of the pictures, to which the run would add its own"):
+    with pytest.raises(InputError, match=r"lies in the folder of the training pictures\. Choose a folder outside"):
         fit.fit(tmp_path / "run", ModelConfig(data_shape=DIGITS), data_config=DataConfig(spec=f"images:{tmp_path}"))
+
+
+def test_configurations_show_what_is_not_the_default() -> None:
+    assert repr(DataConfig()) == "DataConfig()"
+    assert repr(TrainConfig(epochs=3, beta=1.0)) == "TrainConfig(epochs=3)"
+    assert repr(ModelConfig(data_shape=DIGITS)) == "ModelConfig(data_shape=(1, 8, 8))"
+    shown = repr(datasets.load(DataConfig(), 0))
+    assert shown.startswith(
+        "Dataset(name='scikit-learn handwritten digits', shape=(1, 8, 8), range=(0.0, 1.0), levels=17"
+    )
+    assert "train=Subset(1,258 of 1,797 examples)" in shown
 
 
 @pytest.mark.parametrize(
@@ -250,7 +282,10 @@ def test_a_run_does_not_lie_in_its_data(tmp_path: Path) -> None:
         (TrainConfig(objective="map"), r"Invalid enum value 'map' - at `\$\.objective`"),  # type: ignore[arg-type]
         (TrainConfig(epochs=1.5), r"Expected `int`, got `float` - at `\$\.epochs`"),  # type: ignore[arg-type]
         (DataConfig(spec="images:a\udcff"), r"characters that cannot be written|surrogates"),
-        (DataConfig(validation=0.0), "validation and test must be shares above 0 that leave something to train on"),
+        (
+            DataConfig(validation=0.0),
+            r"validation, test is \(0\.0, 0\.2\); expected positive shares whose sum is below 1",
+        ),
         (DataConfig(size=(0, 8)), r"size is \[0, 8\]; expected height and width from 1"),
         (DataConfig(binarize="static", range=(-1.0, 1.0)), r"binarization needs data in \[0, 1\]"),
         (DataConfig(binarize="static", dequantize=True), "binarized data has no levels left to dequantize"),
@@ -267,10 +302,10 @@ def test_records_are_checked(record: DataConfig | TrainConfig, message: str) -> 
         (
             {"dequantize": True},
             "bernoulli",
-            "dequantized data is continuous, and a Bernoulli likelihood is of 0s and 1s",
+            "dequantized data is continuous, and a Bernoulli likelihood needs 0s and 1s",
         ),
         ({"binarize": "static"}, "gaussian", "binarized data needs likelihood 'bernoulli', got 'gaussian'"),
-        ({"dequantize": True}, "discretized_logistic", "'discretized_logistic' is of data with 256 levels"),
+        ({"dequantize": True}, "discretized_logistic", "'discretized_logistic' needs data with 256 levels"),
     ],
 )
 def test_data_and_likelihood_fit(tmp_path: Path, data_config: dict[str, Any], likelihood: str, message: str) -> None:
@@ -283,14 +318,14 @@ def test_data_and_likelihood_fit(tmp_path: Path, data_config: dict[str, Any], li
 def test_mixed_precision_sees_the_data_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only layers compute in bfloat16: neither data, noise nor sums are rounded to it."""
     seen: set[torch.dtype] = set()
-    forward = fit.Objective.forward
+    forward = Objective.forward
 
     def note(self: Any, x: torch.Tensor, eps: torch.Tensor) -> Any:
         bound = forward(self, x, eps)
         seen.update(tensor.dtype for tensor in (x, eps, *bound))
         return bound
 
-    monkeypatch.setattr(fit.Objective, "forward", note)
+    monkeypatch.setattr(Objective, "forward", note)
     config = ModelConfig(model="mlp", data_shape=DIGITS, likelihood="discretized_logistic", widths=(16,))
     for precision in ("32-true", "bf16-mixed"):
         options = TrainConfig(epochs=2, device="cpu", precision=precision, importance_draws=1, learning_rate=1e-9)
@@ -300,3 +335,31 @@ def test_mixed_precision_sees_the_data_as_it_is(tmp_path: Path, monkeypatch: pyt
     assert bf16
     assert full
     assert bf16[0].history[0].train_bound == pytest.approx(full[0].history[0].train_bound, rel=2e-3)
+
+
+def test_the_help_says_defaults_and_sentences(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Each option's help is a sentence of its own; defaults are those of the records, which differ between models."""
+    shown = run("train", "--help", COLUMNS="400").stdout
+    assert "Peak learning rate of AdamW. [default: (linear: 0.01; mlp, resnet: 0.001; conv: 0.002)]" in shown
+    assert "Linear warm-up, in steps; at most a tenth of all. [default: (100)]" in shown
+    for option, text in {
+        "--epochs": "linear: 500; mlp, conv, resnet: 60",
+        "--widths": "linear: none; mlp: 512; conv: 64,128; resnet: 32,64",
+        "--attention": "off",
+        "--variance": "learned",
+        "--range": "0,1",
+        "--data": "digits",
+    }.items():
+        (line,) = (line for line in shown.splitlines() if f"│ {option} " in line)
+        assert line.rstrip(" │").endswith(f"[default: ({text})]")
+    app = typer.Typer(add_completion=False)
+    app.command()(train)
+    options = [
+        parameter
+        for parameter in typer.main.get_command(app).params
+        if parameter.name not in ("out", "resume", "force", "download")
+    ]
+    assert len(options) > 30
+    for option in options:
+        assert re.fullmatch(r"[A-Z].{15,}\.", option.help or ""), option.name
+        assert default(option.name or "")

@@ -1,4 +1,4 @@
-"""What a run meets from outside: processes and devices, signals, and the end of the memory."""
+"""Processes and devices, signals, and running out of memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from vae_export.trainers.config import TrainConfig
 
 
 def open_fabric(config: TrainConfig) -> Fabric:
-    """One process on one device, or, under `torchrun`, this process among all of them."""
+    """Set up one process on one device, or, under `torchrun`, this process among all of them.
+
+    Raises:
+        BackendError: the device or the precision is not available.
+    """
     here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*AMP with fp16 is not supported.*")  # it would take bf16
+            warnings.filterwarnings("error", message=".*AMP with fp16 is not supported.*")  # it would fall back to bf16
             fabric = Fabric(
                 accelerator=config.device,
                 devices=here,
@@ -32,7 +36,7 @@ def open_fabric(config: TrainConfig) -> Fabric:
                 precision=config.precision,
             )
             if config.precision != "32-true":
-                # Fabric would round the data itself, and the noise; autocast rounds what goes into a layer, no more.
+                # Fabric would round data and noise as well; autocast only rounds the inputs of layers.
                 fabric.strategy.precision.convert_input = lambda data: data  # type: ignore[method-assign]
             fabric.launch()
     except (RuntimeError, ValueError, Warning) as error:
@@ -43,11 +47,11 @@ def open_fabric(config: TrainConfig) -> Fabric:
 
 
 @contextlib.contextmanager
-def enough_memory(out: Path) -> Iterator[None]:
-    """Say in words that memory has ended, of the host or of a GPU.
+def memory_errors(out: Path) -> Iterator[None]:
+    """Turn running out of memory, of the host or of a GPU, into a message.
 
     Raises:
-        InputError: it has.
+        InputError: there is not enough memory.
     """
     try:
         yield
@@ -56,14 +60,17 @@ def enough_memory(out: Path) -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"train: not enough memory: {reason}. Take a smaller --batch-size, fewer --draws or a smaller model. What "
-            f"has been saved in {out} is whole"
+            f"train: not enough memory: {reason}. Use a smaller --batch-size, fewer --draws or a smaller model. What "
+            f"has been saved in {out} is complete"
         ) from None
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[], int]]:
-    """Note SIGTERM and SIGINT for the end of the step, in place of dying in its middle; a second SIGINT ends it."""
+    """Catch SIGTERM and SIGINT, so that a step is completed; a second SIGINT raises `KeyboardInterrupt` at once.
+
+    Yields a function that returns the number of the first signal that arrived, or 0.
+    """
     seen = [0]
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -71,7 +78,7 @@ def signals() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         seen[0] = seen[0] or number
 
-    if threading.current_thread() is not threading.main_thread():  # where Python gives signals to nobody
+    if threading.current_thread() is not threading.main_thread():  # signal handlers can only be set in the main thread
         yield lambda: 0
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -80,3 +87,22 @@ def signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def agree(fabric: Fabric, signalled: int, due: bool) -> tuple[int, bool]:
+    """Let all processes act on a signal that any of them received, and save when the first one's time has come."""
+    if fabric.world_size == 1:
+        return signalled, due
+    flags = torch.tensor([signalled, int(due and fabric.global_rank == 0)], device=fabric.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    signalled, both = flags.tolist()
+    return signalled, bool(both)
+
+
+def summed(fabric: Fabric, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of any shape summed over all processes, on the CPU; of a single process, itself."""
+    if fabric.world_size == 1:
+        return tensor
+    total = tensor.detach().clone().to(fabric.device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()

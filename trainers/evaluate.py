@@ -1,4 +1,4 @@
-"""What a model is worth on held-out data: ELBO, a tighter bound, bits per dimension, and the state of its latents."""
+"""Figures on held-out data: ELBO, importance-weighted bound, bits per dimension, active latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vae_export.numerics import noise
 from vae_export.trainers.config import DataConfig, ModelConfig, Result, TrainConfig
-from vae_export.trainers.datasets import TEST, VALIDATION, DataSet, Part
+from vae_export.trainers.datasets import TEST, VALIDATION, Dataset, Subset
+from vae_export.trainers.environment import summed
 from vae_export.trainers.models import VAEModel
 from vae_export.trainers.objective import draw, elbo, kl_terms
 
@@ -24,7 +25,7 @@ from vae_export.trainers.objective import draw, elbo, kl_terms
 IMPORTANCE_EXAMPLES = 1000
 #: A latent dimension is active if its posterior mean has more than this variance (Burda et al. 2016, 4.2).
 ACTIVE = 0.01
-# Examples, or draws, that are decoded at once. On a CPU, more cost more: the memory for them is fetched anew each time.
+# Examples, or draws, decoded at once. On a CPU larger batches are slower: their memory is allocated anew each time.
 _ROWS_CPU, _ROWS = 64, 1024
 
 P = ParamSpec("P")
@@ -32,7 +33,7 @@ R = TypeVar("R")
 
 
 def _exactly(measure: Callable[P, R]) -> Callable[P, R]:
-    """Without gradients, and in float32 also where PyTorch would let a GPU take TF32 for it."""
+    """Compute without gradients, and in float32 even where PyTorch would use TF32 on a GPU."""
 
     @functools.wraps(measure)
     def measured(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,38 +44,35 @@ def _exactly(measure: Callable[P, R]) -> Callable[P, R]:
 
 
 @_exactly
-def on_validation(model: VAEModel, fabric: Fabric, part: Part, config: TrainConfig) -> tuple[float, float, float]:
-    """ELBO, reconstruction and KL in nats for each example; of an autoencoder, minus the squared error, twice, and 0.
+def on_validation(model: VAEModel, fabric: Fabric, data: Subset, config: TrainConfig) -> tuple[float, float, float]:
+    """Mean ELBO, reconstruction and KL, in nats; for an autoencoder minus the squared error, the same again, and 0.
 
-    Args:
-        model: on the device, in evaluation mode, in float32.
-        fabric: of all processes, each of which measures a share.
-        part: of the data.
-        config: of the run; its seed is that of the noise.
+    The model is in float32 and in evaluation mode. Each process measures a share of the data.
     """
     total = torch.zeros(3, dtype=torch.float64)
-    for x, first in _slices(part, fabric, np.arange(len(part))):
+    for x, first in _slices(data, fabric, np.arange(len(data))):
         if model.config.posterior == "deterministic":
             total[0] -= (model.decode(*model.encode(x))[0] - x).cpu().double().square().sum()
         else:
             eps = _noise(model.config, config.seed, first, len(x), VALIDATION).to(x.device)
-            found = elbo(model, model.log_prob(), x, eps)
-            total[0] += found.reconstruction.cpu().double().sum()
-            total[1] += found.kl.cpu().double().sum()
+            terms = elbo(model, model.log_prob(), x, eps)
+            total[0] += terms.reconstruction.cpu().double().sum()
+            total[1] += terms.kl.cpu().double().sum()
         total[2] += len(x)
     reconstruction, kl, count = summed(fabric, total).tolist()
     return (reconstruction - kl) / count, reconstruction / count, kl / count
 
 
 @_exactly
-def on_test(model: VAEModel, fabric: Fabric, data: DataSet, config: TrainConfig, data_config: DataConfig) -> Result:
-    """All that is measured on the test data; arguments as for `on_validation`."""
-    part, size = data.test, math.prod(model.config.latent_shape)
+def on_test(model: VAEModel, fabric: Fabric, data: Dataset, config: TrainConfig, data_config: DataConfig) -> Result:
+    """All figures of a `Result` but `epoch` and `step`, on the test data; arguments as for `on_validation`."""
+    test, size = data.test, math.prod(model.config.latent_shape)
     sums = torch.zeros(3, dtype=torch.float64)  # squared error, reconstruction, log-likelihood
     moments = torch.zeros(3, size, dtype=torch.float64)  # of the latents: KL, mean, mean²
-    bounded = np.arange(0, len(part), -(-len(part) // IMPORTANCE_EXAMPLES))  # a part's first rows may be its easiest
+    # Evenly spaced, because the first examples may be the easiest.
+    bounded = np.arange(0, len(test), -(-len(test) // IMPORTANCE_EXAMPLES))
     variational = model.config.posterior == "diagonal_gaussian"
-    for x, first in _slices(part, fabric, np.arange(len(part))):
+    for x, first in _slices(test, fabric, np.arange(len(test))):
         mean, *logvar = model.encode(x)
         flat = mean.flatten(1).cpu().double()
         moments[1:] += torch.stack([flat.sum(0), flat.square().sum(0)])
@@ -83,18 +81,18 @@ def on_test(model: VAEModel, fabric: Fabric, data: DataSet, config: TrainConfig,
             moments[0] += kl_terms(mean, *logvar).flatten(1).cpu().double().sum(0)
             eps = _noise(model.config, config.seed, first, len(x), TEST).to(x.device)
             sums[1] += elbo(model, model.log_prob(), x, eps).reconstruction.cpu().double().sum()
-    for x, first in _slices(part, fabric, bounded) if variational else ():
+    for x, first in _slices(test, fabric, bounded) if variational else ():
         sums[2] += importance_weighted(model, x, config, first).sum()
     error, reconstruction, log_likelihood = summed(fabric, sums).tolist()
-    kl, mean, square = summed(fabric, moments) / len(part)
-    result = Result(active_units=int((square - mean.square() > ACTIVE).sum()), squared_error=error / len(part))
+    kl, mean, square = summed(fabric, moments) / len(test)
+    result = Result(active_units=int((square - mean.square() > ACTIVE).sum()), squared_error=error / len(test))
     if not variational:
         return result
-    bound = reconstruction / len(part) - kl.sum().item()
+    bound = reconstruction / len(test) - kl.sum().item()
     return msgspec.structs.replace(
         result,
         elbo=bound,
-        reconstruction=reconstruction / len(part),
+        reconstruction=reconstruction / len(test),
         kl=kl.sum().item(),
         log_likelihood=log_likelihood / len(bounded),
         log_likelihood_examples=len(bounded),
@@ -105,12 +103,12 @@ def on_test(model: VAEModel, fabric: Fabric, data: DataSet, config: TrainConfig,
 
 @_exactly
 def importance_weighted(model: VAEModel, x: Tensor, config: TrainConfig, first: int) -> Tensor:
-    """Log 1/K Σ_k p(x, z_k) / q(z_k|x), a bound on log p(x) that rises with K (Burda et al. 2016, eq. 8).
+    """Lower bound log 1/K Σ_k p(x, z_k) / q(z_k|x) on log p(x), which rises with K (Burda et al. 2016, eq. 8).
 
     Args:
         model: in evaluation mode.
         x: (B, C, H, W) on the model's device.
-        config: K is its `importance_draws`, and its seed is that of the noise.
+        config: its `importance_draws` is K, and its seed that of the noise.
         first: index of the noise of the first example.
 
     Returns:
@@ -121,17 +119,17 @@ def importance_weighted(model: VAEModel, x: Tensor, config: TrainConfig, first: 
     for start in range(0, config.importance_draws, at_once):
         draws = range(start, min(start + at_once, config.importance_draws))
         eps = torch.stack([_noise(model.config, config.seed, first, len(x), TEST + k) for k in draws]).to(x)
-        found = draw(model, model.log_prob(), x, eps)
-        weights = found.reconstruction().cpu().double() + found.log_ratio().cpu().double()
+        drawn = draw(model, model.log_prob(), x, eps)
+        weights = drawn.reconstruction().cpu().double() + drawn.log_ratio().cpu().double()
         total = torch.logaddexp(total, torch.logsumexp(weights, 0))
     return total - math.log(config.importance_draws)
 
 
-def bits_per_dimension(elbo: float, data: DataSet, model: ModelConfig, config: DataConfig) -> float | None:
-    """Bits that a code by this model needs for each value, at most: −ELBO / (values · log 2).
+def bits_per_dimension(elbo: float, data: Dataset, model: ModelConfig, config: DataConfig) -> float | None:
+    """Upper bound on the code length of each value under this model, in bits: −ELBO / (values · log 2).
 
-    For continuous data the density becomes a bound on the discrete data's probability through the width of
-    a level, if uniform noise of that width was added (Theis et al. 2016, eq. 3). Else there is no such code: None.
+    With uniform noise of one level's width added, a density bounds the probability of the discrete data: the level's
+    width enters the bound (Theis et al. 2016, eq. 3). None for other continuous data.
     """
     values = math.prod(data.shape)
     if model.likelihood == "discretized_logistic" or (model.likelihood == "bernoulli" and data.levels == 2):
@@ -143,32 +141,23 @@ def bits_per_dimension(elbo: float, data: DataSet, model: ModelConfig, config: D
 
 
 def warnings(result: Result, model: ModelConfig) -> list[str]:
-    """What the result should make its reader think about."""
+    """Warnings about a result: posterior collapse, with what to try against it."""
     latents, active = math.prod(model.latent_shape), result.active_units or 0
     if model.posterior == "deterministic" or active > 0.8 * latents:
         return []
     return [
-        f"posterior collapse: {latents - active} of {latents} latent dimensions carry next to nothing (their "
-        f"posterior mean has a variance below {ACTIVE} over the test data). If they should, try --kl-warmup 20, "
-        "--free-bits 0.1, a smaller --beta or a likelihood with less noise; if they need not, take a smaller --latent"
+        f"posterior collapse: {latents - active} of {latents} latent dimensions are inactive (their posterior mean "
+        f"has a variance of at most {ACTIVE} over the test data). To activate them, try --kl-warmup 20, "
+        "--free-bits 0.1, a smaller --beta or a likelihood with less noise; otherwise use a smaller --latent"
     ]
 
 
-def summed(fabric: Fabric, part: Tensor) -> Tensor:
-    """A tensor of any shape on the CPU, summed over all processes."""
-    if fabric.world_size == 1:
-        return part
-    total = part.detach().clone().to(fabric.device)
-    torch.distributed.all_reduce(total)
-    return total.cpu()
-
-
-def _slices(part: Part, fabric: Fabric, rows: npt.NDArray[np.intp]) -> Iterator[tuple[Tensor, int]]:
-    """This process's share of some rows of a part, in slices, each with the number of its first row among them."""
+def _slices(data: Subset, fabric: Fabric, rows: npt.NDArray[np.intp]) -> Iterator[tuple[Tensor, int]]:
+    """This process's share of some rows, in batches (B, C, H, W), each with the index of its first one in `rows`."""
     at_once = _rows(fabric.device)
     for number, first in enumerate(range(0, len(rows), at_once)):
         if number % fabric.world_size == fabric.global_rank:
-            yield torch.from_numpy(part.read(rows[first : first + at_once])).to(fabric.device), first
+            yield torch.from_numpy(data.read(rows[first : first + at_once])).to(fabric.device), first
 
 
 def _rows(device: torch.device) -> int:

@@ -1,9 +1,9 @@
-"""Train a VAE. One loop, to be read from top to bottom.
+"""Train a VAE: one loop, to be read from top to bottom.
 
-A step is a function of the weights, the optimizer and its own number: `feed.Feed` makes the batch and the noise
-from the number, the schedules make the learning rate and the KL's weight from it. So a run that is stopped
-anywhere and goes on from its last checkpoint takes the same steps: to the bit, on the same machine with as many
-threads, where PyTorch's operators are deterministic, as those on the CPU are.
+A step is a function of weights, optimizer state and its own number: `Batches` gives batch and noise of a step, the
+schedules its learning rate and KL weight. So a run that is stopped anywhere and resumed from its last checkpoint takes
+the same steps: bit for bit on the same machine with the same number of threads, where PyTorch's operators are
+deterministic, as those on the CPU are.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from typing import Any, NoReturn, cast
 import msgspec
 import torch
 from lightning_fabric import Fabric
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vae_export.errors import BackendError, InputError
 from vae_export.trainers import checkpoint, datasets, evaluate, logs, models, plots
 from vae_export.trainers import config as configs
-from vae_export.trainers.batches import Batch, Feed
+from vae_export.trainers.batches import Batch, Batches
 from vae_export.trainers.checkpoint import Epoch, State
 from vae_export.trainers.config import CheckpointConfig, DataConfig, ModelConfig, Result, TrainConfig
-from vae_export.trainers.datasets import DataSet
-from vae_export.trainers.download import fetch
-from vae_export.trainers.environment import enough_memory, open_fabric, signals
-from vae_export.trainers.objective import Bound, Objective, shaped
+from vae_export.trainers.datasets import Dataset
+from vae_export.trainers.download import download as download_data
+from vae_export.trainers.environment import agree, memory_errors, open_fabric, signals, summed
+from vae_export.trainers.objective import Bound, Objective, training_loss
 from vae_export.trainers.schedule import groups, learning_rate, warmed_up
 
-#: Steps after which figures are fetched from the device and looked at.
-_GLANCE = 16
+_CHECK_STEPS = 16  # steps between two fetches of figures from the device
+_TOTALS = ("bound", "reconstruction", "kl", "examples", "seconds")
 _TRAIN, _DATA = TrainConfig(), DataConfig()
+#: From the data's shape (C, H, W) and range to the model's configuration.
 Describe = Callable[[tuple[int, int, int], tuple[float, float]], ModelConfig]
 
 
@@ -54,77 +54,88 @@ def fit(
     checkpoint_seconds: float = 30.0,
     picture_seconds: float = 60.0,
 ) -> Result:
-    """Train a model and leave a run: checkpoint, figures and pictures.
+    """Train a model and write a run: checkpoint, figures and pictures.
 
-    SIGTERM and SIGINT save at the end of the step, and then end the process as they would have. Under
-    `torchrun`, every process calls this with the same arguments.
+    SIGTERM and SIGINT complete the step, save, and then end the process as they would have. Under `torchrun`, every
+    process calls this with the same arguments.
 
     Args:
         out: the run's folder.
-        model: what to train, or a function that says it of the data's shape (C, H, W) and range.
-        config: how.
-        data_config: on what.
-        overwrite: replace a run that is there.
-        resume: continue the run that is there, on the same machine bit for bit; without one, begin.
-        download: fetch the data first, if it is one of those that can be fetched.
-        checkpoint_seconds: between two checkpoints, which lie at the end of an epoch or, in long epochs, inside.
-        picture_seconds: between two sets of pictures.
+        model: the model's configuration, or a function that returns it, given the data's shape (C, H, W) and range.
+        config: the training's configuration.
+        data_config: the data's configuration.
+        overwrite: replace an existing run.
+        resume: continue an existing run, on the same machine bit for bit; if there is none, start it.
+        download: download the data first.
+        checkpoint_seconds: time between two checkpoints, which are also written inside of long epochs.
+        picture_seconds: time between two sets of pictures.
 
     Returns:
         The figures of the kept weights on the test data.
 
     Raises:
-        InputError: the configuration or the data does not fit, `out` exists, or a loss became NaN or infinite.
-        BackendError: the device, the precision or the compiler is not there.
+        InputError: a configuration is not valid or does not fit the data, `out` exists, or a loss became NaN or
+            infinite.
+        BackendError: the device, the precision or the compiler is not available.
     """
     for record in (config, data_config, model):
         if not callable(record):
             record.check()
     _check_place(out, data_config, overwrite=overwrite, resume=resume)
     fabric = open_fabric(config)
-    log = logs.Log(out, config.objective, first=fabric.global_rank == 0)
-    going_on = resume and (out / configs.CONFIG).is_file()
-    if fabric.global_rank == 0 and not going_on:
+    first = fabric.global_rank == 0
+    log = logs.Log(out, config, first=first)
+    resumed = resume and (out / configs.CONFIG).is_file()
+    if first and not resumed:
         checkpoint.check_target(out, overwrite=overwrite)
         if download:
             kind, _, folder = data_config.spec.partition(":")
-            fetch(kind, Path(folder).expanduser(), log.say)
+            download_data(kind, Path(folder).expanduser(), log.say)
     if download:
         fabric.barrier()
-    dataset, model_config = _dataset(data_config, config, model, log)
-    asked = CheckpointConfig(model=model_config, data=data_config, train=config, split=dataset.split)
-    with enough_memory(out), contextlib.ExitStack() as stack:
+    dataset = datasets.load(data_config, config.seed, report=log.say)
+    model = model if isinstance(model, ModelConfig) else model(dataset.shape, dataset.range)
+    model.check()
+    if (config.objective == "autoencoder") != (model.posterior == "deterministic"):
+        raise InputError(
+            f"train: objective {config.objective!r} does not fit a {model.posterior!r} posterior; a plain autoencoder "
+            "has both 'autoencoder' and 'deterministic'"
+        )
+    dataset = dataset.for_model(model)
+    run_config = CheckpointConfig(model=model, data=data_config, train=config, split=dataset.split)
+    with memory_errors(out), contextlib.ExitStack() as stack:
         if fabric.world_size > 1:  # its threads must have ended before the process does
             stack.callback(torch.distributed.destroy_process_group)
-        if fabric.global_rank == 0:
+        if first:
             out.mkdir(exist_ok=True)
-            stack.enter_context(checkpoint.claimed(out))
-            if going_on:
-                configs.check_same(out, asked)
-            else:  # once more, because reading data takes long, and now nobody else can begin there
+            stack.enter_context(checkpoint.locked(out))
+            if resumed:
+                checkpoint.check_same(out, run_config)
+            else:  # again: another process may have started here while the data was read
                 checkpoint.check_target(out, overwrite=overwrite)
         fabric.barrier()
-        if going_on and (result := configs.read_config(out).result):
-            log.say(f"{out}: training has ended already")
+        if resumed and (result := configs.read_config(out).result):
+            log.say(f"{out}: training has already ended")
             return result
-        run = _Run(out, asked, dataset, fabric, log)
-        if not going_on:
-            run.try_out()
-        if fabric.global_rank == 0:
-            checkpoint.clear(out, partial=going_on)
-            checkpoint.write_config(out, asked)
+        run = _Run(out, run_config, dataset, fabric, log)
+        if not resumed:
+            run.try_step()
+        if first:
+            checkpoint.clear(out, partial=resumed)
+            checkpoint.write_config(out, run_config)
         fabric.barrier()
         if resume:
             run.restore()
-        with signals() as stop:
-            run.train(stop, checkpoint_seconds, picture_seconds)
-        return run.finish()
+        with log.events(run.step):
+            with signals() as stop:
+                run.train(stop, checkpoint_seconds, picture_seconds)
+            return run.finish()
 
 
 class _Run:
-    """A run: what changes from step to step, and how it is kept."""
+    """The state of a run, its loop, and its checkpoints."""
 
-    def __init__(self, out: Path, config: CheckpointConfig, dataset: DataSet, fabric: Fabric, log: logs.Log) -> None:
+    def __init__(self, out: Path, config: CheckpointConfig, dataset: Dataset, fabric: Fabric, log: logs.Log) -> None:
         self.out, self.config, self.dataset, self.fabric, self.log = out, config, dataset, fabric, log
         train = config.train
         with torch.random.fork_rng(devices=[]):
@@ -137,42 +148,37 @@ class _Run:
         self.adamw = torch.optim.AdamW(
             groups(self.model, train),
             lr=train.learning_rate,
-            fused=train.precision != "16-mixed",  # whose gradients must be unscaled before they are clipped
+            fused=train.precision != "16-mixed",  # its gradients must be unscaled before they are clipped
         )
-        # Fabric's wrappers have nothing to do for one process in float32, and cost a small model 6 % of a step.
+        # For one process in float32 Fabric's wrappers do nothing, and take 6 % of a small model's step.
         self.wrapped = fabric.world_size > 1 or train.precision != "32-true"
         self.objective, self.optimizer = objective.to(fabric.device), self.adamw
         if self.wrapped:
             self.objective, self.optimizer = fabric.setup(objective, self.adamw)
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.averages: list[Tensor] = list(self.average.parameters())
-        self.feed = Feed(dataset.train, train, config.model.latent_shape, fabric.global_rank, fabric.world_size)
+        self.batches = Batches(dataset.train, train, config.model.latent_shape, fabric.global_rank, fabric.world_size)
         self.environment: dict[str, str | int] = {
             "device": fabric.device.type,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }
         self.step = 0
-        self.totals = dict.fromkeys(_TOTALS, 0.0)  # of this epoch
+        self.totals = dict.fromkeys(_TOTALS, 0.0)  # over this epoch
         self.history: tuple[Epoch, ...] = ()
-        self.unwritten: dict[str, Tensor] | None = None  # the weights to keep, if they are not in the folder yet
+        self.unwritten: dict[str, Tensor] | None = None  # the kept weights, until they are written
         self.saved_step: int | None = None
         self.saved_at = self.drawn_at = time.monotonic()
 
     def train(self, stop: Callable[[], int], checkpoint_seconds: float, picture_seconds: float) -> None:
-        """Take the steps that are left.
-
-        Args:
-            stop: the number of the signal that came, or 0.
-            checkpoint_seconds: as in `fit`.
-            picture_seconds: as in `fit`.
-        """
-        train, fabric, per_epoch = self.config.train, self.fabric, self.feed.steps_per_epoch
+        """Take the remaining steps, or those until `stop` returns the number of a signal."""
+        train, fabric, per_epoch = self.config.train, self.fabric, self.batches.steps_per_epoch
         total = train.epochs * per_epoch
-        pending: list[tuple[Tensor, ...]] = []  # loss, gradient's norm, each example's bound, reconstruction and KL
+        pending: list[tuple[Tensor, ...]] = []  # loss, gradient norm, and (B,) bound, reconstruction and KL
         with self.log.progress(self.step, total):
             began = time.perf_counter()
-            for batch in self.feed.ahead(range(self.step, total if not self._patience_ended() else 0), self._workers()):
+            steps = range(self.step, 0 if self._patience_ended() else total)
+            for batch in self.batches.ahead(steps, self._workers()):
                 rate = train.learning_rate * learning_rate(self.step, train.warmup, total)
                 kl_weight = train.beta * warmed_up(self.step, train.kl_warmup * per_epoch)
                 for group in self.optimizer.param_groups:
@@ -180,9 +186,9 @@ class _Run:
                 x, eps = batch.x.to(fabric.device), batch.eps.to(fabric.device)  # (B, C, H, W), (K, B, *latent)
                 bound = self._bound(x, eps)  # each (B,), nats
                 mean_kl = self._mean_kl(bound, batch) if train.free_bits else None
-                losses = shaped(bound, train.objective, kl_weight, train.free_bits, mean_kl)
+                losses = training_loss(bound, train.objective, kl_weight, train.free_bits, mean_kl)
                 loss = losses.mean()
-                if fabric.world_size > 1:  # whose gradients are averaged: the mean over the examples of all of them
+                if fabric.world_size > 1:  # gradients are averaged over processes: weight by their examples
                     loss = _counted(losses, batch).sum() * (fabric.world_size / batch.total)
                 self.optimizer.zero_grad(set_to_none=True)
                 norm = self._backward(loss)
@@ -194,11 +200,11 @@ class _Run:
 
                 ended = self.step % per_epoch == 0
                 signalled, due = stop(), time.monotonic() - self.saved_at > checkpoint_seconds
-                glance = ended or len(pending) == _GLANCE
-                if fabric.world_size > 1:  # to ask the others at every step takes too long
-                    signalled, due = self._agree(signalled, due) if glance else (0, False)
-                if glance or signalled or due:
-                    self._look(pending, began)
+                check = ended or len(pending) == _CHECK_STEPS
+                if fabric.world_size > 1:  # communicating at every step takes too long
+                    signalled, due = agree(fabric, signalled, due) if check else (0, False)
+                if check or signalled or due:
+                    self._check_steps(pending, began)
                     if ended:
                         self._end_epoch(rate, kl_weight, picture_seconds)
                     if signalled or due:
@@ -209,85 +215,54 @@ class _Run:
                         break
                     began = time.perf_counter()
             self.save()
-            signalled, _ = self._agree(stop(), False)  # that came while the last epoch was evaluated
+            signalled, _ = agree(fabric, stop(), False)  # one that arrived while the last epoch was evaluated
             if signalled:
                 self._leave(signalled)
 
-    def try_out(self) -> None:
-        """A step that changes nothing: what cannot work fails before an old run makes room for this one."""
-        batch = self.feed[0]
+    def try_step(self) -> None:
+        """A step without an update, so that a model that cannot be trained fails before an old run is removed."""
+        batch = self.batches[0]
         bound = self._bound(batch.x.to(self.fabric.device), batch.eps.to(self.fabric.device))
         self._backward(-bound.bound.mean())
         self.optimizer.zero_grad(set_to_none=True)
 
     def restore(self) -> None:
-        """Go back to the last checkpoint, if there is one.
-
-        Raises:
-            InputError: it is damaged, or of another number of processes.
-        """
-        kept = checkpoint.read_state(self.out)
-        if kept is None:
+        """Load the last checkpoint, if there is one."""
+        saved = checkpoint.read_state(self.out)
+        if saved is None:
             self.log.say(f"{self.out}: there is no checkpoint yet; starting at step 0")
             return
-        state, tensors = kept
+        state, tensors = saved
         if state.processes != self.fabric.world_size:
             raise InputError(
                 f"train: --resume continues the run as it was, but it had {state.processes} processes and now has "
-                f"{self.fabric.world_size}. Start as many, or a new run in another folder"
+                f"{self.fabric.world_size}. Start {state.processes}, or a new run in another folder"
             )
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        try:
-            for name, tensor in tensors.items():
-                part, _, rest = name.partition("/")
-                parts[part][rest] = tensor
-            if state.history:  # better to know now that the kept weights are damaged than at the end
-                self.average.load_state_dict(checkpoint.read_weights(self.out))
-            self.model.load_state_dict(parts["model"])
-            self.average.load_state_dict(parts["average"])
-            plain = self.adamw.state_dict()
-            for index, name in enumerate(self._optimized()):
-                if f"{name}/step" in parts["optimizer"]:  # none yet, if float16's scaler has skipped every step
-                    plain["state"][index] = {key: parts["optimizer"][f"{name}/{key}"] for key in _MOMENTS}
-            self.adamw.load_state_dict(plain)
-        except (KeyError, RuntimeError, SafetensorError, OSError) as error:
-            raise InputError(
-                f"train: the checkpoint in {self.out} does not hold this model's weights: {error}. Its files are "
-                "damaged or have been changed. Train again in another folder"
-            ) from None
+        checkpoint.restore(self.out, state, tensors, self.model, self.average, self.adamw)
         if state.scaler:
             self.fabric.strategy.precision.load_state_dict(state.scaler)
         self.step, self.history = state.step, state.history
-        if self.fabric.global_rank == 0:  # the first process has what all have summed up
+        if self.fabric.global_rank == 0:  # the sums over all processes, in the first one
             self.totals = dict(state.totals)
         self.saved_step = self.step
         self.log.say(f"{self.out}: continuing after step {self.step}")
         if state.environment != self.environment:
             self.log.say(
-                f"{self.out}: it ran on {state.environment} and goes on on {self.environment}: other last bits"
+                f"{self.out}: the run started on {state.environment} and continues on {self.environment}: results "
+                "differ in their last bits"
             )
 
     def save(self) -> None:
-        """Write the kept weights and the state, both whole or not at all; the state is the later one.
-
-        Raises:
-            InputError: there is no room, or no right, to write. What was there is still whole.
-        """
+        """Write the kept weights, then the state, each file whole or not at all."""
         self.totals = self._all_totals()
         if self.fabric.global_rank == 0 and self.saved_step != self.step:
-            tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-            tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
-            state = self.adamw.state_dict()["state"]
-            for index, name in enumerate(self._optimized()):
-                if index in state:
-                    tensors |= {f"optimizer/{name}/{key}": state[index][key] for key in _MOMENTS}
-            scaler = self.fabric.strategy.precision.state_dict()
+            tensors = checkpoint.state_tensors(self.model, self.average, self.adamw)
             record = State(
                 step=self.step,
                 processes=self.fabric.world_size,
                 totals=self.totals,
                 history=self.history,
-                scaler=scaler,
+                scaler=self.fabric.strategy.precision.state_dict(),
                 environment=self.environment,
             )
             with self._writing(f"the checkpoint of step {self.step}"):
@@ -302,19 +277,19 @@ class _Run:
         self.fabric.barrier()
 
     def finish(self) -> Result:
-        """Measure the kept weights on the test data, and write figures and pictures."""
+        """Evaluate the kept weights on the test data, and write figures and pictures."""
         kept, config = self._kept(), self.config
         self.average.load_state_dict(checkpoint.read_weights(self.out))
         measured = evaluate.on_test(self.average, self.fabric, self.dataset, config.train, config.data)
         result = msgspec.structs.replace(measured, epoch=kept.epoch, step=kept.step)
         if self.fabric.global_rank == 0:
-            warned = evaluate.warnings(result, config.model)
-            for warning in warned:
+            warnings = evaluate.warnings(result, config.model)
+            for warning in warnings:
                 self.log.say(f"warning: {warning}")
             with self._writing("the run's figures"):
-                plots.write(self.out / checkpoint.PICTURES, self.average, self.dataset, self.history)
+                self._write_pictures()
                 logs.write_curve(self.out, self.history)
-                logs.write_metrics(self.out, result, self.dataset.split, self.history, warned)
+                logs.write_metrics(self.out, result, self.dataset.split, self.history, warnings)
                 checkpoint.write_config(self.out, msgspec.structs.replace(config, result=result))
         self.fabric.barrier()
         return result
@@ -327,12 +302,12 @@ class _Run:
                 raise
             reason = str(error).strip().partition("\n")[0]
             raise BackendError(
-                f"train: torch.compile does not work here: {reason}. Leave --compile out, or install what it needs"
+                f"train: torch.compile does not work here: {reason}. Leave --compile out, or install what is missing"
             ) from None
         return bound
 
     def _backward(self, loss: Tensor) -> Tensor:
-        """Leave the gradients, clipped; their norm before that."""
+        """Compute and clip the gradients; their norm before clipping."""
         clip = self.config.train.gradient_clip
         if not self.wrapped:
             loss.backward()
@@ -369,11 +344,15 @@ class _Run:
         with self._writing("the run's figures"):
             self.log.epoch(row)
             if self.fabric.global_rank == 0 and time.monotonic() - self.drawn_at > picture_seconds:
-                plots.write(self.out / checkpoint.PICTURES, self.average, self.dataset, self.history)
+                self._write_pictures()
                 self.drawn_at = time.monotonic()
 
+    def _write_pictures(self) -> None:
+        grids = plots.write(self.out / checkpoint.PICTURES, self.average, self.dataset, self.history)
+        self.log.pictures(self.step, grids)
+
     def _kept(self) -> Epoch:
-        """The epoch whose weights are the run's result, so far."""
+        """The epoch whose weights are kept, so far."""
         return checkpoint.best(self.history) if self.config.train.keep == "best" else self.history[-1]
 
     def _patience_ended(self) -> bool:
@@ -381,18 +360,18 @@ class _Run:
         return bool(patience and self.history and len(self.history) - checkpoint.best(self.history).epoch >= patience)
 
     def _average_weights(self) -> None:
-        """Average the weights, over fewer steps at first: they are worth little then."""
+        """Update the averaged weights, with a smaller decay in the first steps, which are forgotten faster."""
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.parameters, 1.0 - decay)
 
     def _mean_kl(self, bound: Bound, batch: Batch) -> Tensor:
-        """(D,) of the whole batch, of all processes; without gradient."""
+        """Mean KL of each latent dimension over the batches of all processes, (D,), without gradient."""
         mean = bound.kl_by_dimension.detach()[: batch.count].sum(0) / batch.total
-        return evaluate.summed(self.fabric, mean).to(mean.device)
+        return summed(self.fabric, mean).to(mean.device)
 
-    def _look(self, pending: list[tuple[Tensor, ...]], began: float) -> None:
-        """Fetch what the last steps, since `began`, left on the device; refuse what is not finite, show the rest."""
+    def _check_steps(self, pending: list[tuple[Tensor, ...]], began: float) -> None:
+        """Fetch the figures of the steps since `began` from the device; add them up, unless one is not finite."""
         first = self.step - len(pending)
         losses, norms, *parts = zip(*pending, strict=True)
         sums = [torch.stack([values.sum() for values in part]) for part in parts]
@@ -400,24 +379,24 @@ class _Run:
         for step, (loss, norm, *terms) in enumerate(figures, first):
             if not math.isfinite(loss):
                 raise InputError(self._diverged("loss", loss, step))
-            if not math.isfinite(norm) and self.config.train.precision != "16-mixed":  # whose scaler skips the step
-                raise InputError(self._diverged("gradient's norm", norm, step))
-            for name, value in zip(_TOTALS, terms, strict=False):  # step by step: the same wherever a run is stopped
-                self.totals[name] += value
+            if not math.isfinite(norm) and self.config.train.precision != "16-mixed":  # its scaler skips the step
+                raise InputError(self._diverged("gradient norm", norm, step))
+            for name, value in zip(_TOTALS, terms, strict=False):
+                self.totals[name] += value  # step by step, so that a resumed run has the same sums
         pending.clear()
         totals = self.totals
         totals["seconds"] += time.perf_counter() - began
         examples = max(totals["examples"], 1.0)  # a process may have had none since the last checkpoint
         bound, kl = totals["bound"] / examples, totals["kl"] / examples
-        # Of several processes, the first may have the totals of all, seconds too: its share counts for each.
+        # After a checkpoint the first process has the totals of all, seconds included.
         rate = self.fabric.world_size * totals["examples"] / max(totals["seconds"], 1e-9)
-        self.log.step(self.step, bound, kl, rate)
+        self.log.step(self.step, len(self.history) + 1, bound, kl, rate)
 
     def _diverged(self, what: str, value: float, step: int) -> str:
-        rows = self.feed.indices(step).tolist()
+        rows = self.batches.indices(step).tolist()
         shown = ", ".join(map(str, rows[:8])) + (f", … ({len(rows)} in all)" if len(rows) > 8 else "")
         return (
-            f"train: the {what} became {value} at step {step} (epoch {step // self.feed.steps_per_epoch + 1}), on "
+            f"train: the {what} became {value} at step {step} (epoch {step // self.batches.steps_per_epoch + 1}), on "
             f"training rows {shown}. {self._last_checkpoint()}. Lower the learning rate, or use --precision 32-true"
         )
 
@@ -428,51 +407,33 @@ class _Run:
         except OSError as error:
             raise InputError(
                 f"train: {what} could not be written to {self.out}: {error.strerror or error}. "
-                f"{self._last_checkpoint()}. Make room, and continue with --resume"
+                f"{self._last_checkpoint()}. Make space, and continue with --resume"
             ) from None
 
     def _last_checkpoint(self) -> str:
         if self.saved_step is None:
-            return "There is no checkpoint yet"
-        return f"The last checkpoint, of step {self.saved_step}, is whole in {self.out}"
-
-    def _agree(self, signalled: int, due: bool) -> tuple[int, bool]:
-        """What any process has been told to do, all do."""
-        if self.fabric.world_size == 1:
-            return signalled, due
-        flags = torch.tensor([signalled, int(due and self.fabric.global_rank == 0)], device=self.fabric.device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        signalled, both = flags.tolist()
-        return signalled, bool(both)
+            return "No checkpoint has been written yet"
+        return f"The last checkpoint, of step {self.saved_step}, is complete in {self.out}"
 
     def _all_totals(self) -> dict[str, float]:
-        """This epoch's, over all processes."""
-        sums = evaluate.summed(self.fabric, torch.tensor(list(self.totals.values()), dtype=torch.float64))
+        """This epoch's totals, summed over all processes."""
+        sums = summed(self.fabric, torch.tensor(list(self.totals.values()), dtype=torch.float64))
         return dict(zip(self.totals, sums.tolist(), strict=True))
 
-    def _optimized(self) -> list[str]:
-        """Names of the parameters in the optimizer's order."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [names[id(parameter)] for group in self.adamw.param_groups for parameter in group["params"]]
-
     def _workers(self) -> int:
-        """Threads that make batches: where reading is slow or the device could wait for the host."""
+        """Number of threads that prepare batches: 0 where that is faster than handing them over."""
         lazy = self.config.data.spec.partition(":")[0] in ("images", "array")
         return min(4, os.cpu_count() or 1) if lazy or self.fabric.device.type != "cpu" else 0
 
     def _leave(self, number: int) -> NoReturn:
-        self.log.say(f"{self.out}: stopped after step {self.step} and saved; go on with --resume")
+        self.log.say(f"{self.out}: stopped after step {self.step} and saved; continue with --resume")
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_TOTALS = ("bound", "reconstruction", "kl", "examples", "seconds")
-
-
 def _counted(values: Tensor, batch: Batch) -> Tensor:
-    """(B,) without the example that stands in where a process has none."""
+    """(B,) without the example that stands in where a process has none left."""
     return values if batch.count == len(values) else values[: batch.count]
 
 
@@ -482,47 +443,5 @@ def _check_place(out: Path, config: DataConfig, *, overwrite: bool, resume: bool
     kind, _, where = config.spec.partition(":")
     if kind == "images" and out.resolve().is_relative_to(Path(where).expanduser().resolve()):
         raise InputError(
-            f"train: {out} lies in the folder of the pictures, to which the run would add its own. Choose a folder "
-            "outside of it"
+            f"train: {out} lies in the folder of the training pictures. Choose a folder outside of it for the run"
         )
-
-
-def _dataset(
-    config: DataConfig, train: TrainConfig, described: ModelConfig | Describe, log: logs.Log
-) -> tuple[DataSet, ModelConfig]:
-    """The data and the model, if they fit each other.
-
-    Raises:
-        InputError: the data cannot be read, or has another range or shape than the model.
-    """
-    dataset = datasets.load(config, train.seed, report=log.say)
-    if dataset.skipped:
-        some = "; ".join(dataset.skipped[:3]) + ("; …" if len(dataset.skipped) > 3 else "")
-        log.say(f"warning: {len(dataset.skipped)} files could not be read and are left out: {some}")
-    model = described if isinstance(described, ModelConfig) else described(dataset.shape, dataset.range)
-    model.check()
-    if (train.objective == "autoencoder") != (model.posterior == "deterministic"):
-        raise InputError(
-            f"train: objective {train.objective!r} does not fit a {model.posterior!r} posterior; a plain autoencoder "
-            "has both 'autoencoder' and 'deterministic'"
-        )
-    if model.likelihood == "discretized_logistic":
-        dataset = dataset.quantized()
-    if config.dequantize and model.likelihood == "bernoulli":
-        raise InputError(
-            "train: dequantized data is continuous, and a Bernoulli likelihood is of 0s and 1s. Take a Gaussian one"
-        )
-    if config.binarize != "none" and model.likelihood != "bernoulli":
-        raise InputError(
-            f"train: binarized data needs likelihood 'bernoulli', got {model.likelihood!r}: a density of 0s and 1s "
-            "has no upper limit"
-        )
-    if dataset.range != model.data_range:
-        raise InputError(
-            f"train: the model expects data in {list(model.data_range)}; {dataset.name} has {list(dataset.range)}"
-        )
-    if dataset.shape != model.data_shape:
-        raise InputError(
-            f"train: the model expects examples of shape {model.data_shape}; {dataset.name} has {dataset.shape}"
-        )
-    return dataset, model

@@ -1,8 +1,7 @@
-"""The models: an encoder to q(z|x) and a decoder to p(x|z), each a few dozen lines.
+"""The models: an encoder to q(z|x) and a decoder to p(x|z).
 
-All have `encode(x) -> (mean, logvar)`, or `mean` alone for a plain autoencoder, and `decode(z) -> parameters
-of p(x|z)` in the order of `manifest.DECODER_OUTPUTS`, and no randomness: the draw from the posterior is the
-objective's.
+All have `encode(x) -> (mean, logvar)`, or `(mean,)` for a plain autoencoder, and `decode(z) -> parameters of p(x|z)` in
+the order of `contract.model.DECODER_OUTPUTS`. They have no randomness: the objective draws from the posterior.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from vae_export.trainers.objective import LogProb, Parameters, gaussian, log_pro
 
 
 class VAEModel(nn.Module):
-    """Two trunks and what turns their outputs into distributions."""
+    """An encoder and a decoder network with their distributions."""
 
     def __init__(self, config: ModelConfig, encoder: nn.Module, decoder: nn.Module) -> None:
-        """Join the trunks.
+        """Take the networks.
 
         Args:
-            config: the model's description.
+            config: of the model.
             encoder: (B, C, H, W) → (B, posterior_channels(config) · latent, …).
             decoder: (B, *latent) → (B, channels(config), H, W).
         """
@@ -38,7 +37,7 @@ class VAEModel(nn.Module):
             self.noise_logvar = nn.Parameter(torch.tensor(2 * math.log(config.width)))
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """X (B, C, H, W) → mean and logvar of q(z|x), (B, *latent) each, or the mean alone."""
+        """Mean and logvar of q(z|x), (B, *latent) each, or the mean alone, for x (B, C, H, W)."""
         out: Tensor = self.encoder(x)
         if self.config.posterior == "deterministic":
             return (out,)
@@ -46,7 +45,7 @@ class VAEModel(nn.Module):
         return mean, logvar.clamp(*self.config.logvar_clamp)
 
     def decode(self, z: Tensor) -> Parameters:
-        """Z (B, *latent) → the parameters of p(x|z), (B, C, H, W) each."""
+        """Parameters of p(x|z), (B, C, H, W) each, for z (B, *latent)."""
         out: Tensor = self.decoder(z)
         if self.config.likelihood == "bernoulli":
             return torch.sigmoid(out), out
@@ -60,7 +59,7 @@ class VAEModel(nn.Module):
         return (out,)
 
     def likelihood(self) -> Likelihood:
-        """P(x|z) as the manifest records it; a learned variance with its value now."""
+        """The likelihood as a manifest records it, with the current value of a learned variance."""
         kind, variance = self.config.likelihood, self.config.variance
         if kind == "gaussian_fixed" and variance is None:
             variance = math.exp(self._noise_logvar().item())
@@ -72,60 +71,59 @@ class VAEModel(nn.Module):
         )
 
     def log_prob(self) -> LogProb:
-        """Log p(x|z) for each value, through which gradients reach a learned variance. Not without a likelihood."""
+        """Log p(x|z) for each value, differentiable with respect to a learned variance; not for likelihood `none`."""
         if self.config.likelihood == "gaussian_fixed" and self.config.variance is None:
             logvar = self._noise_logvar()
             return lambda x, parameters: gaussian(x, (*parameters, logvar))
         return log_prob_of(self.likelihood(), Data(shape=self.config.data_shape, range=self.config.data_range))
 
     def _noise_logvar(self) -> Tensor:
-        """Softly floored, so that it can always come back up."""
+        """Log-variance with a smooth floor, below which there is still a gradient."""
         floor = self.config.noise_logvar_floor
         return floor + functional.softplus(self.noise_logvar - floor)
 
 
 def build(config: ModelConfig) -> VAEModel:
-    """Make a model with fresh weights from PyTorch's random state.
+    """Build a model with initial weights drawn from PyTorch's random state.
 
     Raises:
-        InputError: the configuration is not a model (`ModelConfig.check`).
+        InputError: the configuration is not valid (`ModelConfig.check`).
     """
     config.check()
     return _MODELS[config.model](config)
 
 
 def channels(config: ModelConfig) -> int:
-    """The decoder's output channels: one for each of x's, or two where two parameters belong to each value."""
+    """Number of the decoder's output channels: for each channel of x one, or two for likelihoods of two parameters."""
     return config.data_shape[0] * (2 if config.likelihood in ("gaussian", "discretized_logistic") else 1)
 
 
 def posterior_channels(config: ModelConfig) -> int:
-    """The encoder's outputs for each latent dimension: mean and log-variance, or the mean alone."""
+    """Number of the encoder's outputs for each latent dimension: mean and log-variance, or the mean alone."""
     return 1 if config.posterior == "deterministic" else 2
 
 
-class _Spread(nn.Module):
-    """(B, D) means → (B, 2 D): beside them one learned log-variance for each dimension, whatever x is."""
+class _LogVariance(nn.Module):
+    """(B, D) means → (B, 2 D): appends a learned log-variance for each dimension, the same for all x."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()
         self.logvar = nn.Parameter(torch.zeros(latent))
 
     def forward(self, mean: Tensor) -> Tensor:
-        """Join."""
         return torch.cat([mean, self.logvar.expand_as(mean)], dim=1)
 
 
 def linear(config: ModelConfig) -> VAEModel:
-    """Linear both ways, with one noise variance: probabilistic PCA as a VAE (Lucas et al. 2019, section 4).
+    """Linear encoder and decoder with one noise variance: probabilistic PCA as a VAE (Lucas et al. 2019, section 4).
 
     The exact posterior's covariance does not depend on x, so neither does the encoder's.
     """
     size = math.prod(config.data_shape)
-    spread = [_Spread(config.latent)] if config.posterior == "diagonal_gaussian" else []
+    logvar = [_LogVariance(config.latent)] if config.posterior == "diagonal_gaussian" else []
     return VAEModel(
         config,
-        nn.Sequential(nn.Flatten(), nn.Linear(size, config.latent), *spread),
+        nn.Sequential(nn.Flatten(), nn.Linear(size, config.latent), *logvar),
         nn.Sequential(nn.Linear(config.latent, size), nn.Unflatten(1, config.data_shape)),
     )
 
@@ -198,7 +196,7 @@ def resnet(config: ModelConfig) -> VAEModel:
 
 
 class _Block(nn.Module):
-    """(B, a, H, W) → (B, b, H, W): two normalized 3×3 convolutions beside a shortcut (He et al. 2016)."""
+    """(B, a, H, W) → (B, b, H, W): two normalized 3×3 convolutions with a shortcut (He et al. 2016)."""
 
     def __init__(self, a: int, b: int) -> None:
         super().__init__()
@@ -208,13 +206,12 @@ class _Block(nn.Module):
         self.shortcut = nn.Identity() if a == b else nn.Conv2d(a, b, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add."""
         result: Tensor = self.shortcut(x) + self.body(x)
         return result
 
 
 class _Attention(nn.Module):
-    """(B, C, H, W) → the same: every place attends to every other, one head, beside a shortcut."""
+    """(B, C, H, W) → the same: self-attention over all positions with one head and a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -223,18 +220,16 @@ class _Attention(nn.Module):
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend and add."""
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=3)  # (B, 1, H·W, C)
-        found = functional.scaled_dot_product_attention(q, k, v)
-        result: Tensor = x + self.out(found.squeeze(1).transpose(1, 2).reshape(x.shape))
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = x + self.out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
         return result
 
 
 def _norm(width: int) -> nn.GroupNorm:
     """Group norm over at most 8 groups of 4 channels or more (Wu & He 2018).
 
-    A group of one channel has no variance at all where a picture is of one grey, and dividing by it would make
-    much of rounding.
+    A group of one channel has no variance where a picture has a constant value, and dividing by it amplifies rounding.
     """
     groups = next(n for n in (8, 4, 2, 1) if n == 1 or (width % n == 0 and width // n >= 4))
     return nn.GroupNorm(groups, width)

@@ -21,19 +21,19 @@ LogProb = Callable[[Tensor, Parameters], Tensor]
 
 
 class Autoencoder(Protocol):
-    """What the objective needs of a model."""
+    """Encoder and decoder, all that the objective of an autoencoder needs."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """X (B, *data) → mean and logvar of q(z|x), (B, *latent) each; of a plain autoencoder the mean alone."""
+        """Mean and logvar of q(z|x), (B, *latent) each, for x (B, *data); of a plain autoencoder the mean alone."""
         ...
 
     def decode(self, z: Tensor) -> Parameters:
-        """Z (B, *latent) → the parameters of p(x|z), (B, *data) each."""
+        """Parameters of p(x|z), (B, *data) each, for z (B, *latent)."""
         ...
 
 
 class VAE(Autoencoder, Protocol):
-    """What training needs of a model besides: its likelihood."""
+    """What training needs of a model: encoder, decoder and likelihood."""
 
     def log_prob(self) -> LogProb:
         """Log p(x|z) for each value."""
@@ -41,10 +41,10 @@ class VAE(Autoencoder, Protocol):
 
 
 class Draws(NamedTuple):
-    """What every bound is made of, in nats, for K draws z from q(z|x).
+    """K draws z from q(z|x) and the terms of every bound, in nats.
 
     Attributes:
-        log_likelihood: (K · B,) log p(x|z), draw by draw.
+        log_likelihood: (K · B,) log p(x|z), in the order of `eps`.
         mean: (B, *latent) of q(z|x).
         logvar: (B, *latent) of q(z|x).
         eps: (K, B, *latent) the noise.
@@ -71,14 +71,14 @@ class Draws(NamedTuple):
 
 
 class Elbo(NamedTuple):
-    """One draw's terms, (B,) nats: the ELBO is reconstruction − kl."""
+    """Terms of the ELBO at one draw, (B,) each, in nats: the ELBO is reconstruction − kl."""
 
     reconstruction: Tensor
     kl: Tensor
 
 
 class Bound(NamedTuple):
-    """A bound on log p(x) and its parts, in nats for each example; of an autoencoder, minus the squared error.
+    """A lower bound on log p(x) and its terms, in nats; of an autoencoder, minus the squared error.
 
     Attributes:
         bound: (B,).
@@ -116,9 +116,9 @@ def gaussian_fixed(variance: float) -> LogProb:
 
 
 def discretized_logistic(low: float, high: float) -> LogProb:
-    """log-probability of the nearest of 256 levels from low to high under a logistic distribution.
+    """Log-probability of the nearest of 256 levels from low to high under a logistic distribution.
 
-    Kingma et al. 2016; the outermost levels take the tails (Salimans et al. 2017, eq. 2).
+    Kingma et al. 2016; the outermost levels include the tails (Salimans et al. 2017, eq. 2).
     """
     half = (high - low) / 255 / 2
 
@@ -136,7 +136,7 @@ def discretized_logistic(low: float, high: float) -> LogProb:
 
 
 def log_prob_of(likelihood: Likelihood, data: Data) -> LogProb:
-    """Log p(x|z) for each value, for the likelihood that a manifest names. Not for `none`."""
+    """Log p(x|z) for each value, for any likelihood of a manifest but `none`."""
     if likelihood.kind == "bernoulli":
         return bernoulli
     if likelihood.kind == "gaussian":
@@ -163,7 +163,7 @@ def draw(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Draws
     if draws > 1:
         z = (mean + deviation * eps).flatten(0, 1)  # (K · B, *latent)
         x = x.repeat(draws, *[1] * (x.ndim - 1))
-    else:  # without an axis to broadcast over, which costs in the backward pass
+    else:  # no axis to broadcast over: that slows the backward pass
         z = mean + deviation * eps[0]
     parameters = tuple(_at_least_float32(p) for p in model.decode(z))  # (K · B, *data) each
     return Draws(_per_example(log_prob(x, parameters)), mean, logvar, eps, z)
@@ -178,15 +178,15 @@ def elbo(model: Autoencoder, log_prob: LogProb, x: Tensor, eps: Tensor) -> Elbo:
         x: (B, *data).
         eps: (B, *latent) standard normal noise.
     """
-    found = draw(model, log_prob, x, eps[None])
-    return Elbo(found.log_likelihood, _per_example(found.kl_by_dimension()))
+    drawn = draw(model, log_prob, x, eps[None])
+    return Elbo(drawn.log_likelihood, _per_example(drawn.kl_by_dimension()))
 
 
 class Objective(nn.Module):
-    """A model and what is maximized, as one module: so that compiling, autocasting and several processes see all."""
+    """A model with its bound, as one module to compile, to autocast and to distribute over processes."""
 
     def __init__(self, model: VAE, kind: str) -> None:
-        """Wrap.
+        """Take a model and the kind of its bound.
 
         Args:
             model: encoder and decoder.
@@ -197,35 +197,35 @@ class Objective(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor, eps: Tensor) -> Bound:
-        """X (B, *data), eps (K, B, *latent) → the bound and its parts for each example; see `Bound`."""
+        """The bound and its terms for x (B, *data) and standard normal eps (K, B, *latent)."""
         if self.kind == "autoencoder":
             (decoded,) = self.model.decode(*self.model.encode(x))
             error = _per_example((_at_least_float32(decoded) - x).square())
             return Bound(-error, -error, torch.zeros_like(error), error.new_zeros(len(x), 0))
-        found = draw(self.model, self.model.log_prob(), x, eps)
-        by_dimension = found.kl_by_dimension().flatten(1)
-        reconstruction = found.log_likelihood if len(eps) == 1 else found.reconstruction().mean(0)
+        drawn = draw(self.model, self.model.log_prob(), x, eps)
+        by_dimension = drawn.kl_by_dimension().flatten(1)
+        reconstruction = drawn.log_likelihood if len(eps) == 1 else drawn.reconstruction().mean(0)
         if self.kind == "elbo":
             kl = by_dimension.sum(1)
             return Bound(reconstruction - kl, reconstruction, kl, by_dimension)
-        log_ratio = found.log_ratio()
+        log_ratio = drawn.log_ratio()
         kl = -log_ratio.mean(0)
         bound = reconstruction - kl
         if self.kind == "importance_weighted":  # log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. 2016, eq. 8
-            weights = found.reconstruction() + log_ratio
+            weights = drawn.reconstruction() + log_ratio
             bound = torch.logsumexp(weights, 0) - math.log(len(weights))
         return Bound(bound, reconstruction, kl, by_dimension)
 
 
-def shaped(bound: Bound, kind: str, beta: float, free_bits: float, mean_kl: Tensor | None) -> Tensor:
-    """What training minimizes for each example: minus the bound, its KL weighted and partly free. (B,).
+def training_loss(bound: Bound, kind: str, beta: float, free_bits: float, mean_kl: Tensor | None) -> Tensor:
+    """Minus the bound of each example, with its KL weighted and partly free, (B,).
 
     Args:
         bound: of `Objective`.
         kind: `TrainConfig.objective`.
         beta: weight of the KL (Higgins et al. 2017).
-        free_bits: nats of each latent dimension's KL, averaged over the batch, that cost nothing: below them
-            the dimension has no gradient (Kingma et al. 2016, eq. 15).
+        free_bits: KL of each latent dimension, averaged over the batch, that costs nothing, in nats: below it the
+            dimension has no gradient (Kingma et al. 2016, eq. 15).
         mean_kl: (D,) that average, over the batches of all processes; None without free bits.
     """
     if kind in ("importance_weighted", "autoencoder"):
@@ -247,5 +247,5 @@ def _per_example(terms: Tensor) -> Tensor:
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
-    """Sums over pixels lose too much in the lower precisions that a model may compute in."""
+    """Sums over pixels lose too many digits in bfloat16 and float16."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

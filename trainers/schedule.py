@@ -1,4 +1,4 @@
-"""What the optimizer is told: learning rate and KL weight of each step, and what it does to which parameter."""
+"""Learning rate and KL weight of each step, and the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vae_export.trainers.config import TrainConfig
 
 
 def learning_rate(step: int, warmup: int, total: int) -> float:
-    """Share of the peak: a linear rise over `warmup` steps, a tenth of all at most, then half a cosine to 0."""
+    """Learning rate relative to its peak: linear warm-up, at most a tenth of all steps, then half a cosine to 0."""
     warmup = min(warmup, total // 10)
     if step < warmup:
         return (step + 1) / warmup
@@ -19,16 +19,16 @@ def learning_rate(step: int, warmup: int, total: int) -> float:
 
 
 def warmed_up(step: int, warmup: int) -> float:
-    """A rise from 0 to 1 over `warmup` steps; 1 where there are none."""
+    """Linear warm-up from 0 to 1 over `warmup` steps; 1 if there are none."""
     return min(1.0, step / warmup) if warmup else 1.0
 
 
 def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Parameters by what the optimizer does to them.
+    """Parameter groups of AdamW: by weight decay, and by `pace`, a factor of the learning rate.
 
-    Weight decay is for weights: pulling biases, norms and variances to 0 is no prior that anybody holds. A
-    learned noise variance is one number on which all pixels agree, and until it has come down to the size of
-    the errors, the latents are not worth their KL and collapse: so it goes ahead, at 0.01 or more for each step.
+    Weight decay applies to weights only: there is no reason to pull biases, norms and variances to 0. A learned noise
+    variance has a learning rate of 0.01 or more: it is one number for all pixels, and as long as it exceeds the
+    squared errors, the latents do not earn their KL and collapse.
     """
     ahead = max(1.0, 0.01 / config.learning_rate)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

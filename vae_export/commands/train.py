@@ -1,141 +1,93 @@
-"""The command line's `train`: its many options, each a field of a record in `trainers.config`."""
+"""The command line's `train`. Each of its options is a field of a record in `trainers.config`."""
 
-from __future__ import annotations
-
-import enum
+import inspect
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from vae_export.commands import terminal
 from vae_export.errors import TRAIN_NEEDS, InputError, require
+from vae_export.trainers.choices import Binarization, Device, Kept, LikelihoodName, ModelName, ObjectiveName, Precision
 
 
-class ModelName(enum.StrEnum):
-    """What is trained."""
+class _Default(str):
+    """The name of an option that formats as its default, read from the records only when the help is shown."""
 
-    linear = "linear"
-    mlp = "mlp"
-    conv = "conv"
-    resnet = "resnet"
+    def __format__(self, spec: str) -> str:
+        return default(str(self))
 
 
-class LikelihoodName(enum.StrEnum):
-    """p(x|z)."""
-
-    bernoulli = "bernoulli"
-    gaussian = "gaussian"
-    gaussian_fixed = "gaussian_fixed"
-    discretized_logistic = "discretized_logistic"
-    none = "none"
+def _option(panel: str, help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel)
 
 
-class ObjectiveName(enum.StrEnum):
-    """What is maximized."""
-
-    elbo = "elbo"
-    elbo_monte_carlo = "elbo_monte_carlo"
-    importance_weighted = "importance_weighted"
-    autoencoder = "autoencoder"
-
-
-class Binarization(enum.StrEnum):
-    """Whether values become 0 or 1, and how often they are drawn."""
-
-    none = "none"
-    static = "static"
-    dynamic = "dynamic"
-
-
-class Keep(enum.StrEnum):
-    """Which weights are the result."""
-
-    best = "best"
-    last = "last"
-
-
-class Accelerator(enum.StrEnum):
-    """Where training runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Precision(enum.StrEnum):
-    """Its arithmetic, by Lightning Fabric's names."""
-
-    full = "32-true"
-    bfloat16 = "bf16-mixed"
-    float16 = "16-mixed"
-
-
-def _option(help: str, panel: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
-
-
-_MODEL, _DATA, _TRAINING, _OBJECTIVE = "Model", "Data", "Training", "Objective"
-_DATA_HELP = "digits, photos, mnist:DIR, fashion:DIR, cifar10:DIR, images:DIR, array:FILE.npy, array:FILE.npz:KEY."
+_model, _data, _objective, _training = (partial(_option, panel) for panel in ("Model", "Data", "Objective", "Training"))
+_DATA_HELP = (
+    "Data set: digits, photos, mnist:DIR, fashion:DIR, cifar10:DIR, images:DIR, array:FILE.npy or array:FILE.npz:KEY."
+)
+_WIDTHS_HELP = "Units of each hidden layer (mlp) or channels at each level (conv, resnet), such as 64,128."
 
 
 def train(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The run's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in OUT where it was, bit for bit.")
+        bool, typer.Option("--resume", help="Continue the run in OUT from its last checkpoint, bit for bit.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in OUT.")] = False,
-    model: Annotated[ModelName | None, _option("What to train: conv if nothing is said.", _MODEL)] = None,
-    likelihood: Annotated[LikelihoodName | None, _option("p(x|z).", _MODEL)] = None,
-    variance: Annotated[float | None, _option("Of gaussian_fixed; learned if nothing is said.", _MODEL)] = None,
-    latent: Annotated[int | None, _option("Latent dimensions; resnet: channels.", _MODEL)] = None,
-    widths: Annotated[
-        str | None, _option("mlp: units of each hidden layer; conv, resnet: channels at each level.", _MODEL)
-    ] = None,
-    blocks: Annotated[int | None, _option("resnet: residual blocks at each level.", _MODEL)] = None,
-    attention: Annotated[bool | None, _option("resnet: self-attention in the middle.", _MODEL)] = None,
-    data: Annotated[str | None, _option(_DATA_HELP, _DATA)] = None,
+    model: Annotated[ModelName | None, _model("Architecture of encoder and decoder.")] = None,
+    likelihood: Annotated[LikelihoodName | None, _model("Likelihood p(x|z) of the data.")] = None,
+    variance: Annotated[float | None, _model("Variance of a gaussian_fixed likelihood.")] = None,
+    latent: Annotated[int | None, _model("Latent dimensions; for resnet, latent channels.")] = None,
+    widths: Annotated[str | None, _model(_WIDTHS_HELP)] = None,
+    blocks: Annotated[int | None, _model("Residual blocks at each level of resnet.")] = None,
+    attention: Annotated[bool | None, _model("Self-attention in the middle of resnet.")] = None,
+    data: Annotated[str | None, _data(_DATA_HELP)] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch mnist, fashion or cifar10 into DIR.", rich_help_panel=_DATA)
+        bool, typer.Option("--download", help="Download mnist, fashion or cifar10 to DIR.", rich_help_panel="Data")
     ] = False,
-    size: Annotated[str | None, _option("images, photos: pixels, such as 64 or 48x64.", _DATA)] = None,
-    channels: Annotated[int | None, _option("images: 1 (grey) or 3 (colour).", _DATA)] = None,
-    range: Annotated[str | None, _option("Of the values, such as -1,1; 0,1 if nothing is said.", _DATA)] = None,
-    validation: Annotated[float | None, _option("Share that chooses the best weights.", _DATA)] = None,
-    test: Annotated[float | None, _option("Share held out to the end, if there is no test set.", _DATA)] = None,
-    binarize: Annotated[Binarization | None, _option("Make each value 0 or 1 with its own probability.", _DATA)] = None,
-    dequantize: Annotated[bool | None, _option("Add uniform noise of one level's width.", _DATA)] = None,
-    flip: Annotated[bool | None, _option("Mirror half of the training pictures.", _DATA)] = None,
-    objective: Annotated[ObjectiveName | None, _option("What to maximize.", _OBJECTIVE)] = None,
-    draws: Annotated[int | None, _option("From the posterior, for each example and step.", _OBJECTIVE)] = None,
-    beta: Annotated[float | None, _option("Weight of the KL.", _OBJECTIVE)] = None,
-    kl_warmup: Annotated[int | None, _option("Epochs in which it rises from 0.", _OBJECTIVE)] = None,
-    free_bits: Annotated[float | None, _option("Nats of each latent dimension that cost nothing.", _OBJECTIVE)] = None,
-    seed: Annotated[int | None, _option("Of split, weights, order and noise.", _TRAINING)] = None,
-    epochs: Annotated[int | None, _option("Passes over the data.", _TRAINING)] = None,
-    batch_size: Annotated[int | None, _option("Examples in a step of one process.", _TRAINING)] = None,
-    learning_rate: Annotated[float | None, _option("Its peak.", _TRAINING)] = None,
-    warmup: Annotated[int | None, _option("Steps in which it rises.", _TRAINING)] = None,
-    weight_decay: Annotated[float | None, _option("Of AdamW.", _TRAINING)] = None,
-    gradient_clip: Annotated[float | None, _option("The gradient's largest norm.", _TRAINING)] = None,
-    ema: Annotated[float | None, _option("Decay of the averaged weights; 0 for the last ones.", _TRAINING)] = None,
-    keep: Annotated[
-        Keep | None, _option("Weights that are the result: best on validation, or last.", _TRAINING)
+    size: Annotated[str | None, _data("Height and width of pictures in pixels, such as 64 or 48x64.")] = None,
+    channels: Annotated[int | None, _data("Channels of images: 1 (grey) or 3 (colour).")] = None,
+    range: Annotated[str | None, _data("Smallest and largest value of the data, such as -1,1.")] = None,
+    validation: Annotated[float | None, _data("Share of the training data for validation.")] = None,
+    test: Annotated[float | None, _data("Share of the data for testing, if there is no test set.")] = None,
+    binarize: Annotated[
+        Binarization | None, _data("Draw values as 0 or 1: once (static), or at each step (dynamic).")
     ] = None,
-    patience: Annotated[int | None, _option("Epochs without a better validation ELBO, then stop.", _TRAINING)] = None,
-    importance_draws: Annotated[int | None, _option("K of the final importance-weighted bound.", _TRAINING)] = None,
-    device: Annotated[Accelerator | None, _option("Where to train.", _TRAINING)] = None,
-    precision: Annotated[Precision | None, _option("Of the arithmetic.", _TRAINING)] = None,
-    compile: Annotated[bool | None, _option("Use torch.compile.", _TRAINING)] = None,
+    dequantize: Annotated[bool | None, _data("Add uniform noise of one level's width.")] = None,
+    flip: Annotated[bool | None, _data("Mirror a random half of the training pictures.")] = None,
+    objective: Annotated[
+        ObjectiveName | None, _objective("Objective; autoencoder minimizes the squared error.")
+    ] = None,
+    draws: Annotated[int | None, _objective("Draws from the posterior for each example and step.")] = None,
+    beta: Annotated[float | None, _objective("Weight of the KL.")] = None,
+    kl_warmup: Annotated[int | None, _objective("Linear warm-up of the KL's weight from 0, in epochs.")] = None,
+    free_bits: Annotated[float | None, _objective("KL of each latent dimension that costs nothing, in nats.")] = None,
+    seed: Annotated[int | None, _training("Seed of split, initial weights, order and noise.")] = None,
+    epochs: Annotated[int | None, _training("Passes over the training data.")] = None,
+    batch_size: Annotated[int | None, _training("Examples in a step of one process.")] = None,
+    learning_rate: Annotated[float | None, _training("Peak learning rate of AdamW.")] = None,
+    warmup: Annotated[int | None, _training("Linear warm-up, in steps; at most a tenth of all.")] = None,
+    weight_decay: Annotated[float | None, _training("Weight decay of AdamW.")] = None,
+    gradient_clip: Annotated[float | None, _training("Largest norm of the gradient, in nats.")] = None,
+    ema: Annotated[float | None, _training("Decay of the averaged weights; 0: no averaging.")] = None,
+    keep: Annotated[Kept | None, _training("Weights to keep: the best on validation, or the last.")] = None,
+    patience: Annotated[
+        int | None, _training("Epochs without a better validation ELBO before stopping; 0: never.")
+    ] = None,
+    importance_draws: Annotated[int | None, _training("Draws (K) of the final importance-weighted bound.")] = None,
+    device: Annotated[Device | None, _training("Device to train on.")] = None,
+    precision: Annotated[Precision | None, _training("Precision of training; evaluation is in float32.")] = None,
+    compile: Annotated[bool | None, _training("Compile the training step with torch.compile.")] = None,
 ) -> None:
-    """Train a VAE, and leave a checkpoint, figures and pictures. Defaults depend on the model: docs/training.md."""
+    """Train a VAE, and write a run: checkpoint, figures and pictures."""
     given = {name: value for name, value in locals().items() if value is not None}
-    given = {name: value.value if isinstance(value, enum.Enum) else value for name, value in given.items()}
     for module, extra in TRAIN_NEEDS:
         require(module, extra, "train")
+    from vae_export.trainers import checkpoint
     from vae_export.trainers import config as configs
     from vae_export.trainers.fit import fit
 
@@ -150,29 +102,27 @@ def train(
         given["spec"] = given.pop("data")
     if given.get("objective") == "autoencoder":
         given["posterior"] = "deterministic"
-    recorded = None
-    if resume and (out / configs.CONFIG).is_file():
-        recorded = configs.read_config(out)
+    recorded = configs.read_config(out) if resume and (out / configs.CONFIG).is_file() else None
     if recorded:
-        for part in ("model", "data", "train"):
-            before = getattr(recorded, part)
-            configs.check_fields(out, part, before, _fields(given, type(before)))
+        for section in ("model", "data", "train"):
+            before = getattr(recorded, section)
+            checkpoint.check_fields(out, section, before, _fields(given, type(before)))
     name = given.pop("model", recorded.model.model if recorded else "conv")
 
-    def described(shape: tuple[int, int, int], values: tuple[float, float]) -> configs.ModelConfig:
-        found = {"data_shape": shape, "data_range": values, **_fields(given, configs.ModelConfig)}
-        return configs.model_config(name, **_over(recorded and recorded.model, found))
+    def describe(shape: tuple[int, int, int], values: tuple[float, float]) -> configs.ModelConfig:
+        fields = {"data_shape": shape, "data_range": values, **_fields(given, configs.ModelConfig)}
+        return configs.model_config(name, **_over(recorded and recorded.model, fields))
 
     result = fit(
         out,
-        described,
+        describe,
         configs.train_config(name, **_over(recorded and recorded.train, _fields(given, configs.TrainConfig))),
         configs.DataConfig(**_over(recorded and recorded.data, _fields(given, configs.DataConfig))),
         overwrite=force,
         resume=resume,
         download=download,
     )
-    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, only the first prints
         return
     figures = {
         "test ELBO {:.2f} nats": result.elbo,
@@ -186,11 +136,34 @@ def train(
     terminal.say(f"{out}: " + ", ".join(form.format(value) for form, value in figures.items() if value is not None))
 
 
+for _name, _hint in inspect.get_annotations(train).items():
+    for _info in getattr(_hint, "__metadata__", ()):
+        if isinstance(_info, typer.models.OptionInfo) and inspect.signature(train).parameters[_name].default is None:
+            _info.show_default = _Default(_name)
+
+
+def default(option: str) -> str:
+    """The default of an option in words: one for all models, or one for each."""
+    from vae_export.trainers import config as configs
+
+    other = {"model": "conv", "variance": "learned", "size": "64 for images, 16 for photos", "channels": "3"}
+    if option in other:
+        return other[option]
+    field = {"data": "spec"}.get(option, option)
+    models: dict[str, list[str]] = {}  # by the default
+    for model in get_args(ModelName):
+        records = configs.DataConfig(), configs.model_config(model, data_shape=(1, 1, 1)), configs.train_config(model)
+        value = next(getattr(record, field) for record in records if hasattr(record, field))
+        shown = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else f"{value}"
+        models.setdefault({"True": "on", "False": "off", "": "none"}.get(shown, shown), []).append(model)
+    return next(iter(models)) if len(models) == 1 else "; ".join(f"{', '.join(m)}: {v}" for v, m in models.items())
+
+
 def numbers(what: str, text: str, separator: str = ",") -> tuple[int, ...]:
-    """Whole numbers with a separator between them.
+    """Parse whole numbers with a separator between them.
 
     Raises:
-        InputError: something else is there.
+        InputError: the text is something else.
     """
     try:
         return tuple(int(number) for number in text.split(separator))
@@ -211,7 +184,7 @@ def _fields(given: Mapping[str, Any], record: Any) -> dict[str, Any]:
 
 
 def _over(recorded: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What a run that goes on was begun with, and what is said now, which `fit` compares with it."""
+    """The fields of the resumed run's record, with the given ones, which `fit` compares with them."""
     if recorded is None:
         return given
     return {name: getattr(recorded, name) for name in recorded.__struct_fields__ if name != "model"} | given

@@ -18,10 +18,10 @@ from vae_export.numerics.pixels import is_picture, to_uint8
 
 Array = npt.NDArray[Any]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _TILE = 48  # pixels that a tile of a grid has at least along its shorter side
 _MODES = {1: "L", 3: "RGB"}
-_CLEAR = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes that convert without loss of meaning
+PLAIN_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes that convert without loss of meaning
 
 
 def grid(x: Array, value_range: tuple[float, float], columns: int | None = None) -> Image.Image:
@@ -127,9 +127,9 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
         return array
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
-        raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
+        raise InputError(f"{path} has no pictures in it ({', '.join(sorted(SUFFIXES))})")
     pictures = [_read_picture(file, data, resize) for file in files]
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
@@ -162,7 +162,7 @@ def _read_picture(path: Path, data: Data, resize: bool) -> Array:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 frames, mode = getattr(file, "n_frames", 1), file.mode
-                clear = mode in _CLEAR and "transparency" not in file.info
+                clear = mode in PLAIN_MODES and "transparency" not in file.info
                 picture = file.convert(_MODES[colours])
     except Exception as error:  # Pillow's readers raise whatever their formats raise on damaged files
         raise InputError(f"{path} is not a picture that can be read: {error}") from None

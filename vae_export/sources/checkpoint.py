@@ -26,7 +26,7 @@ def load(path: Path) -> Trained:
         InputError: there is no checkpoint at `path`, or its files do not fit each other.
     """
     config, module = checkpoint.read(path)
-    dataset: datasets.DataSet | None
+    dataset: datasets.Dataset | None
     try:
         dataset = datasets.load(config.data, config.train.seed)
         if config.model.likelihood == "discretized_logistic":
@@ -87,6 +87,6 @@ def _training(path: Path, config: configs.CheckpointConfig) -> Training | None:
     )
 
 
-def _rows(part: datasets.Part) -> npt.NDArray[np.float32]:
+def _rows(part: datasets.Subset) -> npt.NDArray[np.float32]:
     """As many as an export can make use of."""
     return part.read(np.arange(min(len(part), _ROWS)))
