@@ -27,13 +27,11 @@ class Settings:
     """How a backend runs its graphs. Results do not depend on it beyond rounding.
 
     Attributes:
-        micro_batch: the most examples that go through a graph at once.
         threads: inside one call on the CPU; None leaves it to the backend.
         lanes: on a GPU: how many calls run at once, each with a stream and buffers of its own; more calls wait.
         cuda_graphs: replay captured CUDA graphs; None does so with TensorRT where a graph can be captured.
     """
 
-    micro_batch: int = 64
     threads: int | None = None
     lanes: int = 1
     cuda_graphs: bool | None = None

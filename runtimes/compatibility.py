@@ -61,14 +61,7 @@ def unfit(record: Build, here: Processor) -> str | None:
 
 
 def refusal(folder: BuildFolder, problem: str, bundle: Path, capability: str | None = None) -> BackendError:
-    """The error for a build that cannot be used, with the command that builds it again.
-
-    Args:
-        folder: the build.
-        problem: the reason.
-        bundle: the bundle's folder.
-        capability: of this machine's GPU: engines for another are to be built for this one.
-    """
+    """The error for a build that cannot be used, with the command that builds it for this GPU's capability."""
     target, options = folder.record.target, folder.record.options
     if target.startswith("tensorrt-rtx") and capability:
         target = f"tensorrt-rtx-sm{capability.replace('.', '')}"

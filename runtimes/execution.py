@@ -23,16 +23,11 @@ from vae_export.runtimes.tiling import Axis, Seams, Tile, grid, run_tiled
 
 
 class Execution:
-    """Runs a model's graphs on a backend, each call in slices and tiles that fit.
-
-    Attributes:
-        seams: what the export measured of tiles.
-    """
+    """Runs a model's graphs on a backend, each call in slices and tiles that fit. Arguments: see `VAE`."""
 
     def __init__(
         self, model: Model, backend: Backend, micro_batch: int, budget: Budget | None, tiled: Mapping[str, Tiled]
     ) -> None:
-        """Arguments: see `VAE`."""
         self._model = model
         self._backend = backend
         self._micro_batch = micro_batch
@@ -55,11 +50,7 @@ class Execution:
     def prior(
         self, verb: str, n: int, seed: int, start: int, size: Mapping[str, int] | None, on_device: bool, out: Any
     ) -> Normals:
-        """The address of n latents of the prior. Arguments: see `VAE.sample`.
-
-        Raises:
-            InputError: an argument is out of range, or the host's memory cannot hold the results.
-        """
+        """The address of n latents of the prior. Arguments and errors: see `VAE.sample`."""
         check_flags(verb, on_device=on_device)
         n = check_count(verb, "n", n, 1)
         start = check_count(verb, "start", start, 0)
@@ -80,11 +71,7 @@ class Execution:
         return Normals(seed, noise.PRIOR, start, (n, *latent))
 
     def rows(self, example: tuple[int, ...], *graphs: str) -> int:
-        """How many examples of the first graph's input may go through all of these graphs at once, untiled.
-
-        Raises:
-            InputError: max_memory does not admit one.
-        """
+        """How many examples of the first graph's input may go through these graphs, untiled; InputError if none."""
         if self._budget is None:
             return self._micro_batch
         sizes = self._model.input_sizes(graphs[0], example)
@@ -100,20 +87,8 @@ class Execution:
         rows: int = 0,
         out: npt.NDArray[Any] | None = None,
     ) -> list[Any]:
-        """Run a graph.
-
-        Args:
-            graph: its name.
-            inputs: see `Backend.run`.
-            outputs: names of the outputs to return.
-            on_device: leave the results on the GPU.
-            tile: how to cut examples; None: only if max_memory requires it.
-            rows: run so many examples at once, untiled; 0: as many as max_memory admits.
-            out: the one output is written there.
-
-        Raises:
-            InputError: the tile does not suit the model, or max_memory admits not even a tile.
-            BundleError, BackendError: see `Backend.run`.
+        """As `Backend.run`, cut by `tile` or, without one, as max_memory requires; with `rows`, that many examples run
+        at once, untiled. InputError: the tile does not suit the model, or max_memory admits not even a tile.
         """
         first = next(iter(inputs.values()))
         n, *rest = first.shape

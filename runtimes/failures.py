@@ -25,14 +25,9 @@ _NO_MEMORY = re.compile(
 
 
 def failure(graph: str, runner: str, n: int, sizes: Mapping[str, int], error: Exception) -> VaeExportError:
-    """The error to raise for one of a runner: a BundleError if it names a node of the graph, else a BackendError.
+    """The error to raise for one of a runner, in a call of n examples whose data have these sizes.
 
-    Args:
-        graph: the name of the graph that ran.
-        runner: the runner and its version.
-        n: examples in the call.
-        sizes: of the data's named dimensions in the call.
-        error: the runner's.
+    A BundleError if it names a node of the graph, else a BackendError.
     """
     text = str(error).strip()
     at = ", ".join([f"a batch of {n}", *(f"{name} {size}" for name, size in sizes.items())])

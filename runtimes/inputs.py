@@ -81,11 +81,7 @@ class ArrayCheck:
         return array
 
     def anywhere(self, verb: str, value: Any) -> tuple[Any, bool]:
-        """The checked value, and whether it lies on a GPU, where its values are not checked.
-
-        Raises:
-            InputError: as for a call; or it lies on a GPU, and the backend runs on the CPU.
-        """
+        """The checked value, and whether it lies on a GPU, where its values are not checked."""
         if type(value) is np.ndarray or not _lies_on_gpu(value):
             return self(verb, value), False
         if not self._on_gpu:
@@ -104,22 +100,15 @@ class ArrayCheck:
         return value, True
 
     def padded(self, verb: str, value: Any) -> Array:
-        """The value with its named dimensions padded to the next size that the model takes: the edge is repeated.
-
-        Raises:
-            InputError: as for a call; or it lies on a GPU.
-        """
-        array = value if type(value) is np.ndarray else self._as_host_array(verb, value)
+        """The value with its named dimensions padded to the next size that the model takes: the edge is repeated."""
+        if _lies_on_gpu(value):
+            raise InputError(f"{verb}: {self._name} lies on a GPU, and pad is done on the host. Pass a NumPy array")
+        array = value if type(value) is np.ndarray else self._as_array(verb, value)
         if len(array.shape) == self._rank:
             missing = [grown - size for grown, size in zip(self._grown(array.shape[1:]), array.shape[1:], strict=True)]
             if any(missing):
                 array = np.pad(array, [(0, 0), *((0, more) for more in missing)], mode="edge")
         return self(verb, array)
-
-    def _as_host_array(self, verb: str, value: Any) -> Array:
-        if _lies_on_gpu(value):
-            raise InputError(f"{verb}: {self._name} lies on a GPU, and pad is done on the host. Pass a NumPy array")
-        return self._as_array(verb, value)
 
     def _grown(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The next shape of an example that the model takes, or this one where there is none."""
@@ -142,14 +131,11 @@ class ArrayCheck:
                     f"{verb}: {self._name} is a {type(value).__name__} that NumPy cannot read: {error}"
                 ) from None
         raise InputError(
-            f"{verb}: {self._name} is a {type(value).__name__}; pass a NumPy array of shape {self._expected()}"
+            f"{verb}: {self._name} is a {type(value).__name__}; pass a NumPy array of shape {shape_text(self._dims)}"
         )
 
-    def _expected(self) -> str:
-        return shape_text(self._dims)
-
     def _check_shape(self, verb: str, shape: tuple[int, ...]) -> None:
-        problem = f"{verb}: {self._name} has shape {shape}; this bundle expects {self._expected()}."
+        problem = f"{verb}: {self._name} has shape {shape}; this bundle expects {shape_text(self._dims)}."
         if len(shape) == self._rank - 1 and self._allows(shape):
             raise InputError(f"{problem} For one example add a batch axis: {self._name}[None]")
         if len(shape) != self._rank:
@@ -223,18 +209,8 @@ class ArrayCheck:
 
 
 def check_out(verb: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic], *sources: Any) -> None:
-    """Refuse an array that a result cannot be written to directly.
-
-    Args:
-        verb: for messages.
-        out: the argument.
-        shape: of the result.
-        dtype: of the result.
-        sources: the inputs: arrays of the host are read while `out` is written.
-
-    Raises:
-        InputError: out is no NumPy array of this shape and dtype; not in C order, aligned and writable; or shares
-            memory with a source.
+    """Refuse an `out` that is no NumPy array of this shape and dtype, C-contiguous, aligned and writable, or that
+    shares memory with an input of `sources`, which is read while `out` is written.
     """
     if problem := _out_problem(out, shape, dtype):
         raise InputError(f"{verb}: out {problem}. Pass numpy.empty({shape}, numpy.{dtype.__name__}) or the like")
@@ -261,11 +237,7 @@ def _out_problem(out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> s
 
 
 def check_host_only(verb: str, name: str, tile: object, out: object = None) -> None:
-    """Refuse a tile or an `out` for an array that lies on a GPU.
-
-    Raises:
-        InputError: one of them is given.
-    """
+    """Refuse a tile or an `out` for an array that lies on a GPU."""
     if tile is not None:
         raise InputError(f"{verb}: {name} lies on a GPU, and tiles are joined on the host. Pass a NumPy array")
     if out is not None:
@@ -276,11 +248,7 @@ def check_host_only(verb: str, name: str, tile: object, out: object = None) -> N
 
 
 def check_count(verb: str, name: str, value: Any, least: int) -> int:
-    """An argument as an integer of at least `least`.
-
-    Raises:
-        InputError: it is none.
-    """
+    """An argument as an integer; InputError if it is below `least` or no integer."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -291,11 +259,7 @@ def check_count(verb: str, name: str, value: Any, least: int) -> int:
 
 
 def check_direction(latent: Latent, means: tuple[int, ...], value: Any, strength: float) -> npt.NDArray[Any]:
-    """The direction of an edit, (*latent) or (B, *latent), where the means have the shape `means`.
-
-    Raises:
-        InputError: it has another shape or values that are not finite, or the strength is not finite.
-    """
+    """The direction of an edit, (*latent) or (B, *latent) = `means`; InputError if it or the strength is not finite."""
     direction: npt.NDArray[Any] = np.asarray(value)
     if direction.dtype.kind not in "fiu":
         raise InputError(f"edit: direction has dtype {direction.dtype}; expected numbers")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -96,7 +95,7 @@ def load(
     check_flags("load", check_range=check_range)
     limit = None if max_memory is None else parse_bytes(max_memory)
     bundle = Bundle(path)
-    settings = Settings(micro_batch=micro_batch, threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
+    settings = Settings(threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
     manifest = bundle.manifest
     costs = {name: graph.cost for name, graph in manifest.graphs.items() if graph.cost}
     budget = None if limit is None else Budget(limit, manifest.model, costs)
@@ -290,12 +289,7 @@ def _open_exact(
 def _open_reduced(
     bundle: Bundle, wanted: Wanted, devices: list[str], settings: Settings, passed_over: dict[str, str]
 ) -> Opened:
-    """Open the best build of the cache that was built in a precision.
-
-    Raises:
-        InputError: there is none for these devices.
-        BackendError, BundleError: none of them can be used.
-    """
+    """Open the best build of the cache that was built in a precision; InputError if there is none."""
     last: VaeExportError | None = None
     for device in devices:
         for name in _slots(bundle, wanted, device):
@@ -357,7 +351,9 @@ def _rebuild() -> Callable[[Bundle, Build], Path]:
     Raises:
         BackendError: `vae_export` is imported from a folder and not installed.
     """
-    entry = next(iter(entry_points(group="vae_export.rebuild")), None)
+    from importlib import metadata  # slow to import, and rarely needed
+
+    entry = next(iter(metadata.entry_points(group="vae_export.rebuild")), None)
     if entry is None:
         raise BackendError("vae_export is not installed as a package, and nothing else is known to build")
     return cast("Callable[[Bundle, Build], Path]", entry.load())

@@ -32,11 +32,7 @@ _GRAPHS = {"reconstruct": GRAPHS, "generate": ("decoder",), "score": GRAPHS}
 
 
 def parse_bytes(value: Any) -> int:
-    """A number of bytes from an integer or from text such as `512MiB`, `2GiB` or `1.5GB`.
-
-    Raises:
-        InputError: it is neither, or below 1 byte.
-    """
+    """A number of bytes from an integer or from text such as `512MiB`, `2GiB` or `1.5GB`; InputError if below 1."""
     size = 0
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())):
         size = int(float(match[1]) * _UNITS.get(match[2], 0))
@@ -68,12 +64,7 @@ class Budget:
     """
 
     def __init__(self, limit: int, model: Model, costs: Mapping[str, Cost]) -> None:
-        """Check that the budget is large enough.
-
-        Args:
-            limit: bytes.
-            model: the model of the graphs.
-            costs: of the encoder and the decoder.
+        """Check that a budget of `limit` bytes is large enough for a model, of whose graphs the costs are given.
 
         Raises:
             InputError: a graph's cost is not known, or a model of fixed sizes needs more.
@@ -135,11 +126,7 @@ class Budget:
         )
 
     def tile(self, graph: str, sizes: Mapping[str, int]) -> Tile:
-        """The largest tile that fits.
-
-        Args:
-            graph: `encoder` or `decoder`.
-            sizes: of one example, which is larger than the budget.
+        """The largest tile that fits, for an example of these sizes, which does not.
 
         Raises:
             InputError: no tile fits, or the model has fixed sizes.

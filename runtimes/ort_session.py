@@ -34,14 +34,10 @@ def runtime(device: str) -> ModuleType:
 
 
 def session_options(ort: ModuleType, arrays: Arrays, threads: int | None = None) -> Any:
-    """Options for a session on ONNX bytes.
+    """Options for a session on ONNX bytes, with `threads` inside one call; None leaves them to ONNX Runtime.
 
-    Args:
-        ort: the module.
-        arrays: the graph's weights that lie beside it; their memory must outlive the session. Without
-            `arrays.foldable`, constant subgraphs are computed in each call and not, at an unknown cost, while the
-            session is opened.
-        threads: inside one call; None leaves it to ONNX Runtime.
+    The memory of `arrays`, the weights beside the graph, must outlive the session. Unless they are `foldable`, constant
+    subgraphs are computed in each call and not, at an unknown cost, while the session is opened.
     """
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # a failed call raises; its log lines help no user

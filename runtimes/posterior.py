@@ -184,11 +184,7 @@ class Elbo(NamedTuple):
 
 
 def unscaled(latent: Latent, z: Array) -> Array:
-    """Undo `Posterior.latent`.
-
-    Raises:
-        InputError: the manifest names no scaling.
-    """
+    """Undo `Posterior.latent`; InputError if the manifest names no scaling."""
     if not latent.scaled:
         raise InputError(f"decode: {_NO_SCALING}. Drop scaled")
     shift, std = _channels(latent)

@@ -22,33 +22,15 @@ _X86 = (
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
 )
 _ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
-#: Linux' names by NumPy's. The last three are of no use to graphs: they reveal an emulator.
-_NUMPY: Mapping[str, str] = {
-    "AVX": "avx",
-    "F16C": "f16c",
-    "FMA3": "fma",
-    "AVX2": "avx2",
-    "AVX512F": "avx512f",
-    "AVX512BW": "avx512bw",
-    "AVX512VL": "avx512vl",
-    "AVX512VNNI": "avx512_vnni",
-    "AVX512BF16": "avx512_bf16",
-    "AVX512FP16": "avx512_fp16",
-    "ASIMD": "asimd",
-    "ASIMDHP": "asimdhp",
-    "ASIMDDP": "asimddp",
-    "SVE": "sve",
-    "BMI2": "bmi2",
-    "GFNI": "gfni",
-    "VAES": "vaes",
-}
-_APPLE: Mapping[str, str] = {
-    "hw.optional.AdvSIMD": "asimd",
-    "hw.optional.arm.FEAT_FP16": "asimdhp",
-    "hw.optional.arm.FEAT_DotProd": "asimddp",
-    "hw.optional.arm.FEAT_I8MM": "i8mm",
-    "hw.optional.arm.FEAT_BF16": "bf16",
-    "hw.optional.arm.FEAT_SME": "sme",
+#: Linux' names by NumPy's. BMI2, GFNI and VAES are of no use to graphs: they reveal an emulator.
+_SAME = ("AVX", "F16C", "AVX2", "AVX512F", "AVX512BW", "AVX512VL", "ASIMD", "ASIMDHP", "ASIMDDP", "SVE")
+_AVX512 = {f"AVX512{name.upper()}": f"avx512_{name}" for name in ("vnni", "bf16", "fp16")}
+_NUMPY = {name: name.lower() for name in (*_SAME, "BMI2", "GFNI", "VAES")} | {"FMA3": "fma"} | _AVX512
+_APPLE: Mapping[str, str] = {"hw.optional.AdvSIMD": "asimd"} | {
+    f"hw.optional.arm.FEAT_{feature}": name
+    for feature, name in zip(
+        ("FP16", "DotProd", "I8MM", "BF16", "SME"), ("asimdhp", "asimddp", "i8mm", "bf16", "sme"), strict=True
+    )
 }
 
 

@@ -15,9 +15,8 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     Args:
         cgroup: the root of the control groups.
     """
-    quota = _quota(cgroup)
-    allowed = _allowed()
-    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+    limit, allowed = quota(cgroup), _allowed()
+    return allowed if limit is None else max(1, min(allowed, math.ceil(limit)))
 
 
 def _allowed() -> int:
@@ -32,21 +31,21 @@ def _allowed() -> int:
     return len(siblings)
 
 
-def _quota(root: Path) -> float | None:
+def quota(root: Path) -> float | None:
     """The CPU quota of the control group at `root`, in processors; None is no limit.
 
     A container sees its own group there. Version 2 has `quota period` in `cpu.max`, version 1 a file for each
     (Linux: Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst), both in µs.
     """
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        microseconds, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            microseconds, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return None
     try:
-        processors = int(quota) / int(period)
+        processors = int(microseconds) / int(period)
     except (ValueError, ZeroDivisionError):  # "max"
         return None
     return processors if processors > 0 else None

@@ -407,14 +407,14 @@ def test_a_budget_that_cannot_be_kept(spatial: Any) -> None:
     for call in (vae.elbo, vae.log_likelihood):
         with pytest.raises(InputError, match=message):
             call(x)
-    vae, _ = budgeted(spatial, 32 * 32 * 150, cost(1), cost(100))
+    vae, recorder = budgeted(spatial, 32 * 32 * 150, cost(1), cost(100))
     for call in (
         lambda: vae.likelihood(latents(1, 4, 20, 30)),
         lambda: vae.sample(1, size={"height": 80, "width": 120}, draw=True),
     ):
         with pytest.raises(InputError, match=r"the decoder needs 1,440,000 for one example"):
             call()
-    vae._backend.on_gpu = True
+    recorder.on_gpu = True
     with pytest.raises(InputError, match=r"max_memory holds no example of this size in the decoder, .* larger max_mem"):
         vae.sample(1, size={"height": 80, "width": 120}, on_device=True)
     fixed, costs = zoo.spatial(named=False).model, {"encoder": cost(constant=10), "decoder": cost(constant=1000)}
@@ -509,11 +509,11 @@ import sys
 import numpy as np
 from vae_export.contract.bundle import Bundle
 from vae_export.runtimes.backend import Settings, planned
-from vae_export.runtimes.cpu import CpuBackend
+from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes import VAE
 bundle = Bundle(sys.argv[1])
-ways = {name: [planned(graph, runner=sys.argv[2])] for name, graph in bundle.graphs()[0].items()}
-vaes = [VAE(bundle.manifest.model, CpuBackend(ways, bundle.manifest.model, Settings(threads=1))) for _ in range(2)]
+plans = {name: [planned(graph, runner=sys.argv[2])] for name, graph in bundle.graphs()[0].items()}
+vaes = [VAE(bundle.manifest.model, CpuBackend(plans, bundle.manifest.model, Settings(threads=1))) for _ in range(2)]
 z = np.zeros((1, 4, 384, 512), np.float32)
 def resident():
     lines = open("/proc/self/status").read().splitlines()

@@ -41,13 +41,10 @@ class CpuBackend:
     on_gpu = False
 
     def __init__(self, plans: Mapping[str, Sequence[PlannedGraph]], model: Model, settings: Settings) -> None:
-        """Open graphs.
+        """Open graphs, for each its plans by rising `max_batch`, of which the last is None.
 
-        Args:
-            plans: for each graph how it runs, by rising `max_batch`, of which the last is None.
-            model: the inputs and outputs of the graphs.
-            settings: their threads override those of a plan. Without either there are as many as this process may
-                use: see `threads.cores`.
+        The threads of `settings` override those of a plan. Without either there are as many as this process may use:
+        see `threads.cores`.
 
         Raises:
             BackendError: a runner is not available, or does not compute in a plan's precision on this processor.
@@ -84,7 +81,7 @@ class CpuBackend:
     ) -> list[Any]:
         """See `Backend.run`."""
         first = next(iter(inputs.values()))
-        n, *example = first.shape
+        n, example = first.shape[0], tuple(first.shape[1:])
         if n > micro_batch:
             return self._sliced(graph, inputs, outputs, micro_batch, out)
         if len(inputs) > 1 or type(first) is Normals:
@@ -96,15 +93,13 @@ class CpuBackend:
                 except VaeExportError:
                     raise
                 except Exception as error:  # the runners' exceptions have no common base
-                    sizes = self._model.input_sizes(graph, tuple(example))
+                    sizes = self._model.input_sizes(graph, example)
                     raise failure(graph, f"{session.runner} {session.version}", n, sizes, error) from error
-                shape = self._shapes.get(graph)
-                if shape is None:
-                    shape = result_shape(self._model, graph, self._model.input_sizes(graph, tuple(example)))
+                shape = (n, *self._result_shape(graph, example))
                 for result in results:
-                    if result.shape != (n, *shape):
+                    if result.shape != shape:
                         raise BundleError(
-                            f"the {graph} gave shape {result.shape}; the manifest promises {(n, *shape)}. The bundle "
+                            f"the {graph} gave shape {result.shape}; the manifest promises {shape}. The bundle "
                             "contradicts itself: export the model again"
                         )
                 return results
@@ -119,19 +114,19 @@ class CpuBackend:
         out: Sequence[Any] | None,
     ) -> list[Any]:
         """Run slice by slice; each result is written to its rows of the whole."""
-        n = len(next(iter(inputs.values())))
-        results = None if out is None else list(out)
-        for rows in slices(n, micro_batch):
+        first = next(iter(inputs.values()))
+        if out is None:
+            shape = (len(first), *self._result_shape(graph, tuple(first.shape[1:])))
+            dtypes = {tensor.name: tensor.dtype for tensor in self._model.signature(graph)[1]}
+            out = [np.empty(shape, dtypes[name]) for name in outputs]
+        for rows in slices(len(first), micro_batch):
             part = {name: value[rows] for name, value in inputs.items()}
-            if results is not None:
-                self.run(graph, part, outputs, micro_batch, out=[result[rows] for result in results])
-                continue
-            first = self.run(graph, part, outputs, micro_batch)  # it tells the dtypes
-            results = [np.empty((n, *value.shape[1:]), value.dtype) for value in first]
-            for result, value in zip(results, first, strict=True):
-                result[rows] = value
-        assert results is not None
-        return results
+            self.run(graph, part, outputs, micro_batch, out=[result[rows] for result in out])
+        return list(out)
+
+    def _result_shape(self, graph: str, example: tuple[int, ...]) -> tuple[int, ...]:
+        shape = self._shapes.get(graph)
+        return result_shape(self._model, graph, self._model.input_sizes(graph, example)) if shape is None else shape
 
     def warm(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int) -> None:
         """See `Backend.warm`."""

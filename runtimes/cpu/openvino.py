@@ -59,15 +59,10 @@ class OpenVinoSession:
         threads: int | None,
         exact: Sequence[Mapping[str, int]] = (),
     ) -> None:
-        """Compile a graph.
+        """Compile a graph: serialized ONNX, verified; no path is ever opened.
 
-        Args:
-            name: of the graph.
-            graph: serialized ONNX whose bytes were verified; no path is ever opened.
-            model: its inputs and outputs.
-            precision: `bf16` computes in bfloat16 wherever OpenVINO can; `fp32` and `int8` keep each node's precision.
-            threads: None leaves it to OpenVINO.
-            exact: see `ExecutionPlan.exact`; the graph is compiled for each of them by the first call of that shape.
+        With the precision `bf16` OpenVINO computes in bfloat16 wherever it can; `fp32` and `int8` keep each node's. For
+        each of the shapes `exact` (see `ExecutionPlan.exact`) the first call of it compiles the graph once more.
 
         Raises:
             BackendError: OpenVINO is not installed, or does not compute in this precision here.

@@ -27,14 +27,7 @@ class OrtSession:
     runner = "onnxruntime"
 
     def __init__(self, name: str, graph: bytes, model: Model, arrays: Arrays, threads: int | None) -> None:
-        """Open a graph.
-
-        Args:
-            name: of the graph.
-            graph: a serialized ONNX model whose bytes were verified; no path is ever opened.
-            model: its inputs and outputs.
-            arrays: its weights that lie beside it, over verified bytes.
-            threads: inside one call; None leaves it to ONNX Runtime.
+        """Open a graph: serialized ONNX, verified; no path is ever opened. `arrays` are its weights beside it.
 
         Raises:
             BackendError: ONNX Runtime is not available.
@@ -42,7 +35,7 @@ class OrtSession:
         """
         ort = runtime("cpu")
         self.version = str(ort.__version__)
-        self._arrays = arrays  # the session leans on their memory
+        self._arrays = arrays  # the session uses their memory
         self._name, self._model = name, model
         self._outputs = {tensor.name: tensor for tensor in model.signature(name)[1]}
         # For fixed sizes the session's own arena is as good, and a call takes 3 µs less. In a child that was forked
