@@ -275,9 +275,9 @@ def check_direction(latent: Latent, means: tuple[int, ...], value: Any, strength
 
 def _lies_on_gpu(value: Any) -> bool:
     """Whether an array of some library lies on an NVIDIA GPU."""
-    if place := getattr(value, "__dlpack_device__", None):
+    if device_of := getattr(value, "__dlpack_device__", None):
         try:
-            return int(place()[0]) in _CUDA
+            return int(device_of()[0]) in _CUDA
         except Exception:  # another library's, for an array that cannot be exported: it is refused later
             return False
     return hasattr(value, "__cuda_array_interface__")

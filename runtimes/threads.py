@@ -8,12 +8,9 @@ from pathlib import Path
 
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores that this process may use: those of its affinity, at most as many as its control group's quota.
+    """The cores that this process may use: those of its affinity, at most as many as the quota of its control group.
 
     Threads of one core count once, where Linux tells which they are.
-
-    Args:
-        cgroup: the root of the control groups.
     """
     limit, allowed = quota(cgroup), _allowed()
     return allowed if limit is None else max(1, min(allowed, math.ceil(limit)))

@@ -245,10 +245,10 @@ class VAE(Lifecycle):
         """
         check_flags("reconstruct", pad=pad)
         tile = tile_of(tile)
-        given, (x, on_device) = x, self._examples("reconstruct", x, pad)
+        original, (x, on_device) = x, self._examples("reconstruct", x, pad)
         if on_device:
             check_host_only("reconstruct", "x", tile, out)
-        example = np.shape(given)[1:] if pad else tuple(x.shape[1:])
+        example = np.shape(original)[1:] if pad else tuple(x.shape[1:])
         if out is not None:
             check_out("reconstruct", out, (len(x), *example), np.float32, x)
         if example == tuple(x.shape[1:]):
@@ -408,9 +408,8 @@ class VAE(Lifecycle):
 
     def _device_posterior(self, x: Any) -> DevicePosterior:
         mean, *logvar = self._run("encoder", {"x": x}, self._encoder_outputs, on_device=True)
-        return DevicePosterior(
-            mean, logvar[0] if logvar else None, cast(DeviceBackend, self._backend), self.model.latent
-        )
+        backend = cast(DeviceBackend, self._backend)
+        return DevicePosterior(mean, logvar[0] if logvar else None, backend, self.model.latent)
 
     def _parameters(self, z: Array | Normals, rows: int) -> dict[str, Array]:
         outputs = self._run("decoder", {"z": z}, self._decoder_outputs, rows=rows)

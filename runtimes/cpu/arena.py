@@ -28,7 +28,7 @@ _FIRST_REGION = 4096
 # Otherwise a region's last tensor would get all that is left, up to 128 MiB.
 _UNSPLIT = 64 << 10
 #: The graph y = x of one number (ONNX, opset 18): a run of it makes ONNX Runtime release regions.
-_IDENTITY = bytes.fromhex(
+IDENTITY = bytes.fromhex(
     "08093a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a0808011204"
     "0a02080142040a001012"
 )
@@ -62,7 +62,7 @@ class Arena:
         settings.intra_op_num_threads = settings.inter_op_num_threads = 1
         settings.log_severity_level = 4
         self.use(settings)
-        self._session = ort.InferenceSession(_IDENTITY, settings, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(IDENTITY, settings, providers=["CPUExecutionProvider"])
         self._shrink = shrinking(ort)
         self.give_back()  # only after that the next region is a wide one
 

@@ -114,14 +114,17 @@ class CpuBackend:
         out: Sequence[Any] | None,
     ) -> list[Any]:
         """Run slice by slice; each result is written to its rows of the whole."""
-        first = next(iter(inputs.values()))
-        if out is None:
-            shape = (len(first), *self._result_shape(graph, tuple(first.shape[1:])))
-            dtypes = {tensor.name: tensor.dtype for tensor in self._model.signature(graph)[1]}
-            out = [np.empty(shape, dtypes[name]) for name in outputs]
-        for rows in slices(len(first), micro_batch):
+        n = len(next(iter(inputs.values())))
+        for rows in slices(n, micro_batch):
             part = {name: value[rows] for name, value in inputs.items()}
-            self.run(graph, part, outputs, micro_batch, out=[result[rows] for result in out])
+            if out is not None:
+                self.run(graph, part, outputs, micro_batch, out=[result[rows] for result in out])
+                continue
+            first = self.run(graph, part, outputs, micro_batch)  # its shapes are checked, those of `out` are trusted
+            out = [np.empty((n, *value.shape[1:]), value.dtype) for value in first]
+            for result, value in zip(out, first, strict=True):
+                result[rows] = value
+        assert out is not None
         return list(out)
 
     def _result_shape(self, graph: str, example: tuple[int, ...]) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Buffer:
     """An input or output of a plan: its address, one example's shape, its dtype, one example's bytes."""
 
     address: int
@@ -66,7 +66,7 @@ class _Place:
 class _Plan:
     """The function that runs a graph on one shape, and its inputs and outputs."""
 
-    places: Mapping[str, _Place]
+    buffers: Mapping[str, _Buffer]
     launch: Callable[[], None]
 
 
@@ -121,17 +121,17 @@ class Lane:
                 plan = self._plan(graph, rows.stop - rows.start, sizes)
                 self._fill(sources, rows, plan)
                 plan.launch()
-                places = [plan.places[name] for name in outputs]
+                buffers = [plan.buffers[name] for name in outputs]
                 if not results and on_device:
-                    results = [self.gpu.allocate(n * place.row, self.stream) for place in places]
+                    results = [self.gpu.allocate(n * buffer.row, self.stream) for buffer in buffers]
                 elif not results:
-                    results = [np.empty((n, *place.example), place.dtype) for place in places]
+                    results = [np.empty((n, *buffer.example), buffer.dtype) for buffer in buffers]
                 if on_device:
-                    for result, place in zip(results, places, strict=True):
-                        at, size = rows.start * place.row, (rows.stop - rows.start) * place.row
-                        self.gpu.copy(int(result.handle) + at, place.address, size, self.stream)
+                    for result, buffer in zip(results, buffers, strict=True):
+                        at, size = rows.start * buffer.row, (rows.stop - rows.start) * buffer.row
+                        self.gpu.copy(int(result.handle) + at, buffer.address, size, self.stream)
                 else:
-                    self._fetch([result[rows] for result in results], [place.address for place in places])
+                    self._fetch([result[rows] for result in results], [buffer.address for buffer in buffers])
         except InputError:  # a refused shape or seed; launched work may still read borrowed arrays
             self.stream.sync()
             raise
@@ -139,8 +139,8 @@ class Lane:
             return results
         ready = self._ready(borrowed)
         return [
-            DeviceArray(self.gpu, result, (n, *place.example), place.dtype, ready)
-            for result, place in zip(results, places, strict=True)
+            DeviceArray(self.gpu, result, (n, *buffer.example), buffer.dtype, ready)
+            for result, buffer in zip(results, buffers, strict=True)
         ]
 
     def draw(self, mean: DeviceArray, logvar: DeviceArray, eps: Normals) -> DeviceArray:
@@ -191,11 +191,11 @@ class Lane:
             self._grow(total)
         base = int(self._arena.handle)
         tensors = {name: (base + offset, shape) for name, (offset, shape, _) in offsets.items()}
-        places = {
-            name: _Place(base + offset, shape[1:], dtype, math.prod(shape[1:]) * dtype.itemsize)
+        buffers = {
+            name: _Buffer(base + offset, shape[1:], dtype, math.prod(shape[1:]) * dtype.itemsize)
             for name, (offset, shape, dtype) in offsets.items()
         }
-        self._plans[key] = _Plan(places, self._executor.prepare(graph, tensors))
+        self._plans[key] = _Plan(buffers, self._executor.prepare(graph, tensors))
         if len(self._plans) > _PLANS:
             self.stream.sync()
             self._plans.popitem(last=False)
@@ -215,14 +215,14 @@ class Lane:
         """Copy or draw some rows of the inputs to the addresses that the graph reads."""
         staged, used = [], 0
         for name, source in sources.items():
-            place = plan.places[name]
-            size = (rows.stop - rows.start) * place.row
+            buffer = plan.buffers[name]
+            size = (rows.stop - rows.start) * buffer.row
             if isinstance(source, Normals):
-                self.gpu.normals(place.address, source[rows], self.stream)
+                self.gpu.normals(buffer.address, source[rows], self.stream)
             elif isinstance(source, int):
-                self.gpu.copy(place.address, source + rows.start * place.row, size, self.stream)
+                self.gpu.copy(buffer.address, source + rows.start * buffer.row, size, self.stream)
             else:
-                staged.append((place.address, source[rows], used, size))
+                staged.append((buffer.address, source[rows], used, size))
                 used += size
         if staged:
             if self._unread is not None:
