@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vae_export.runtimes.backend import Backend, Settings
-from vae_export.runtimes.loading import BuildLike, Opened, load, open_backend, open_bundle, said
+from vae_export.runtimes.loading import BuildLike, Opened, load, open_backend, open_bundle, summary
 from vae_export.runtimes.posterior import DevicePosterior, Elbo, Posterior
 from vae_export.runtimes.tiling import Tile
 from vae_export.runtimes.vae import VAE
@@ -21,5 +21,5 @@ __all__ = [
     "load",
     "open_backend",
     "open_bundle",
-    "said",
+    "summary",
 ]

@@ -1,4 +1,4 @@
-"""What may be used after `os.fork`: threads of a runner stay in the parent, and so does who holds its locks."""
+"""What may be used after `os.fork`: a runner's threads, and those that hold its locks, stay in the parent."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import os
 
 from vae_export.errors import BackendError
 
-_forks = 0
+#: How many forks lie between this process and the one in which this module was imported.
+count = 0
 
 
-def _forked() -> None:
-    global _forks
-    _forks += 1
+def _count_fork() -> None:
+    global count
+    count += 1
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(after_in_child=_count_fork)
 
 
-def count() -> int:
-    """How many forks lie between this process and the one in which this module was imported."""
-    return _forks
-
-
-def refuse(runner: str, why: str) -> BackendError:
-    """The error of a call in a child for a session that its parent opened."""
+def refusal(runner: str, why: str) -> BackendError:
+    """The error for a call, in a child, of a session that its parent opened."""
     return BackendError(
         f"this VAE was loaded before os.fork, and {runner} {why}. Load the bundle again in the child, or start "
         "processes with multiprocessing.get_context('spawn')"

@@ -1,13 +1,15 @@
-"""What is checked, once, where an array enters."""
+"""The checks of arguments: once, where they enter."""
 
 from __future__ import annotations
 
+import operator
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from vae_export.contract.model import Data, Model, SizeDim, shape_text
+from vae_export.contract.model import Data, Latent, Model, SizeDim, shape_text
 from vae_export.errors import InputError
 from vae_export.numerics.pixels import from_uint8
 from vae_export.runtimes.backend import Array
@@ -16,26 +18,34 @@ _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)
 _UINT32 = np.dtype(np.uint32)
 _CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged (dlpack.h)
-#: How far data may exceed their range, in its width.
+#: How far data may exceed their range, relative to its width.
 _SLACK, _HALF_LEVEL = 0.45, 0.5 / 255
 _ONE = int(np.float32(1.0).view(np.uint32))
 
 
+class OnGpu(Protocol):
+    """An array that lies on a GPU: of PyTorch, CuPy, JAX or this package."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any: ...
+
+
 class ArrayCheck:
-    """Turns what a caller gave into a C-contiguous float32 batch, or says what is wrong with it."""
+    """Converts an argument to a C-contiguous float32 batch, or refuses it."""
 
     def __init__(self, name: str, model: Model, *, on_gpu: bool = False, check_range: bool = True) -> None:
         """Prepare the check of `x` (examples of the model's data) or of `z` (its latents).
 
-        A Bernoulli likelihood has no density outside of [0, 1]: its data are refused there. Other data may exceed
-        their range by half a level of 256 (discretized logistic) or by 45 % of its width, as a model's own means and
-        noisy pictures do; what is farther off is data of another scale.
+        A Bernoulli likelihood has no density outside of [0, 1]: data outside are refused. Other data may exceed their
+        range by half a level of 256 (discretized logistic) or by 45 % of its width, as a model's own means and noisy
+        pictures do; larger deviations mean data of another scale.
 
         Args:
             name: `x` or `z`.
-            model: what they belong to.
+            model: the model of which it is data or a latent.
             on_gpu: whether the backend takes arrays that lie on a GPU.
-            check_range: False takes any finite values, but for a Bernoulli likelihood.
+            check_range: False accepts any finite values, except for a Bernoulli likelihood.
         """
         self._on_gpu = on_gpu
         spec = model.data if name == "x" else model.latent
@@ -55,7 +65,7 @@ class ArrayCheck:
             self._check_values = self._check_range
 
     def __call__(self, verb: str, value: Any) -> Array:
-        """The value as (B, *shape) float32, C-contiguous; copied only where it has to be.
+        """The value as (B, *shape) float32, C-contiguous; copied only if necessary.
 
         Raises:
             InputError: wrong type, rank, shape, dtype or byte order; empty, not finite, or out of range.
@@ -71,11 +81,7 @@ class ArrayCheck:
         return array
 
     def anywhere(self, verb: str, value: Any) -> tuple[Any, bool]:
-        """The value, checked, and whether it lies on a GPU: there it is taken as it is, and its values are not seen.
-
-        Raises:
-            InputError: as for a call; or it lies on a GPU, and the backend does not.
-        """
+        """The checked value, and whether it lies on a GPU, where its values are not checked."""
         if type(value) is np.ndarray or not _lies_on_gpu(value):
             return self(verb, value), False
         if not self._on_gpu:
@@ -94,22 +100,15 @@ class ArrayCheck:
         return value, True
 
     def padded(self, verb: str, value: Any) -> Array:
-        """The value with its named dimensions grown to the next size that the model takes: the edge is repeated there.
-
-        Raises:
-            InputError: as for a call; or it lies on a GPU.
-        """
-        array = value if type(value) is np.ndarray else self._as_host_array(verb, value)
+        """The value with its named dimensions padded to the next size that the model takes: the edge is repeated."""
+        if _lies_on_gpu(value):
+            raise InputError(f"{verb}: {self._name} lies on a GPU, and pad is done on the host. Pass a NumPy array")
+        array = value if type(value) is np.ndarray else self._as_array(verb, value)
         if len(array.shape) == self._rank:
             missing = [grown - size for grown, size in zip(self._grown(array.shape[1:]), array.shape[1:], strict=True)]
             if any(missing):
                 array = np.pad(array, [(0, 0), *((0, more) for more in missing)], mode="edge")
         return self(verb, array)
-
-    def _as_host_array(self, verb: str, value: Any) -> Array:
-        if _lies_on_gpu(value):
-            raise InputError(f"{verb}: {self._name} lies on a GPU, and pad is done on the host. Pass a NumPy array")
-        return self._as_array(verb, value)
 
     def _grown(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The next shape of an example that the model takes, or this one where there is none."""
@@ -132,14 +131,11 @@ class ArrayCheck:
                     f"{verb}: {self._name} is a {type(value).__name__} that NumPy cannot read: {error}"
                 ) from None
         raise InputError(
-            f"{verb}: {self._name} is a {type(value).__name__}; pass a NumPy array of shape {self._expected()}"
+            f"{verb}: {self._name} is a {type(value).__name__}; pass a NumPy array of shape {shape_text(self._dims)}"
         )
 
-    def _expected(self) -> str:
-        return shape_text(self._dims)
-
     def _check_shape(self, verb: str, shape: tuple[int, ...]) -> None:
-        problem = f"{verb}: {self._name} has shape {shape}; this bundle expects {self._expected()}."
+        problem = f"{verb}: {self._name} has shape {shape}; this bundle expects {shape_text(self._dims)}."
         if len(shape) == self._rank - 1 and self._allows(shape):
             raise InputError(f"{problem} For one example add a batch axis: {self._name}[None]")
         if len(shape) != self._rank:
@@ -172,7 +168,7 @@ class ArrayCheck:
         if dtype.newbyteorder("=") == _FLOAT32:
             order = "big" if sys.byteorder == "little" else "little"
             raise InputError(
-                f"{verb}: {self._name} is {order}-endian float32, which backends read as if it were not; "
+                f"{verb}: {self._name} is {order}-endian float32, which backends would misread; "
                 f"expected {accepted} in this machine's byte order. Convert it: {self._name}.astype('=f4')"
             )
         raise InputError(
@@ -186,15 +182,15 @@ class ArrayCheck:
             self._refuse(verb, array, ~finite, "finite values")
 
     def _check_unit(self, verb: str, array: Array) -> None:
-        # Bits of floats from 0 to 1, read as integers, run from 0 to those of 1; those of NaN, of numbers
-        # above 1 and of all with a sign lie beyond. Only −0 needs the second look.
+        # Bits of floats from 0 to 1, read as integers, lie between 0 and those of 1; those of NaN, of numbers
+        # above 1 and of all with a sign are larger. Only −0 needs the second look.
         if np.maximum.reduce(array.view(_UINT32), None) > _ONE:
             inside = (array >= 0) & (array <= 1)
             if not inside.all():
                 self._refuse(verb, array, ~inside, "values in [0, 1]. Scale the data, or pass uint8")
 
     def _check_range(self, verb: str, array: Array) -> None:
-        # What is not finite fails here, too.
+        # NaN and infinities fail this comparison, too.
         if self._low <= np.minimum.reduce(array, None) and np.maximum.reduce(array, None) <= self._high:
             return
         self._check_finite(verb, array)
@@ -213,18 +209,8 @@ class ArrayCheck:
 
 
 def check_out(verb: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic], *sources: Any) -> None:
-    """Refuse an array that a result cannot be written to as it is.
-
-    Args:
-        verb: for messages.
-        out: what the caller gave.
-        shape: of the result.
-        dtype: of the result.
-        sources: what the result is computed from: arrays of the host are read while `out` is written.
-
-    Raises:
-        InputError: out is no NumPy array of this shape and dtype; not in C order, aligned and writable; or shares
-            memory with a source.
+    """Refuse an `out` that is no NumPy array of this shape and dtype, C-contiguous, aligned and writable, or that
+    shares memory with an input of `sources`, which is read while `out` is written.
     """
     if problem := _out_problem(out, shape, dtype):
         raise InputError(f"{verb}: out {problem}. Pass numpy.empty({shape}, numpy.{dtype.__name__}) or the like")
@@ -240,21 +226,58 @@ def _out_problem(out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> s
         return f"is a {type(out).__name__}; expected a NumPy array"
     if out.shape != shape:
         return f"has shape {out.shape}, and the result has {shape}"
-    if out.dtype != dtype:  # the other byte order is another dtype
+    if out.dtype != dtype:  # also in another byte order
         return f"has dtype {out.dtype.str}, and the result is {dtype.__name__}"
     flags = out.flags
     if flags.carray:
         return None
     if not flags.writeable:
         return "is read-only, and the result is written there"
-    return "is not C-contiguous and aligned, as backends write: whole examples next to each other"
+    return "is not C-contiguous and aligned, which backends need to write to it"
+
+
+def check_host_only(verb: str, name: str, tile: object, out: object = None) -> None:
+    """Refuse a tile or an `out` for an array that lies on a GPU."""
+    if tile is not None:
+        raise InputError(f"{verb}: {name} lies on a GPU, and tiles are joined on the host. Pass a NumPy array")
+    if out is not None:
+        raise InputError(
+            f"{verb}: {name} lies on a GPU, where the result stays, and out is an array of the host. Drop out, or "
+            "pass a NumPy array"
+        )
+
+
+def check_count(verb: str, name: str, value: Any, least: int) -> int:
+    """An argument as an integer; InputError if it is below `least` or no integer."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise InputError(f"{verb}: {name} is {value!r}; expected an integer") from None
+    if count < least:
+        raise InputError(f"{verb}: {name} is {count}; expected {least} or more")
+    return count
+
+
+def check_direction(latent: Latent, means: tuple[int, ...], value: Any, strength: float) -> npt.NDArray[Any]:
+    """The direction of an edit, (*latent) or (B, *latent) = `means`; InputError if it or the strength is not finite."""
+    direction: npt.NDArray[Any] = np.asarray(value)
+    if direction.dtype.kind not in "fiu":
+        raise InputError(f"edit: direction has dtype {direction.dtype}; expected numbers")
+    if direction.shape not in (means[1:], means) or not np.isfinite(direction).all():
+        raise InputError(
+            f"edit: direction has shape {direction.shape}; expected finite values of shape "
+            f"{shape_text(latent.shape, batch='')}, or the same with a batch"
+        )
+    if not (isinstance(strength, (int, float, np.number)) and abs(strength) <= float(np.finfo(float).max)):
+        raise InputError(f"edit: strength is {strength!r}; expected a finite number")
+    return direction
 
 
 def _lies_on_gpu(value: Any) -> bool:
     """Whether an array of some library lies on an NVIDIA GPU."""
-    if place := getattr(value, "__dlpack_device__", None):
+    if device_of := getattr(value, "__dlpack_device__", None):
         try:
-            return int(place()[0]) in _CUDA
-        except Exception:  # another library's, for an array that cannot be exported: it is refused later, in words
+            return int(device_of()[0]) in _CUDA
+        except Exception:  # another library's, for an array that cannot be exported: it is refused later
             return False
     return hasattr(value, "__cuda_array_interface__")

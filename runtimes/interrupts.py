@@ -1,27 +1,27 @@
-"""Ctrl-C ends a call. Python runs handlers of signals in the main thread alone, and not while it is inside a runner."""
+"""Ctrl-C ends a call: Python runs signal handlers in the main thread alone, and not while that is inside a runner."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Calls that take less are not worth a thread: nobody waits for them.
-_QUICK_SECONDS = 0.05
-#: How long a call that is told to stop may take to do so, before it is left to itself.
+#: Calls that take less need no thread: nobody waits for them.
+_FAST_SECONDS = 0.05
+#: How long a call may take to obey `stop` before its thread is abandoned.
 _STOP_SECONDS = 2.0
 _MAIN = threading.main_thread().ident
 
 
 def interruptible(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
-    """Do work in a thread of its own, while this one waits for it and can be interrupted.
+    """Run `work` in another thread while this one waits for it and can be interrupted; return its result.
 
     Args:
-        work: what is long, and gives Python's lock free.
-        stop: asks it to end soon. Work that does not is left behind, in a thread that ends with the process.
+        work: a long call that releases Python's global lock.
+        stop: asks it to end soon. A call that does not end is abandoned in its thread, which ends with the process.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -38,7 +38,7 @@ def interruptible(work: Callable[[], T], stop: Callable[[], None] = lambda: None
     threading.Thread(target=run, daemon=True).start()
     try:
         done.wait()
-    except BaseException:  # what a signal's handler raised
+    except BaseException:  # raised by a signal handler
         stop()
         done.wait(_STOP_SECONDS)
         raise
@@ -48,24 +48,21 @@ def interruptible(work: Callable[[], T], stop: Callable[[], None] = lambda: None
 
 
 class LongCalls:
-    """Which calls of a session are long: those in the main thread of more bytes than any that was seen to be quick.
+    """Which calls of a session need a thread to be interruptible: those larger than any that was fast.
 
-    How long a graph takes depends on its inputs' sizes alone: calls of no more bytes than a quick one get no thread.
+    How long a graph takes depends on its inputs' sizes alone: a call of no more bytes than a fast one needs no thread.
+
+    Attributes:
+        fast_bytes: the largest first input of a call that took less than 50 ms; −1 before there was one.
     """
 
     def __init__(self) -> None:
-        self._quick = -1
+        self.fast_bytes = -1
 
-    def direct(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call may be run as it is."""
-        for value in inputs.values():
-            return value.nbytes <= self._quick or threading.get_ident() != _MAIN
-        return True
-
-    def run(self, inputs: Mapping[str, Any], work: Callable[[], T], stop: Callable[[], None]) -> T:
-        """Run a call that may be long; see `interruptible`."""
+    def run(self, nbytes: int, work: Callable[[], T], stop: Callable[[], None]) -> T:
+        """Run a call whose first input is larger than `fast_bytes`; see `interruptible` for the other arguments."""
         began = time.perf_counter()
-        result = interruptible(work, stop)
-        if time.perf_counter() - began < _QUICK_SECONDS:
-            self._quick = max(self._quick, next(iter(inputs.values())).nbytes)
+        result = interruptible(work, stop) if threading.get_ident() == _MAIN else work()
+        if time.perf_counter() - began < _FAST_SECONDS:
+            self.fast_bytes = max(self.fast_bytes, nbytes)
         return result

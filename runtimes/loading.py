@@ -1,28 +1,27 @@
-"""Run a bundle without PyTorch."""
+"""Open a bundle: the choice of device and build, and the backend that runs it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from vae_export.contract import cache, onnx_guard, targets
-from vae_export.contract.build_record import Build, BuildFolder, BuiltGraph, Engine, Options, Processor
+from vae_export.contract.build_record import Build, BuildFolder, Engine, Options
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import GRAPHS, Model
 from vae_export.contract.onnx_guard import Weights
 from vae_export.contract.targets import Wanted
 from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, check_flags
 from vae_export.runtimes import compatibility, processor
-from vae_export.runtimes.backend import Backend, PlannedGraph, Settings, planned
+from vae_export.runtimes.backend import Backend, PlannedGraph, Settings
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.gpu import driver
 from vae_export.runtimes.memory import Budget, parse_bytes
 from vae_export.runtimes.vae import VAE
 
-#: The environment variable that sets what `load` runs in where it is not told.
+#: The environment variable that sets the precision of `load` where no argument does.
 DEFAULT_PRECISION = "VAE_EXPORT_PRECISION"
 #: The folder of a build; False for no build at all; None to choose.
 BuildLike = str | os.PathLike[str] | Literal[False] | None
@@ -45,59 +44,58 @@ def load(
 
     Every file of the bundle, and of the build that is used, is verified first.
 
-    What runs computes in float32, unless less is asked for: a build of the user's cache is used by itself only if it
-    holds float32's certificate, as the bundle's own graphs do. A lower precision is asked for by `precision`, by naming
-    a `build`, or by the environment variable `VAE_EXPORT_PRECISION`. What was asked for by an argument and is not there
-    is an error: who asked counts on its speed or its numbers, and would hear of neither from a substitute. The variable
-    is a preference for all bundles: one that has no such build runs in float32, and `VAE.describe` says why.
+    Graphs run in float32 by default: a build of the user's cache is used automatically only if it holds float32's
+    certificate, as the bundle's own graphs do. A lower precision is requested by `precision`, by naming a `build`, or
+    by the environment variable `VAE_EXPORT_PRECISION`. If an argument requests what is not there, that is an error: a
+    substitute would silently differ in speed or numbers. The variable is a preference for all bundles: one without
+    such a build runs in float32, and `VAE.describe` says why.
 
-    Noise and latents are the same bits on every machine, whatever runs them. What graphs make of them is the same to
-    the rounding of float32 (or of the precision that was asked for): another batch, build or processor may take
-    another kernel, which sums in another order.
+    Noise and latents of the prior are the same bits on every machine and backend. What graphs compute from them is the
+    same to the rounding of the precision: another batch, build or processor may take another kernel, which sums in
+    another order.
 
     Args:
         path: the bundle's folder.
-        device: `cpu`, `cuda`, or `auto`: the best that is there. On a GPU that is a build for TensorRT, for TensorRT
-            for RTX or for CUDA from the user's cache, then ONNX Runtime on CUDA; on the CPU a build from the cache,
-            then the bundle itself on ONNX Runtime. `VAE.describe` tells which, and what was passed over and why.
-        build: the folder of a build of this bundle, which is then used and no other, in whatever it computes. An engine
-            in it is native code: name only what you trust. False uses no build: the bundle's own graphs.
-        precision: `fp32`; or `auto`, `fp16`, `bf16`, `int8` or (on a GPU) `tf32`: the build of the cache that was asked
-            for with it (`vae-export build --precision`). None takes that of the environment variable, or `fp32`.
-        micro_batch: the most examples that go through a graph at once; larger batches are cut into such
-            slices. It bounds memory and does not change results beyond rounding, as said above.
+        device: `cpu`, `cuda`, or `auto`: the best available. On a GPU that is a build for TensorRT, for TensorRT for
+            RTX or for CUDA from the user's cache, then ONNX Runtime on CUDA; on the CPU a build from the cache, then
+            the bundle itself on ONNX Runtime. `VAE.describe` has the choice, and why others were passed over.
+        build: the folder of a build of this bundle, which is then used and no other, in its precision. Its engines are
+            native code: name only builds that you trust. False uses no build: the bundle's own graphs.
+        precision: `fp32`; or `auto`, `fp16`, `bf16`, `int8` or (on a GPU) `tf32`: the build of the cache that was
+            built with it (`vae-export build --precision`). None takes that of the environment variable, or `fp32`.
+        micro_batch: the most examples that go through a graph at once; larger batches are cut into such slices. It
+            bounds memory and does not change results beyond rounding.
         threads: threads inside one call on the CPU; None leaves it to the backend.
         lanes: on a GPU, how many calls run at once, each with a stream and buffers of its own. Calls from more
             threads wait.
         cuda_graphs: replay captured CUDA graphs. None does so with TensorRT where a shape can be captured; ONNX
             Runtime needs True, one lane, and a model whose every node runs on CUDA.
-        max_memory: a budget for the intermediate results of all calls together, as bytes or as text such as `2GiB`;
-            weights, and what a call takes and gives, are not counted. It makes the slices smaller than micro_batch,
-            and where not even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`,
-            `interpolate` and `edit` cut it into tiles (see `Tile`), whose blending does change results. What is
-            needed is known from counts in the manifest, times a factor for safety: it is an estimate, not a limit
-            that is enforced. Calls from several threads wait for each other where the budget does not hold them at
-            once.
+        max_memory: a budget for the intermediate results of all calls together, in bytes or as text such as `2GiB`;
+            weights, arguments and results are not counted. It makes the slices smaller than micro_batch, and where not
+            even one example fits, `encode`, `decode`, `reconstruct`, `sample`, `generate`, `interpolate` and `edit`
+            cut it into tiles (see `Tile`), whose blending does change results. The need is estimated from counts in
+            the manifest, times a factor for safety; it is not enforced. Calls from several threads wait for each other
+            where the budget does not hold them at once.
         check_range: refuse data that exceed the range of the manifest by more than 45 % of its width (half a
             level of 256 for a discretized logistic likelihood). False is for data without bounds, such as
-            standardized features; a Bernoulli likelihood has no density outside of [0, 1], and refuses all the same.
+            standardized features; a Bernoulli likelihood has no density outside of [0, 1], and always refuses them.
 
     Raises:
         InputError: there is no folder at `path` or `build`, or an option is not one of those above; or the cache has no
-            build in the precision that was asked for, or `build` names one in another; or max_memory is less than a
-            model of fixed sizes needs, or the bundle is too old to say what it needs.
-        BundleError: the bundle or the build is incomplete, damaged, tampered with, or newer than this version; or
-            the build is of another bundle.
+            build in the requested precision, or `build` names one in another; or max_memory is less than a model of
+            fixed sizes needs, or the bundle is too old to say what it needs.
+        BundleError: the bundle or the build is incomplete, damaged, inconsistent, or newer than this version; or the
+            build is of another bundle.
         BackendError: the device or a package that it needs is not available, or the build is for another machine, or
             it needs an instruction that this processor does not have.
     """
-    asked = {**locals(), "path": Path(path).absolute()}
+    arguments = {**locals(), "path": Path(path).absolute()}
     if isinstance(build, (str, os.PathLike)):
-        asked["build"] = Path(build).absolute()
+        arguments["build"] = Path(build).absolute()
     check_flags("load", check_range=check_range)
     limit = None if max_memory is None else parse_bytes(max_memory)
     bundle = Bundle(path)
-    settings = Settings(micro_batch=micro_batch, threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
+    settings = Settings(threads=threads, lanes=lanes, cuda_graphs=cuda_graphs)
     manifest = bundle.manifest
     costs = {name: graph.cost for name, graph in manifest.graphs.items() if graph.cost}
     budget = None if limit is None else Budget(limit, manifest.model, costs)
@@ -111,23 +109,23 @@ def load(
         budget=budget,
         tiled={name: graph.tiled for name, graph in manifest.graphs.items() if graph.tiled},
         check_range=check_range,
-        reopen=(_reopened, (asked, manifest.digest)),
+        reopen=(_reopened, (arguments, manifest.digest)),
     )
 
 
-def _reopened(asked: dict[str, Any], digest: str) -> VAE:
-    """What a pickled VAE becomes: `load` with the same arguments, if the bundle is still the same.
+def _reopened(arguments: dict[str, Any], digest: str) -> VAE:
+    """Unpickle a VAE: `load` it with the same arguments, if the bundle is still the same.
 
     Raises:
         InputError, BundleError, BackendError: as for `load`; or another bundle is at that path by now.
     """
-    vae = load(**asked)
-    found = Bundle(asked["path"]).manifest.digest
-    if found != digest:
+    vae = load(**arguments)
+    now = Bundle(arguments["path"]).manifest.digest
+    if now != digest:
         vae.close()
         raise BundleError(
-            f"{asked['path']}: this VAE was pickled when manifest {digest[:12]}… was there, and now there is "
-            f"{found[:12]}…. Load the bundle by its path, and pickle it again"
+            f"{arguments['path']}: this VAE was pickled when manifest {digest[:12]}… was there, and now there is "
+            f"{now[:12]}…. Load the bundle by its path, and pickle it again"
         )
     return vae
 
@@ -138,8 +136,8 @@ class Opened:
     Attributes:
         backend: it has the graphs.
         folder: the build that is used, or None for the bundle's own graphs.
-        passed_over: what would have come first, and why it did not.
-        notes: what whoever reads results should know of the build.
+        passed_over: what would have been preferred, and why it is not used.
+        notes: caveats of the build's results.
     """
 
     def __init__(
@@ -153,6 +151,9 @@ class Opened:
         self.folder = folder
         self.passed_over = dict(passed_over)
         self.notes = notes
+
+    def __repr__(self) -> str:
+        return f"Opened({self.line()})"
 
     @property
     def held_to(self) -> dict[str, str]:
@@ -170,11 +171,11 @@ class Opened:
 
     def line(self) -> str:
         """What runs, in one line for people."""
-        return said(self.facts() | dict(self.backend.describe()))
+        return summary(self.facts() | dict(self.backend.describe()))
 
 
-def said(facts: Mapping[str, object]) -> str:
-    """What runs, in one line for people, of what `VAE.describe` gives."""
+def summary(facts: Mapping[str, object]) -> str:
+    """What runs, in one line for people, from the facts of `VAE.describe`."""
     runs = f"build {facts['build']}" if facts["build"] else "the bundle's own graphs"
     return f"{facts['precision']}, {runs}, {facts['backend']} {facts['version']}, {facts['provider']}"
 
@@ -190,25 +191,26 @@ def open_bundle(
     """Open a bundle's graphs, or those of a build of it, on the best backend. Arguments and errors: see `load`."""
     settings = settings or Settings()
     _check_settings(device, build, settings)
-    asked = _checked("precision", precision)
+    requested = _checked("precision", precision)
     own = build is False or not cache.cached_slots(bundle.manifest)
     bundle.check(keep=bundle.graph_files() if own else ())
     if build is not None and build is not False:
-        return _open_named(bundle, BuildFolder(build), asked, device, settings)
-    if build is False and asked not in (None, "fp32"):
+        return _open_named(bundle, BuildFolder(build), requested, device, settings)
+    if build is False and requested not in (None, "fp32"):
         raise InputError(
-            f"load: build is False, which takes the bundle's own graphs in float32, and precision is {asked}. Drop one"
+            f"load: build is False, which takes the bundle's own graphs in float32, and precision is {requested}. "
+            "Drop one"
         )
     passed_over: dict[str, str] = {}
-    places = _places(device, passed_over)
-    if build is None and (wanted := asked or _default() or "fp32") != "fp32":
+    devices = _devices(device, passed_over)
+    if build is None and (wanted := requested or _default() or "fp32") != "fp32":
         try:
-            return _open_lower(bundle, wanted, places, settings, passed_over)
+            return _open_reduced(bundle, wanted, devices, settings, passed_over)
         except (InputError, BackendError, BundleError) as error:
-            if asked:
+            if requested:
                 raise
             passed_over[f"precision {wanted}"] = f"{DEFAULT_PRECISION} asks for it. {error}"
-    return _open_exact(bundle, places, settings, passed_over, with_builds=build is None)
+    return _open_exact(bundle, devices, settings, passed_over, with_builds=build is None)
 
 
 def _checked(name: str, precision: object) -> Wanted | None:
@@ -218,11 +220,11 @@ def _checked(name: str, precision: object) -> Wanted | None:
 
 
 def _default() -> Wanted | None:
-    """What the user has set for all bundles."""
+    """The user's preference for all bundles."""
     return _checked(f"the environment variable {DEFAULT_PRECISION}", os.environ.get(DEFAULT_PRECISION) or None)
 
 
-def _places(device: str, passed_over: dict[str, str]) -> list[str]:
+def _devices(device: str, passed_over: dict[str, str]) -> list[str]:
     """The devices to try, the best first."""
     if device != "auto":
         return [device]
@@ -232,13 +234,15 @@ def _places(device: str, passed_over: dict[str, str]) -> list[str]:
     return ["cuda", "cpu"]
 
 
-def _open_named(bundle: Bundle, folder: BuildFolder, asked: Wanted | None, device: str, settings: Settings) -> Opened:
-    """The build that the caller named: with a precision beside it, it must be that."""
+def _open_named(
+    bundle: Bundle, folder: BuildFolder, requested: Wanted | None, device: str, settings: Settings
+) -> Opened:
+    """The build that the caller named, refused if it is not in the requested precision."""
     record = folder.record
-    if asked and not (record.exact if asked == "fp32" else record.options.wanted == asked):
+    if requested and not (record.exact if requested == "fp32" else record.options.wanted == requested):
         raise InputError(
             f"load: {folder.path} is a build in {record.options.wanted} ({record.in_words()}), and "
-            f"precision is {asked}. Drop one"
+            f"precision is {requested}. Drop one"
         )
     return _open_build(bundle, folder, device, settings, {})
 
@@ -258,67 +262,62 @@ def _check_settings(device: str, build: object, settings: Settings) -> None:
 
 
 def _open_exact(
-    bundle: Bundle, places: list[str], settings: Settings, passed_over: dict[str, str], *, with_builds: bool
+    bundle: Bundle, devices: list[str], settings: Settings, passed_over: dict[str, str], *, with_builds: bool
 ) -> Opened:
-    """What holds float32's certificate: on each device a build of the cache, and then the bundle's own graphs."""
-    for place in places:
-        for name in _slots(bundle, "fp32", place) if with_builds else ():
+    """Open what holds float32's certificate: on each device a build of the cache, then the bundle's own graphs."""
+    for device in devices:
+        for name in _slots(bundle, "fp32", device) if with_builds else ():
             try:
                 folder = _cached_folder(bundle, name)
                 if folder.record.exact:
-                    return _open_cached(bundle, folder, place, settings, passed_over)
-                passed_over[f"build {name}"] = _inexact(folder)
+                    return _open_cached(bundle, folder, device, settings, passed_over)
+                passed_over[f"build {name}"] = compatibility.inexact(folder)
             except (BackendError, BundleError) as error:
                 passed_over[f"build {name}"] = str(error)
         try:
             graphs, weights = bundle.graphs()
             model = bundle.manifest.model
-            backend = open_backend(graphs, model, device=place, settings=settings, weights=weights)
+            backend = open_backend(graphs, model, device=device, settings=settings, weights=weights)
             return Opened(backend, None, passed_over)
         except (BackendError, BundleError) as error:
-            if place == places[-1]:
+            if device == devices[-1]:
                 raise
-            passed_over[place] = str(error)
-    raise AssertionError("the last place opens or raises")
+            passed_over[device] = str(error)
+    raise AssertionError("the last device opens or raises")
 
 
-def _open_lower(
-    bundle: Bundle, wanted: Wanted, places: list[str], settings: Settings, passed_over: dict[str, str]
+def _open_reduced(
+    bundle: Bundle, wanted: Wanted, devices: list[str], settings: Settings, passed_over: dict[str, str]
 ) -> Opened:
-    """The best build of the cache that was asked for in a precision.
-
-    Raises:
-        InputError: there is none for these devices.
-        BackendError, BundleError: what there is cannot be used.
-    """
+    """Open the best build of the cache that was built in a precision; InputError if there is none."""
     last: VaeExportError | None = None
-    for place in places:
-        for name in _slots(bundle, wanted, place):
+    for device in devices:
+        for name in _slots(bundle, wanted, device):
             try:
                 folder = _cached_folder(bundle, name)
                 if folder.record.options.wanted == wanted:
-                    return _open_cached(bundle, folder, place, settings, passed_over)
+                    return _open_cached(bundle, folder, device, settings, passed_over)
             except (BackendError, BundleError) as error:
                 last, passed_over[f"build {name}"] = error, str(error)
     if last:
         raise last
     options = "--tf32" if wanted == "tf32" else f"--precision {wanted}"
     raise InputError(
-        f"load: precision is {wanted}, and the cache has no build of {bundle.path} in it for {' or '.join(places)}. "
-        f"Run: vae-export build {bundle.path} --target {places[-1]} {options}; or drop precision, for float32"
+        f"load: precision is {wanted}, and the cache has no build of {bundle.path} in it for {' or '.join(devices)}. "
+        f"Run: vae-export build {bundle.path} --target {devices[-1]} {options}; or drop precision, for float32"
     )
 
 
-def _slots(bundle: Bundle, wanted: Wanted, place: str) -> list[str]:
-    """The slots of the cache to look into, the best first: what a build computes in stands in its record."""
+def _slots(bundle: Bundle, wanted: Wanted, device: str) -> list[str]:
+    """The slots of the cache for a device, the best first: a build's real precision is in its record."""
     rank = {"tensorrt": 0, "tensorrt-rtx": 1, None: 2}
-    found = []
+    slots = []
     for name in cache.cached_slots(bundle.manifest):
         target = cache.slot_target(name)
-        if target.device == place:
-            named_so = name == cache.slot(target.name, wanted)
-            found.append((rank[target.flavour], target.capability is None, not named_so, name))
-    return [name for *_, name in sorted(found)]
+        if target.device == device:
+            other_name = name != cache.slot(target.name, wanted)
+            slots.append((rank[target.flavour], target.capability is None, other_name, name))
+    return [name for *_, name in sorted(slots)]
 
 
 def _cached_folder(bundle: Bundle, name: str) -> BuildFolder:
@@ -326,121 +325,67 @@ def _cached_folder(bundle: Bundle, name: str) -> BuildFolder:
     return BuildFolder(cache.cached(bundle.manifest, name))
 
 
-def _inexact(folder: BuildFolder) -> str:
-    """Why a build is not used where float32 is wanted."""
-    record = folder.record
-    if set(record.precisions.values()) != {"fp32"}:
-        return f"it computes in {record.in_words()}: precision={record.options.wanted!r} takes it"
-    return f"{_UNMEASURED}; build={str(folder.path)!r} takes it"
-
-
 def _open_cached(
     bundle: Bundle, folder: BuildFolder, device: str, settings: Settings, passed_over: dict[str, str]
 ) -> Opened:
-    """A build of the cache; if it was made for what this machine had before, it is made again."""
+    """A build of the cache; engines for another machine or another version of TensorRT are built again."""
     record = folder.record
     engine = record.engine
     problem = compatibility.mismatch(engine, driver.this_machine(engine.flavour)) if engine else None
     if engine and problem:
         here = driver.this_machine().capability
         if engine.flavour == "tensorrt-rtx" and here not in engine.capabilities:
-            # Made again, it would be for the same GPUs again.
-            raise BackendError(
-                f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(record.target)}"
-                f"{_option(record.options)}"
-            )
+            # Built again, it would be for the same GPUs again.
+            raise compatibility.refusal(folder, problem, bundle.path, here)
         try:
             folder = BuildFolder(_rebuild()(bundle, record))
         except (VaeExportError, OSError) as error:
-            raise BackendError(
-                f"{folder.path}: {problem}. Building it again failed: {error}. "
-                f"Run: vae-export build {bundle.path} --target {record.target}{_option(record.options)}"
-            ) from None
+            problem = f"{problem}. Building it again failed: {error}"
+            raise compatibility.refusal(folder, problem, bundle.path) from None
     return _open_build(bundle, folder, device, settings, passed_over)
 
 
 def _rebuild() -> Callable[[Bundle, Build], Path]:
-    """What makes a build again: found among installed packages, so that running needs no compiler.
+    """The function that builds again: an entry point of installed packages, so that running needs no compiler.
 
     Raises:
-        BackendError: `vae_export` is imported from a folder that was not installed.
+        BackendError: `vae_export` is imported from a folder and not installed.
     """
-    found = next(iter(entry_points(group="vae_export.rebuild")), None)
-    if found is None:
+    from importlib import metadata  # slow to import, and rarely needed
+
+    entry = next(iter(metadata.entry_points(group="vae_export.rebuild")), None)
+    if entry is None:
         raise BackendError("vae_export is not installed as a package, and nothing else is known to build")
-    return cast("Callable[[Bundle, Build], Path]", found.load())
+    return cast("Callable[[Bundle, Build], Path]", entry.load())
 
 
 def _open_build(
     bundle: Bundle, folder: BuildFolder, device: str, settings: Settings, passed_over: Mapping[str, str]
 ) -> Opened:
-    """Everything that can be said against a build is said before its engines are read by anything but SHA-256."""
-    record = folder.record
+    """Open a build, after all checks of its record: before that, nothing but SHA-256 reads its engines."""
+    record, model = folder.record, bundle.manifest.model
     folder.check_source(bundle.manifest)
-    wanted = targets.parse(record.target)
-    if device not in ("auto", wanted.device):
+    target = targets.parse(record.target)
+    if device not in ("auto", target.device):
         raise InputError(f"load: device is {device!r}, and {folder.path} is a build for {record.target}. Drop one")
-    if wanted.device == "cpu":
-        here = processor.processor()
+    here = processor.processor()
+    notes = compatibility.notes(record, here)
+    if target.device == "cpu":
         if problem := compatibility.unfit(record, here):
-            raise BackendError(
-                f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target cpu"
-                f"{_option(record.options)}, or load without it"
-            )
-        ways: dict[str, list[PlannedGraph]] = {}
+            raise compatibility.refusal(folder, problem, bundle.path)
+        plans: dict[str, list[PlannedGraph]] = {}
         for name, variants in folder.variants().items():
-            ways[name] = []
-            for variant, graph in variants:
-                arrays = onnx_guard.check_operators(graph, name)
-                ways[name].append(PlannedGraph(graph, variant, arrays))
-        return Opened(CpuBackend(ways, bundle.manifest.model, settings), folder, passed_over, _notes(record, here))
-    graphs = folder.graphs()
-    engine = record.engine
+            plans[name] = [
+                PlannedGraph(graph, plan, onnx_guard.check_operators(graph, name)) for plan, graph in variants
+            ]
+        return Opened(CpuBackend(plans, model, settings), folder, passed_over, notes)
+    graphs, engine = folder.graphs(), record.engine
     if engine and (problem := compatibility.mismatch(engine, driver.this_machine(engine.flavour))):
-        raise BackendError(
-            f"{folder.path}: {problem}. Run: vae-export build {bundle.path} --target {_target_here(record.target)}"
-            f"{_option(record.options)}"
-        )
+        raise compatibility.refusal(folder, problem, bundle.path, driver.this_machine().capability)
     backend = open_backend(
-        graphs, bundle.manifest.model, device=wanted.device, options=record.options, engine=engine, settings=settings
+        graphs, model, device=target.device, options=record.options, engine=engine, settings=settings
     )
-    return Opened(backend, folder, passed_over, _notes(record, processor.processor()))
-
-
-_UNMEASURED = "it was made where it could not run, and never measured: vae-export verify --build measures it here"
-
-
-def _notes(record: Build, here: Processor) -> tuple[str, ...]:
-    """What whoever reads results of a build should know."""
-    notes = [note] if (note := compatibility.elsewhere(record, here)) else []
-    if not record.measured:
-        notes.append(_UNMEASURED)
-    several = sorted(name for name, graph in record.graphs.items() if _kernels(graph) > 1)
-    if several or len(record.options.profiles) > 1:
-        notes.append(
-            f"{', '.join(several or record.graphs)}: other batches run other kernels. Noise and latents of the prior "
-            "are the same bits at every batch, and what is computed of them is the same to rounding"
-        )
-    return tuple(notes)
-
-
-def _kernels(graph: BuiltGraph) -> int:
-    """In how many ways a graph runs, by its batch."""
-    return sum(1 + len(variant.exact) for variant in graph.variants)
-
-
-def _option(options: Options) -> str:
-    """How the command line asks for a precision."""
-    tf32 = " --tf32" if options.tf32 else ""
-    return (f" --precision {options.precision}" if options.precision != "fp32" else "") + tf32
-
-
-def _target_here(target: str) -> str:
-    """The target to build for this machine in place of one for another."""
-    gpus = driver.query().gpus
-    if target.startswith("tensorrt-rtx") and gpus:
-        return f"tensorrt-rtx-sm{gpus[0].capability.replace('.', '')}"
-    return target
+    return Opened(backend, folder, passed_over, notes)
 
 
 def open_backend(
@@ -456,12 +401,11 @@ def open_backend(
     """Open graphs on a device.
 
     Args:
-        graphs: verified bytes by name: ONNX, whose operators are checked here, or engines, which were compared with
-            this machine before.
-        model: what they take and give.
+        graphs: verified bytes by name: ONNX, whose operators are checked here, or engines that match this machine.
+        model: their inputs and outputs.
         device: `cpu` or `cuda`.
         options: how they were built.
-        engine: what made the engines; None for ONNX.
+        engine: the record of the engines; None for ONNX.
         settings: how to run them.
         weights: the verified weights that lie beside ONNX graphs, by the graph's name.
 
@@ -479,4 +423,5 @@ def open_backend(
         from vae_export.runtimes.gpu.ort import open_cuda
 
         return open_cuda(graphs, model, options, settings, arrays)
-    return CpuBackend({name: [planned(graph, arrays=arrays[name])] for name, graph in graphs.items()}, model, settings)
+    plans = {name: [PlannedGraph(graph, arrays=arrays[name])] for name, graph in graphs.items()}
+    return CpuBackend(plans, model, settings)

@@ -1,4 +1,4 @@
-"""A budget for memory: how many examples may go through a graph at once, and in which tiles where not even one may."""
+"""A memory budget: how many examples may go through a graph at once, and the tiles if not even one may."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vae_export.errors import InputError
 from vae_export.runtimes.tiling import Axis, Tile, can_tile, units
 
 # The manifest counts the intermediate results that PyTorch needs at once. Backends fuse some of them away, but also
-# keep copies in another layout, scratch for convolutions, and gaps between what an arena has given out.
+# keep copies in another layout, scratch memory for convolutions, and gaps between an arena's tensors.
 SAFETY = 1.5
 
-# Tiles of a quarter's overlap: sizes in multiples of 4 of the latent's pixels give whole steps. Below 8 of them a
-# tile is more edge than picture.
+# With an overlap of a quarter, sizes in multiples of 4 of the latent's pixels give whole steps. A tile of fewer than 8
+# is more overlap than picture.
 _OVERLAP, _STEP, _LEAST = 0.25, 4, 8
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
@@ -32,14 +32,10 @@ _GRAPHS = {"reconstruct": GRAPHS, "generate": ("decoder",), "score": GRAPHS}
 
 
 def parse_bytes(value: Any) -> int:
-    """A number of bytes from an integer or from text such as `512MiB`, `2GiB` or `1.5GB`.
-
-    Raises:
-        InputError: it is neither, or below 1 byte.
-    """
+    """A number of bytes from an integer or from text such as `512MiB`, `2GiB` or `1.5GB`; InputError if below 1."""
     size = 0
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())):
-        size = int(float(found[1]) * _UNITS.get(found[2], 0))
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())):
+        size = int(float(match[1]) * _UNITS.get(match[2], 0))
     elif isinstance(value, int) and not isinstance(value, bool):
         size = value
     if size < 1:
@@ -52,7 +48,7 @@ def parse_bytes(value: Any) -> int:
 
 @functools.cache
 def of_this_machine() -> int:
-    """Bytes of memory that the machine has; without a bound where it does not tell."""
+    """Bytes of memory that the machine has; the largest integer if that is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -60,23 +56,23 @@ def of_this_machine() -> int:
 
 
 class Budget:
-    """How the intermediate results of all calls together are kept within some bytes."""
+    """Keeps the intermediate results of all calls together within a number of bytes.
+
+    Attributes:
+        limit: bytes.
+        free: bytes that no call holds.
+    """
 
     def __init__(self, limit: int, model: Model, costs: Mapping[str, Cost]) -> None:
-        """Check that it can be kept.
-
-        Args:
-            limit: bytes.
-            model: whose graphs they are.
-            costs: of the encoder and the decoder.
+        """Check that a budget of `limit` bytes is large enough for a model, of whose graphs the costs are given.
 
         Raises:
             InputError: a graph's cost is not known, or a model of fixed sizes needs more.
         """
         self.limit = limit
-        self._free = limit
+        self.free = limit
         self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()  # who asks, the first one first
+        self._waiting: deque[object] = deque()  # one for each waiting call, first come, first served
         self._model = model
         self._costs = costs
         if missing := {"encoder", "decoder"} - set(costs):
@@ -94,33 +90,32 @@ class Budget:
 
     @contextlib.contextmanager
     def held(self, graph: str, sizes: Mapping[str, int], rows: int) -> Iterator[None]:
-        """What so many examples need, taken from the budget for as long as they are in a graph.
+        """A block that holds the memory of so many examples of a graph.
 
-        Calls of other threads that find too little left wait, in the order in which they came. More than there is
-        counts as all.
+        It waits, in the order of calls, until the other calls leave enough free. A need above the limit takes all.
         """
         need = min(self.limit, rows * self._bytes(graph, sizes))
         with self._changed:
-            place = object()
-            self._waiting.append(place)
+            ticket = object()
+            self._waiting.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._waiting[0] is place and self._free >= need)
-                self._free -= need
+                self._changed.wait_for(lambda: self._waiting[0] is ticket and self.free >= need)
+                self.free -= need
             finally:
-                self._waiting.remove(place)
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._free += need
+                self.free += need
                 self._changed.notify_all()
 
     def at_least_one(self, graph: str, sizes: Mapping[str, int]) -> int:
-        """The same, where examples are not cut into tiles.
+        """As `rows`, for examples that cannot be cut into tiles.
 
         Raises:
-            InputError: not even one may.
+            InputError: not even one fits.
         """
         if rows := self.rows(graph, sizes):
             return rows
@@ -131,25 +126,21 @@ class Budget:
         )
 
     def tile(self, graph: str, sizes: Mapping[str, int]) -> Tile:
-        """The largest tile that fits.
-
-        Args:
-            graph: `encoder` or `decoder`.
-            sizes: of one example that does not fit.
+        """The largest tile that fits, for an example of these sizes, which does not.
 
         Raises:
-            InputError: none fits, or the model has fixed sizes.
+            InputError: no tile fits, or the model has fixed sizes.
         """
         if not can_tile(self._model):
             self.at_least_one(graph, sizes)
         dims = [dim for dim, _ in units(self._model)]
 
         def part(count: int) -> dict[str, int]:
-            """The largest tile's sizes."""
+            """The sizes of the largest tile of `count` units of the latent's pixels."""
             return {dim.name: min(count * dim.multiple_of, sizes[dim.name]) for dim in dims}
 
         def allowed(dim: SizeDim, size: int) -> bool:
-            """Whether the model takes all tiles, also those at the edge."""
+            """Whether the model takes the sizes of all tiles, also of those at the edge."""
             return all(map(dim.allows, Axis(sizes[dim.name], size, round(size * (1 - _OVERLAP)), 0, 0).parts))
 
         most = max(sizes[dim.name] // dim.multiple_of for dim in dims)

@@ -13,16 +13,16 @@ from vae_export.runtimes.cpu import arena
 from vae_export.runtimes.failures import words
 
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
-
-
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
 _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "float64": "tensor(double)"}
 
 
 def runtime(device: str) -> ModuleType:
-    """ONNX Runtime, if it has the provider of a device."""
+    """ONNX Runtime, with the execution provider of a device.
+
+    Raises:
+        BackendError: it is not installed, or has no such provider.
+    """
     ort = require("onnxruntime", EXTRAS[device], "load")
     if PROVIDERS[device] not in ort.get_available_providers():
         raise BackendError(
@@ -34,17 +34,16 @@ def runtime(device: str) -> ModuleType:
 
 
 def session_options(ort: ModuleType, arrays: Arrays, threads: int | None = None) -> Any:
-    """Settings for a session on ONNX bytes whose weights, as far as they lie beside the graph, are these arrays.
+    """Options for a session on ONNX bytes, with `threads` inside one call; None leaves them to ONNX Runtime.
 
-    Their memory must outlive the session. `threads` are those inside one call; None leaves it to ONNX Runtime. What
-    a graph makes of constants alone is computed with each call, not while it is opened, where it was not told how
-    much that is.
+    The memory of `arrays`, the weights beside the graph, must outlive the session. Unless they are `foldable`, constant
+    subgraphs are computed in each call and not, at an unknown cost, while the session is opened.
     """
     settings = ort.SessionOptions()
-    settings.log_severity_level = 4  # a failed call raises: what it logs beside that is for no user
+    settings.log_severity_level = 4  # a failed call raises; its log lines help no user
     if threads is not None:
         settings.intra_op_num_threads = threads
-    # Bytes of its own format would be taken for what they are: unchecked by us.
+    # ONNX Runtime would also accept its own format, whose operators are not checked here.
     settings.add_session_config_entry("session.load_model_format", "ONNX")
     if not arrays.foldable:
         settings.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
@@ -65,17 +64,21 @@ def open_session(
     threads: int | None = None,
     memory: arena.Arena | None = None,
 ) -> Any:
-    """A session on a device and on no other, with memory from an arena, or from one of its own."""
+    """A session on a device and on no other; its memory comes from `memory`, or from an arena of its own.
+
+    Raises:
+        BundleError, BackendError: ONNX Runtime refuses the graph, or its inputs and outputs are not the model's.
+    """
     settings = session_options(ort, arrays, threads)
     if memory:
         memory.use(settings)
-    # A plan for each shape that was seen, each with memory of its own, is for shapes that stay.
+    # ONNX Runtime keeps a memory plan for each shape that it meets: useful for few shapes.
     settings.enable_mem_pattern = not model.data.named()
     provider = PROVIDERS[device]
     try:
         session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)
     except Exception as error:
-        kind = BundleError if device == "cpu" else BackendError  # a device has reasons of its own
+        kind = BundleError if device == "cpu" else BackendError  # on a GPU the reason need not be the graph
         raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {words(error)}") from None
     if session.get_providers()[0] != provider:
         raise BackendError(
@@ -83,13 +86,11 @@ def open_session(
             "instead. `vae-export doctor` shows what is missing"
         )
     inputs, outputs = model.signature(name)
-    found, said = (
-        [(t.name, t.type, tuple(t.shape)) for t in (*session.get_inputs(), *session.get_outputs())],
-        [(t.name, _TYPES[t.dtype], t.shape) for t in (*inputs, *outputs)],
-    )
-    if found != said:
+    actual = [(t.name, t.type, tuple(t.shape)) for t in (*session.get_inputs(), *session.get_outputs())]
+    promised = [(t.name, _TYPES[t.dtype], t.shape) for t in (*inputs, *outputs)]
+    if actual != promised:
         raise BundleError(
-            f"{name}: the manifest promises {said}, and the graph has {found}. The bundle contradicts itself: "
+            f"{name}: the manifest promises {promised}, and the graph has {actual}. The bundle contradicts itself: "
             "export the model again"
         )
     return session

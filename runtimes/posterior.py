@@ -1,4 +1,4 @@
-"""What an encoder gives: the posterior of a batch, on the host or on the GPU, and the bound that comes of it."""
+"""The posterior of a batch, on the host or on the GPU, and the evidence lower bound."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vae_export.contract.model import Latent
 from vae_export.errors import InputError
 from vae_export.numerics import elbo, noise
 from vae_export.numerics.noise import Normals
-from vae_export.runtimes.backend import Array, Backend
+from vae_export.runtimes.backend import Array, DeviceBackend
 
 Float64 = npt.NDArray[np.float64]
 
 _NO_VARIANCE = (
     "this model's encoder is deterministic: its posterior has no variance to draw from, no KL and no ELBO. Use mode()"
 )
-NO_SCALING = "this model's manifest names no scaling of latents"
+_NO_SCALING = "this model's manifest names no scaling of latents"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Posterior:
     logvar: Array | None
     _latent: Latent | None = None
 
+    def __repr__(self) -> str:
+        return f"Posterior({_outline(self)})"
+
     @property
     def std(self) -> Array:
         """The standard deviation exp(½ logvar): (B, *latent) float32.
@@ -42,7 +45,7 @@ class Posterior:
         Raises:
             InputError: the encoder is deterministic.
         """
-        with np.errstate(over="ignore"):  # infinite where float32 has no such number
+        with np.errstate(over="ignore"):  # infinite beyond float32
             std: Array = np.exp(np.float32(0.5) * self._gaussian())
         return std
 
@@ -55,8 +58,8 @@ class Posterior:
 
         Args:
             seed: of the noise, 0 ≤ seed < 2^64.
-            start: the index of the first example: a batch that is the part of a data set from `start` on
-                gets the noise that the whole would have had.
+            start: the index of the first example: the part of a data set from `start` on gets the same noise as in
+                the whole.
 
         Returns:
             (B, *latent) float32.
@@ -67,9 +70,9 @@ class Posterior:
         return self._at(self._noise(seed, start))
 
     def latent(self, seed: int | None = None, start: int = 0) -> Array:
-        """What latent diffusion works on: (z − shift) · scaling, or (z − mean) · scaling / std of each channel.
+        """Latents scaled for latent diffusion: (z − shift) · scaling, or (z − mean) · scaling / std of each channel.
 
-        Which of them, and with what numbers, the manifest says. `VAE.decode` takes it back with `scaled=True`.
+        The manifest has the formula and its numbers. `VAE.decode` undoes it with `scaled=True`.
 
         Args:
             seed: of the draw of z, as for `sample`; None takes the mean.
@@ -83,9 +86,9 @@ class Posterior:
         """
         latent = self._latent
         if latent is None or not latent.scaled:
-            raise InputError(f"latent: {NO_SCALING}. Use sample() or mode()")
+            raise InputError(f"latent: {_NO_SCALING}. Use sample() or mode()")
         z = self.mode() if seed is None else self.sample(seed, start)
-        shift, std = channels(latent)
+        shift, std = _channels(latent)
         scaled: Array = (z - shift) * np.float32(latent.scaling) / std
         return scaled
 
@@ -118,7 +121,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class DevicePosterior:
-    """The approximate posterior q(z|x) of a batch that lies on the GPU, as does everything here but `numpy`.
+    """The approximate posterior q(z|x) of a batch, on the GPU.
 
     Attributes:
         mean: (B, *latent) float32, a `gpu.DeviceArray`: DLPack and the CUDA array interface.
@@ -127,8 +130,11 @@ class DevicePosterior:
 
     mean: Any
     logvar: Any
-    _backend: Backend
+    _backend: DeviceBackend
     _latent: Latent | None = None
+
+    def __repr__(self) -> str:
+        return f"DevicePosterior({_outline(self)}, on the GPU)"
 
     def mode(self) -> Any:
         """The most probable latent, which is the mean: (B, *latent) float32."""
@@ -154,7 +160,7 @@ class DevicePosterior:
         raise InputError("latent: is computed on the host. Take numpy() first: posterior.numpy().latent()")
 
     def numpy(self) -> Posterior:
-        """The same on the host, where the standard deviation and the KL are computed, too."""
+        """The posterior on the host, which also has the standard deviation and the KL."""
         return Posterior(self.mean.numpy(), None if self.logvar is None else self.logvar.numpy(), self._latent)
 
 
@@ -171,9 +177,39 @@ class Elbo(NamedTuple):
     reconstruction: Float64
     kl: Float64
 
+    def __repr__(self) -> str:
+        reconstruction, kl = self.reconstruction.mean(), self.kl.mean()
+        means = f"mean {self.elbo.mean():.6g} = {reconstruction:.6g} − {kl:.6g} nats"
+        return f"Elbo({self.elbo.shape[0]} examples, {means})"
 
-def channels(latent: Latent) -> tuple[Array, Array]:
-    """What is subtracted from latents and what they are divided by, beside the scaling: to broadcast over a batch."""
+
+def unscaled(latent: Latent, z: Array) -> Array:
+    """Undo `Posterior.latent`; InputError if the manifest names no scaling."""
+    if not latent.scaled:
+        raise InputError(f"decode: {_NO_SCALING}. Drop scaled")
+    shift, std = _channels(latent)
+    with np.errstate(over="ignore"):  # the check of z refuses what is infinite
+        result: Array = z * std / np.float32(latent.scaling) + shift
+    return result
+
+
+def scaling_facts(latent: Latent) -> dict[str, Any]:
+    """For `VAE.describe`: how latent diffusion scales latents; empty if it does not."""
+    if not latent.scaled:
+        return {}
+    if latent.mean is None or latent.std is None:
+        return {"latent_scaling": {"scaling": latent.scaling, "shift": latent.shift}}
+    mean, std = list(latent.mean), list(latent.std)
+    return {"latent_scaling": {"scaling": latent.scaling, "mean": mean, "std": std}}
+
+
+def _outline(posterior: Posterior | DevicePosterior) -> str:
+    n, *latent = posterior.mean.shape
+    return f"{n} × {tuple(latent)}, {'deterministic' if posterior.logvar is None else 'Gaussian'}"
+
+
+def _channels(latent: Latent) -> tuple[Array, Array]:
+    """The subtrahend and the divisor of latents, beside the scaling, to broadcast over a batch."""
     shift, std = (
         np.array(values, np.float32).reshape(-1, *[1] * (len(latent.shape) - 1))
         for values in (latent.shift if latent.mean is None else latent.mean, latent.std or 1.0)

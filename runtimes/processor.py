@@ -1,4 +1,4 @@
-"""The processor that this process runs on: its name, what it computes by itself, how many cores may be used."""
+"""The processor that this process runs on: its name, its instruction sets, and how many cores may be used."""
 
 from __future__ import annotations
 
@@ -15,55 +15,36 @@ from pathlib import Path
 from vae_export.contract.build_record import Processor
 from vae_export.runtimes.threads import cores
 
-#: What matters to graphs, by Linux' names. All else that a processor has is left out of records.
+#: The instruction sets that matter to graphs, by Linux' names. Records have no others.
 _X86 = (
     *("avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert"),
     *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
 )
 _ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme")
-#: NumPy's names of what it asks the processor for. The last are of no use to graphs: an emulator is known by them.
-_NUMPY: Mapping[str, str] = {
-    "AVX": "avx",
-    "F16C": "f16c",
-    "FMA3": "fma",
-    "AVX2": "avx2",
-    "AVX512F": "avx512f",
-    "AVX512BW": "avx512bw",
-    "AVX512VL": "avx512vl",
-    "AVX512VNNI": "avx512_vnni",
-    "AVX512BF16": "avx512_bf16",
-    "AVX512FP16": "avx512_fp16",
-    "ASIMD": "asimd",
-    "ASIMDHP": "asimdhp",
-    "ASIMDDP": "asimddp",
-    "SVE": "sve",
-    "BMI2": "bmi2",
-    "GFNI": "gfni",
-    "VAES": "vaes",
-}
-_APPLE: Mapping[str, str] = {
-    "hw.optional.AdvSIMD": "asimd",
-    "hw.optional.arm.FEAT_FP16": "asimdhp",
-    "hw.optional.arm.FEAT_DotProd": "asimddp",
-    "hw.optional.arm.FEAT_I8MM": "i8mm",
-    "hw.optional.arm.FEAT_BF16": "bf16",
-    "hw.optional.arm.FEAT_SME": "sme",
+#: Linux' names by NumPy's. BMI2, GFNI and VAES are of no use to graphs: they reveal an emulator.
+_SAME = ("AVX", "F16C", "AVX2", "AVX512F", "AVX512BW", "AVX512VL", "ASIMD", "ASIMDHP", "ASIMDDP", "SVE")
+_AVX512 = {f"AVX512{name.upper()}": f"avx512_{name}" for name in ("vnni", "bf16", "fp16")}
+_NUMPY = {name: name.lower() for name in (*_SAME, "BMI2", "GFNI", "VAES")} | {"FMA3": "fma"} | _AVX512
+_APPLE: Mapping[str, str] = {"hw.optional.AdvSIMD": "asimd"} | {
+    f"hw.optional.arm.FEAT_{feature}": name
+    for feature, name in zip(
+        ("FP16", "DotProd", "I8MM", "BF16", "SME"), ("asimdhp", "asimddp", "i8mm", "bf16", "sme"), strict=True
+    )
 }
 
 
 def features() -> frozenset[str]:
-    """What this processor computes by itself, as far as it matters to graphs.
+    """The instruction sets of this processor, as far as they matter to graphs.
 
-    Linux' names (`avx2`, `avx512_vnni`, `amx_bf16`, `asimddp`, …) and two that hold on every architecture, which
+    Linux' names (`avx2`, `avx512_vnni`, `amx_bf16`, `asimddp`, …) and two for every architecture, which
     `ExecutionPlan.requires` uses:
 
     - `vnni`: products of 8-bit integers are summed in 32 bits at once (AVX512-VNNI, AVX-VNNI, ARM's dot product).
       Without it, x86 adds pairs of them in 16 bits first, which overflow.
     - `bf16`: products of bfloat16 (AVX512-BF16, AMX, AVX2 with NE-CONVERT and VNNI-INT8, ARM's BF16).
 
-    Under an emulator Linux tells of the machine below: what it says is then dropped, and only what NumPy has asked the
-    processor itself for is left.
+    Under an emulator Linux reports the host's processor: then only what NumPy detected by CPUID counts.
     """
     return _features()
 
@@ -80,13 +61,13 @@ def processor() -> Processor:
 
 
 def general(known: frozenset[str]) -> frozenset[str]:
-    """The names that hold on every architecture, of what a processor has: see `features`."""
-    found = set()
+    """The names for every architecture, derived from a processor's own: see `features`."""
+    names = set()
     if known & {"avx512_vnni", "avx_vnni", "asimddp"}:
-        found.add("vnni")
+        names.add("vnni")
     if known & {"avx512_bf16", "amx_bf16", "bf16"} or {"avx_ne_convert", "avx_vnni_int8"} <= known:
-        found.add("bf16")
-    return frozenset(found)
+        names.add("bf16")
+    return frozenset(names)
 
 
 def _allowed() -> list[int]:
@@ -97,33 +78,33 @@ def _allowed() -> list[int]:
 
 @functools.cache
 def _features() -> frozenset[str]:
-    return _joined(_told(), _asked())
+    return combined(_reported(), _detected())
 
 
-def _joined(told: frozenset[str], asked: Mapping[str, bool]) -> frozenset[str]:
-    """What the system tells of, unless the processor itself, when asked, denies a part of it."""
-    has = {name for name, there in asked.items() if there}
-    denied = set(asked) - has
-    known = frozenset((has | (frozenset() if told & denied else told)) & {*_X86, *_ARM})
+def combined(reported: frozenset[str], detected: Mapping[str, bool]) -> frozenset[str]:
+    """The instruction sets that the system reports, unless detection contradicts it, and those that were detected."""
+    has = {name for name, there in detected.items() if there}
+    lacks = set(detected) - has
+    known = frozenset((has | (frozenset() if reported & lacks else reported)) & {*_X86, *_ARM})
     return known | general(known)
 
 
-def _asked() -> dict[str, bool]:
-    """What NumPy found when it asked the processor, by Linux' names."""
+def _detected() -> dict[str, bool]:
+    """The instruction sets that NumPy looked for, by Linux' names, and whether the processor has them."""
     for module in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):  # 1.26 has it in the second
         try:
-            found: Mapping[str, bool] = getattr(importlib.import_module(module), "__cpu_features__", {})
+            all_names: Mapping[str, bool] = getattr(importlib.import_module(module), "__cpu_features__", {})
         except ImportError:
             continue
-        if found:
-            # NumPy lists the names of all architectures: those of others are no denial.
+        if all_names:
+            # NumPy lists the names of all architectures: it did not look for those of others.
             ours = {*_ARM} if _architecture() == "aarch64" else {*_NUMPY.values()} - {*_ARM}
-            return {_NUMPY[name]: there for name, there in found.items() if _NUMPY.get(name) in ours}
+            return {_NUMPY[name]: there for name, there in all_names.items() if _NUMPY.get(name) in ours}
     return {}
 
 
-def _told() -> frozenset[str]:
-    """What the system tells of the processor; nothing where it does not."""
+def _reported() -> frozenset[str]:
+    """The instruction sets that the system reports; empty where it reports none."""
     if sys.platform == "darwin":
         return frozenset(name for key, name in _APPLE.items() if _sysctl(key) == b"\1\0\0\0")
     facts = _cpuinfo()
@@ -150,7 +131,7 @@ def _architecture() -> str:
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor; nothing on other systems."""
+    """The first processor's entry of Linux' /proc/cpuinfo; empty on other systems."""
     try:
         first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
     except OSError:
@@ -160,7 +141,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _sysctl(key: str) -> bytes | None:
-    """A value of macOS' kernel, as it lies in memory."""
+    """A value of macOS' kernel, as raw bytes."""
     library = ctypes.CDLL(ctypes.util.find_library("c"))
     size = ctypes.c_size_t(256)
     value = ctypes.create_string_buffer(size.value)

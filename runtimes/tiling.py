@@ -1,4 +1,4 @@
-"""Images larger than memory: a graph runs on tiles that overlap, and what it gives is blended where they do.
+"""Images larger than memory: a graph runs on overlapping tiles, and its results are blended where they overlap.
 
 The semantics are those of diffusers' `AutoencoderKL` with `enable_tiling()`: see `Tile`.
 """
@@ -24,14 +24,14 @@ class Tile:
     """How an image is cut.
 
     Tiles lie on a grid whose step is `size` less the overlap; those at the right and at the bottom are smaller. Each
-    is blended linearly with the one above and then with the one to the left, both blended before. That is what
-    diffusers' `AutoencoderKL` does for `tile_sample_min_size=size` and `tile_overlap_factor=overlap`, and the results
-    agree to float32's rounding. All models are tiled so, `AutoencoderTiny` too, whose own tiling blends otherwise.
-    A tile sees nothing beyond its edges: results differ from untiled ones, the less the larger it is.
+    is blended linearly with the blended tile above and then with the one to the left. That is what diffusers'
+    `AutoencoderKL` does for `tile_sample_min_size=size` and `tile_overlap_factor=overlap`, and the results agree to
+    float32's rounding. All models are tiled so, also `AutoencoderTiny`, whose own tiling blends otherwise. A tile does
+    not see beyond its edges: results differ from untiled ones, less with larger tiles.
 
     Attributes:
-        size: of a tile, in pixels of the data: one number for both directions, or (height, width). A multiple of what
-            the model divides sizes by, on the way to the latent.
+        size: of a tile, in pixels of the data: one number for both directions, or (height, width). A multiple of the
+            factor by which the model reduces sizes to the latent's.
         overlap: the share of a tile that its neighbour repeats, 0 ≤ overlap < 1.
 
     Raises:
@@ -60,22 +60,22 @@ class Tile:
         return operator.index(height), operator.index(width)
 
 
-#: A difference of so many levels of 255 is seen.
+#: Differences above so many levels of 255 are visible.
 VISIBLE = 8.0
 
 
 class Seams:
-    """What the export measured of tiles, told once for each graph when a call is first cut."""
+    """Warns, once for each graph, of visible differences that the export measured between tiled and untiled results."""
 
     def __init__(self, measured: Mapping[str, Tiled]) -> None:
-        """Take the figures of those graphs that have any."""
-        self._untold = {graph: one for graph, one in measured.items() if one.worst > VISIBLE}
-        #: For `VAE.describe`: what is seen of tiles, by graph.
-        self.facts = {graph: str(one) for graph, one in self._untold.items()}
+        """Arguments: the measurements by graph, where there are any."""
+        self._pending = {graph: one for graph, one in measured.items() if one.worst > VISIBLE}
+        #: For `VAE.describe`: the visible differences, by graph.
+        self.facts = {graph: str(one) for graph, one in self._pending.items()}
 
-    def tell(self, graph: str) -> None:
-        """Warn, the first time, of a graph whose tiles are seen. Any thread may call it."""
-        if self._untold.pop(graph, None):
+    def warn(self, graph: str) -> None:
+        """Warn if this is the first call for a graph with visible differences. Thread-safe."""
+        if self._pending.pop(graph, None):
             warnings.warn(
                 f"tile: the {graph} sees more of a picture than a tile has: {self.facts[graph]}, as measured at the "
                 "export. Leave tile and max_memory out, or use larger tiles, where that matters",
@@ -84,12 +84,12 @@ class Seams:
             )
 
 
-#: What callers may give for a tile.
+#: A tile as an argument: its size alone, or a `Tile`.
 TileLike = int | tuple[int, int] | Tile
 
 
 def tile_of(tile: TileLike | None) -> Tile | None:
-    """A tile from its size alone. Raises what `Tile` raises."""
+    """A `Tile` from an argument. Errors as for `Tile`."""
     return tile if tile is None or isinstance(tile, Tile) else Tile(tile)
 
 
@@ -98,11 +98,11 @@ class Axis:
     """The tiles along one direction of an image, for one graph.
 
     Attributes:
-        length: of what goes in.
-        tile: the largest tile of what goes in.
-        step: from where one tile of it begins to where the next does.
-        blend: how much of two tiles of what comes out is blended.
-        limit: what of a tile of what comes out is kept: the next one begins there.
+        length: of the input.
+        tile: length of the largest tile of the input.
+        step: from the start of a tile of the input to that of the next.
+        blend: over how many values two tiles of the output are blended.
+        limit: how many values of a tile of the output are kept: the next tile begins there.
     """
 
     length: int
@@ -113,12 +113,12 @@ class Axis:
 
     @property
     def starts(self) -> range:
-        """Where tiles begin in what goes in."""
+        """Where tiles begin in the input."""
         return range(0, self.length, self.step)
 
     @property
     def parts(self) -> list[int]:
-        """How long the tiles are of what goes in."""
+        """The lengths of the input's tiles."""
         return [min(self.tile, self.length - start) for start in self.starts]
 
 
@@ -134,7 +134,7 @@ def can_tile(model: Model) -> bool:
 
 
 def units(model: Model) -> list[tuple[SizeDim, int]]:
-    """Height and width of a model that `can_tile`, and what the latent divides each by."""
+    """Height and width of a model that `can_tile`, each with the factor by which the latent is smaller."""
     dims = (dim for dim in model.data.shape if isinstance(dim, SizeDim))
     return list(zip(dims, (dim.divided_by for dim in model.latent.shape if isinstance(dim, LatentDim)), strict=True))
 
@@ -143,17 +143,16 @@ def grid(model: Model, graph: str, example: tuple[int, ...], tile: Tile) -> tupl
     """The tiles of one example.
 
     Args:
-        model: whose graph it is.
+        model: the model of the graph.
         graph: `encoder` or `decoder`.
-        example: (C, H, W), the shape of one example of what goes in.
+        example: (C, H, W), the shape of one example of the input.
         tile: how to cut.
 
     Returns:
-        The tiles down and across; None where the image is larger than a tile in neither direction, so that it is not
-        cut.
+        The tiles down and across; None for an image that is larger than a tile in neither direction: it is not cut.
 
     Raises:
-        InputError: the model has fixed sizes or does not take a tile's, or the overlap does not suit them.
+        InputError: the model has fixed sizes or does not take a tile's, or the overlap does not suit it.
     """
     if not can_tile(model):
         raise InputError(
@@ -195,19 +194,19 @@ def grid(model: Model, graph: str, example: tuple[int, ...], tile: Tile) -> tupl
 
 
 def _axis(length: int, into: int, out: int, overlap: float) -> Axis:
-    """As diffusers rounds: towards 0, what is stepped and what is blended each by itself."""
+    """Step and blend, each rounded towards 0 as in diffusers."""
     blend = int(out * overlap)
     return Axis(length, into, int(into * (1 - overlap)), blend, out - blend)
 
 
 def _meets(axis: Axis, stride: int, encodes: bool) -> bool:
-    """Whether a step in what goes in is what is kept of a tile in what comes out."""
-    wanted = axis.limit * stride if encodes else axis.limit
-    return axis.step > 0 and wanted == (axis.step if encodes else axis.step * stride)
+    """Whether a step in the input corresponds to the kept part of a tile of the output."""
+    kept = axis.limit * stride if encodes else axis.limit
+    return axis.step > 0 and kept == (axis.step if encodes else axis.step * stride)
 
 
 def _overlap(dims: list[tuple[SizeDim, int]], tile: Tile) -> float:
-    """The overlap nearest to the one asked for that suits both graphs in both directions; 0 always does."""
+    """The overlap nearest to the given one that suits both graphs in both directions; 0 always does."""
     latents = [size // stride for (_, stride), size in zip(dims, tile.pixels, strict=True)]
     count = math.gcd(*latents)
     for overlap in sorted((k / count for k in range(count)), key=lambda overlap: abs(overlap - tile.overlap)):
@@ -224,21 +223,21 @@ def _overlap(dims: list[tuple[SizeDim, int]], tile: Tile) -> float:
 def run_tiled(
     run: Callable[[Array], list[Array]], x: Array, down: Axis, across: Axis, results: tuple[Array, ...]
 ) -> None:
-    """Run a graph tile by tile and write what it gives, blended, where it belongs.
+    """Run a graph tile by tile and write its blended outputs to `results`.
 
-    Beside one tile, only the strips are kept that the tiles below and to the right are blended with.
+    Memory beside the results: one tile, and the strips that the tiles below and to the right are blended with.
 
     Args:
-        run: the graph: (B, C, h, w) → its outputs, which may be written to.
-        x: (B, C, H, W) float32, what goes in.
+        run: the graph: (B, C, h, w) → its outputs, which may be modified.
+        x: (B, C, H, W) float32, the input.
         down: the tiles' rows.
         across: the tiles' columns.
-        results: (B, C', H', W') each: what is written.
+        results: (B, C', H', W') for each output.
     """
-    above: list[list[Array]] = []  # of each column's last tile, the bottom of each output
+    above: list[list[Array]] = []  # the bottom of each output of each column's last tile
     for row, top in enumerate(down.starts):
         below: list[list[Array]] = []
-        left: list[Array] = []  # of the last tile, the right edge of each output
+        left: list[Array] = []  # the right edge of each output of the last tile
         for column, start in enumerate(across.starts):
             cut = x[:, :, top : top + down.tile, start : start + across.tile]
             outputs = run(np.ascontiguousarray(cut))
@@ -257,7 +256,7 @@ def run_tiled(
 
 
 def _blend(before: Array, tile: Array, extent: int, axis: int) -> None:
-    """Fade a tile in, in its first `extent` places along an axis, over the last ones of the tile before it."""
+    """Blend the first `extent` values of a tile along an axis with the last ones of the tile before it, in place."""
     extent = min(before.shape[axis], tile.shape[axis], extent)
     if not extent:
         return

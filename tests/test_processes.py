@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import operator
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,46 @@ import vae_export
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import Cost
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.runtimes import VAE, forks, interrupts, threads
+from vae_export.runtimes import VAE, forks, interrupts, open_bundle, threads
 from vae_export.runtimes.backend import Settings, planned
+from vae_export.runtimes.cpu import dispatch
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.memory import Budget
 from vae_export.sources import cost
 
 
+class Slow(list[str]):
+    """Names of outputs that block the call which reads them, until they are released."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(names)
+        self.read, self.released = threading.Event(), threading.Event()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.set()
+        self.released.wait()
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Any:
+        return (self[index] for index in range(len(self)))
+
+
+@contextlib.contextmanager
+def _call_under_way(backend: CpuBackend, inputs: dict[str, np.ndarray]) -> Iterator[None]:
+    """A call of the decoder in another thread, for as long as the block takes."""
+    outputs = Slow("sample")
+    thread = threading.Thread(target=backend.run, args=("decoder", inputs, outputs, 64))
+    thread.start()
+    assert outputs.read.wait(20)
+    try:
+        yield
+    finally:
+        outputs.released.set()
+        thread.join()
+
+
 def _in_child(work: Callable[[], str]) -> str:
-    """What work gives in a forked child; it has 20 seconds."""
+    """The result of work in a forked child; it has 20 seconds."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -42,15 +74,15 @@ def _in_child(work: Callable[[], str]) -> str:
             os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
-        said = pipe.read()
+        result = pipe.read()
     os.waitpid(pid, 0)
-    return said
+    return result
 
 
 def _opened(bundle: Path, runner: str) -> CpuBackend:
     opened = Bundle(bundle)
-    ways = {name: [planned(graph, runner=runner)] for name, graph in opened.graphs()[0].items()}
-    return CpuBackend(ways, opened.manifest.model, Settings(threads=2))
+    plans = {name: [planned(graph, runner=runner)] for name, graph in opened.graphs()[0].items()}
+    return CpuBackend(plans, opened.manifest.model, Settings(threads=2))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -69,16 +101,12 @@ def test_after_a_fork(member: Callable[[str], Any]) -> None:
     assert "before os.fork, and openvino has no threads in a child" in _in_child(lambda: call(openvino))
     assert "Load the bundle again in the child" in _in_child(lambda: call(openvino))
     assert call(openvino).startswith("[[")  # the parent's goes on
-    ((_, session),) = onnxruntime._sessions["decoder"]
-    session._running.append(None)  # a call under way in another thread, of this session or of another
-    try:
+    with _call_under_way(onnxruntime, {"z": z}):
         assert "onnxruntime was computing at that moment" in _in_child(lambda: call(onnxruntime))
         expected = call(onnxruntime)
         assert _in_child(lambda: call(_opened(made.bundle, "onnxruntime"))) == expected  # with memory of its own
-    finally:
-        session._running.pop()
     assert call(onnxruntime) == expected
-    assert forks.count() == 0
+    assert forks.count == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -86,7 +114,6 @@ def test_after_a_fork_with_a_shared_arena(member: Callable[[str], Any]) -> None:
     """Calls of the child itself are no reason to refuse one; a call of the parent is, for sessions with its memory."""
     made = member("spatial-named")
     backend = _opened(made.bundle, "onnxruntime")
-    ((_, session),) = backend._sessions["decoder"]
     inputs = {"z": np.ones((2, 4, 3, 5), np.float32)}
 
     def call(backend: CpuBackend) -> str:
@@ -97,13 +124,13 @@ def test_after_a_fork_with_a_shared_arena(member: Callable[[str], Any]) -> None:
 
     def busy_child() -> str:
         call(backend)
-        with session._arena.used():
+        with _call_under_way(backend, inputs):
             return call(_opened(made.bundle, "onnxruntime"))
 
     expected = call(backend)
     assert _in_child(lambda: call(backend)) == expected
     assert _in_child(busy_child) == expected
-    with session._arena.used():
+    with _call_under_way(backend, inputs):
         assert "onnxruntime was computing at that moment" in _in_child(lambda: call(backend))
         assert _in_child(lambda: call(_opened(made.bundle, "onnxruntime"))) == expected
     backend.release_memory()
@@ -121,7 +148,7 @@ def test_pickled_by_path(member: Callable[[str], Any], tmp_path: Path, monkeypat
             np.testing.assert_array_equal(again.sample(3, 4), expected)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             np.testing.assert_array_equal(pool.apply(operator.methodcaller("sample", 3, 4), (vae,)), expected)
-        by_hand = VAE(vae.model, vae._backend)
+        by_hand = VAE(vae.model, open_bundle(Bundle(made.bundle)).backend)
         with pytest.raises(InputError, match="a VAE that load did not make has no path to be opened again by"):
             pickle.dumps(by_hand)
     function, (asked, digest) = vae.__reduce__()
@@ -132,19 +159,20 @@ def test_pickled_by_path(member: Callable[[str], Any], tmp_path: Path, monkeypat
 def test_threads_are_those_allowed(
     member: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert threads._quota(tmp_path) is None
+    assert threads.quota(tmp_path) is None
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert threads._quota(tmp_path) is None
+    assert threads.quota(tmp_path) is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert threads._quota(tmp_path) == 1.5
+    assert threads.quota(tmp_path) == 1.5
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert threads._quota(tmp_path) is None
+    assert threads.quota(tmp_path) is None
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
-    monkeypatch.setattr(threads, "_CGROUP", tmp_path)
-    assert threads.cores() == 1  # half a processor needs one thread
+    assert threads.quota(tmp_path) == 0.5
+    assert threads.cores(tmp_path) == 1  # half a processor needs one thread
+    monkeypatch.setattr(dispatch, "cores", lambda: 1)
     with vae_export.load(member("mlp-bernoulli").bundle, device="cpu") as vae:
         assert vae.describe()["threads"] == 1
 
@@ -182,10 +210,10 @@ def test_a_budget_is_shared(member: Callable[[str], Any]) -> None:
     assert order == ["first", "second"]
     wide = Budget(120, model, {"encoder": flat, "decoder": flat})
     with wide.held("decoder", {}, 1), wide.held("encoder", {}, 1):
-        assert wide._free == 0
+        assert wide.free == 0
     with wide.held("decoder", {}, 1000):  # more than there is counts as all
-        assert wide._free == 0
-    assert wide._free == wide.limit
+        assert wide.free == 0
+    assert wide.free == wide.limit
 
 
 def test_a_view_of_weights_costs_nothing() -> None:
@@ -222,18 +250,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests i
 from onnx import TensorProto as T, helper as h, numpy_helper
 from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
 from vae_export.runtimes.backend import Settings, planned
-from vae_export.runtimes.cpu import CpuBackend
+from vae_export.runtimes.cpu.dispatch import CpuBackend
 side, count = 1024, 4000
 names = ["x", *(f"v{i}" for i in range(1, count)), "mean"]
 nodes = [h.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(count)]
-ends = [h.make_tensor_value_info(name, T.FLOAT, ["batch", side]) for name in ("x", "mean")]
+values = [h.make_tensor_value_info(name, T.FLOAT, ["batch", side]) for name in ("x", "mean")]
 weights = numpy_helper.from_array(np.eye(side, dtype=np.float32), "w")
-graph = h.make_graph(nodes, "long", ends[:1], ends[1:], [weights])
+graph = h.make_graph(nodes, "long", values[:1], values[1:], [weights])
 model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)], ir_version=9)
-said = Model(architecture="long", parameters=1, data=Data(shape=(side,), range=(0.0, 1.0)),
-             latent=Latent(shape=(side,)), prior="standard_normal", posterior=Posterior(kind="deterministic"),
-             likelihood=Likelihood(kind="none"))
-backend = CpuBackend({"encoder": [planned(model.SerializeToString(), runner=sys.argv[1])]}, said, Settings(threads=1))
+described = Model(architecture="long", parameters=1, data=Data(shape=(side,), range=(0.0, 1.0)),
+                  latent=Latent(shape=(side,)), prior="standard_normal", posterior=Posterior(kind="deterministic"),
+                  likelihood=Likelihood(kind="none"))
+plans = {"encoder": [planned(model.SerializeToString(), runner=sys.argv[1])]}
+backend = CpuBackend(plans, described, Settings(threads=1))
 print("begun", flush=True)
 try:
     backend.run("encoder", {"x": np.ones((1024, side), np.float32)}, ["mean"], 4096)
@@ -258,19 +287,21 @@ def test_ctrl_c_ends_a_call(runner: str) -> None:
         assert time.perf_counter() - began < 10
 
 
-def test_a_quick_call_is_run_as_it_is() -> None:
-    calls, inputs = interrupts.LongCalls(), {"x": np.zeros(4, np.float32)}
-    assert not calls.direct(inputs)
-    assert calls.run(inputs, threading.get_ident, lambda: None) != threading.get_ident()
-    assert calls.direct(inputs)
-    assert not calls.direct({"x": np.zeros(5, np.float32)})
-    found: list[bool] = []
-    other = threading.Thread(target=lambda: found.append(calls.direct({"x": np.zeros(5, np.float32)})))
+def test_a_call_as_large_as_a_fast_one_needs_no_thread() -> None:
+    calls = interrupts.LongCalls()
+    assert calls.fast_bytes == -1
+    assert calls.run(16, threading.get_ident, lambda: None) != threading.get_ident()
+    assert calls.fast_bytes == 16
+    calls.run(8, lambda: None, lambda: None)
+    assert calls.fast_bytes == 16
+    threads_of_calls: list[int] = []
+    other = threading.Thread(target=lambda: threads_of_calls.append(calls.run(20, threading.get_ident, lambda: None)))
     other.start()
     other.join()
-    assert found == [True]  # signals are handled in the main thread alone
+    assert threads_of_calls == [other.ident]  # signals are handled in the main thread alone
     slow = interrupts.LongCalls()
-    slow.run(inputs, lambda: time.sleep(0.06), lambda: None)
-    assert not slow.direct(inputs)
+    slow.run(16, lambda: time.sleep(0.06), lambda: None)
+    assert slow.fast_bytes == -1
     with pytest.raises(ZeroDivisionError):
-        calls.run(inputs, lambda: 1 // 0, lambda: None)
+        calls.run(32, lambda: 1 // 0, lambda: None)
+    assert calls.fast_bytes == 20

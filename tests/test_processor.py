@@ -50,12 +50,12 @@ def test_only_what_the_process_may_use_is_counted() -> None:
 def test_what_the_processor_denies_is_not_believed() -> None:
     """Under an emulator of an AVX2 processor, Linux tells of the AVX-512 machine below."""
     asked = {**dict.fromkeys(("avx2", "fma", "bmi2"), True), **dict.fromkeys(("avx512f", "gfni", "vaes"), False)}
-    assert processor._joined(ZEN4, asked) == {"avx2", "fma"}
+    assert processor.combined(ZEN4, asked) == {"avx2", "fma"}
     # An emulated processor without AVX-512 on a machine without it, which has VNNI all the same.
     alder_lake = frozenset({"avx2", "fma", "avx_vnni", "bmi2", "gfni", "vaes"})
-    assert processor._joined(alder_lake, asked) == {"avx2", "fma"}
+    assert processor.combined(alder_lake, asked) == {"avx2", "fma"}
     asked |= {"gfni": True, "vaes": True}
-    assert processor._joined(alder_lake, asked) == {"avx2", "fma", "avx_vnni", "vnni"}
+    assert processor.combined(alder_lake, asked) == {"avx2", "fma", "avx_vnni", "vnni"}
 
 
 @pytest.mark.parametrize(

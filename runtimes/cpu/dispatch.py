@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from vae_export.contract.model import Model
-from vae_export.errors import BackendError, VaeExportError
+from vae_export.errors import BackendError, BundleError, VaeExportError
 from vae_export.numerics.noise import Normals
-from vae_export.runtimes.backend import PlannedGraph, Settings, Value, slices
+from vae_export.runtimes.backend import PlannedGraph, Settings, Value, result_shape, slices
 from vae_export.runtimes.cpu.arena import trim
 from vae_export.runtimes.failures import failure
 from vae_export.runtimes.threads import cores
@@ -26,12 +26,12 @@ class Session(Protocol):
         """Named inputs to named outputs, arrays of the host.
 
         With `out` the results are written into these arrays, which have the shapes that the manifest promises. Where
-        the graph gives others, these are returned as they are, for whoever asked to refuse, or it is an error.
+        the graph's have others, those results are returned instead, for the caller to refuse, or it is an error.
         """
         ...
 
     def release_memory(self) -> None:
-        """Give back what is kept for later calls and is not used by a call now."""
+        """Release the memory that is kept for later calls and that no call uses now."""
         ...
 
 
@@ -40,34 +40,33 @@ class CpuBackend:
 
     on_gpu = False
 
-    def __init__(self, ways: Mapping[str, Sequence[PlannedGraph]], model: Model, settings: Settings) -> None:
-        """Open graphs.
+    def __init__(self, plans: Mapping[str, Sequence[PlannedGraph]], model: Model, settings: Settings) -> None:
+        """Open graphs, for each its plans by rising `max_batch`, of which the last is None.
 
-        Args:
-            ways: for each graph how it runs, by rising `max_batch`, of which the last is None.
-            model: what they take and give.
-            settings: threads, which go before those of a way. Without them there are as many as this process may
-                use: see `threads.cores`.
+        The threads of `settings` override those of a plan. Without either there are as many as this process may use:
+        see `threads.cores`.
 
         Raises:
-            BackendError: a runner is not available, or does not compute on this processor what it is asked for.
-            BundleError: a runner does not accept a graph, or finds another than the model has.
+            BackendError: a runner is not available, or does not compute in a plan's precision on this processor.
+            BundleError: a runner does not accept a graph, or the graph's inputs and outputs are not the model's.
         """
-        self.graphs = frozenset(ways)
+        self.graphs = frozenset(plans)
         self._model = model
-        self._said = {name: [str(way.plan) for way in chosen] for name, chosen in ways.items()}  # not their bytes
+        self._plans = {name: [one.plan for one in chosen] for name, chosen in plans.items()}  # not the graphs' bytes
+        # The shape of a graph's results for one example, where it is the same in every call.
+        self._shapes = {} if model.data.named() else {name: result_shape(model, name, {}) for name in plans}
         allowed, counted = cores(), set[int]()
         opened: dict[tuple[Any, ...], Session] = {}
         self._sessions: dict[str, tuple[tuple[int | None, Session], ...]] = {}
-        for name, chosen in ways.items():
+        for name, chosen in plans.items():
             rows = []
-            for way in chosen:
-                threads = settings.threads or min(way.plan.threads or allowed, allowed)
+            for one in chosen:
+                threads = settings.threads or min(one.plan.threads or allowed, allowed)
                 counted.add(threads)
-                key = (name, id(way.graph), way.plan.runner, way.plan.precision, threads, str(way.plan.exact))
+                key = (name, id(one.graph), one.plan.runner, one.plan.precision, threads, str(one.plan.exact))
                 if key not in opened:
-                    opened[key] = _open(name, way, model, threads)
-                rows.append((way.plan.max_batch, opened[key]))
+                    opened[key] = _open(name, one, model, threads)
+                rows.append((one.plan.max_batch, opened[key]))
             self._sessions[name] = tuple(rows)
         self._threads = max(counted)
 
@@ -78,12 +77,11 @@ class CpuBackend:
         outputs: Sequence[str],
         micro_batch: int,
         *,
-        on_device: bool = False,
         out: Sequence[Any] | None = None,
     ) -> list[Any]:
         """See `Backend.run`."""
         first = next(iter(inputs.values()))
-        n = len(first)
+        n, example = first.shape[0], tuple(first.shape[1:])
         if n > micro_batch:
             return self._sliced(graph, inputs, outputs, micro_batch, out)
         if len(inputs) > 1 or type(first) is Normals:
@@ -91,12 +89,20 @@ class CpuBackend:
         for max_batch, session in self._sessions.get(graph, ()):
             if max_batch is None or n <= max_batch:
                 try:
-                    return session.run(outputs, inputs, out)
+                    results = session.run(outputs, inputs, out)
                 except VaeExportError:
                     raise
                 except Exception as error:  # the runners' exceptions have no common base
-                    sizes = self._model.input_sizes(graph, tuple(first.shape[1:]))
+                    sizes = self._model.input_sizes(graph, example)
                     raise failure(graph, f"{session.runner} {session.version}", n, sizes, error) from error
+                shape = (n, *self._result_shape(graph, example))
+                for result in results:
+                    if result.shape != shape:
+                        raise BundleError(
+                            f"the {graph} gave shape {result.shape}; the manifest promises {shape}. The bundle "
+                            "contradicts itself: export the model again"
+                        )
+                return results
         raise BackendError("this VAE was closed; load the bundle again")
 
     def _sliced(
@@ -107,34 +113,30 @@ class CpuBackend:
         micro_batch: int,
         out: Sequence[Any] | None,
     ) -> list[Any]:
-        """Slice by slice, each written where it belongs in the whole."""
+        """Run slice by slice; each result is written to its rows of the whole."""
         n = len(next(iter(inputs.values())))
-        results = None if out is None else list(out)
         for rows in slices(n, micro_batch):
             part = {name: value[rows] for name, value in inputs.items()}
-            if results is not None:
-                targets = [result[rows] for result in results]
-                found = self.run(graph, part, outputs, micro_batch, out=targets)
-                if found[0].shape != targets[0].shape:
-                    return found
+            if out is not None:
+                self.run(graph, part, outputs, micro_batch, out=[result[rows] for result in out])
                 continue
-            first = self.run(graph, part, outputs, micro_batch)  # it tells the shapes
-            results = [np.empty((n, *value.shape[1:]), value.dtype) for value in first]
-            for result, value in zip(results, first, strict=True):
+            first = self.run(graph, part, outputs, micro_batch)  # its shapes are checked, those of `out` are trusted
+            out = [np.empty((n, *value.shape[1:]), value.dtype) for value in first]
+            for result, value in zip(out, first, strict=True):
                 result[rows] = value
-        assert results is not None
-        return results
+        assert out is not None
+        return list(out)
+
+    def _result_shape(self, graph: str, example: tuple[int, ...]) -> tuple[int, ...]:
+        shape = self._shapes.get(graph)
+        return result_shape(self._model, graph, self._model.input_sizes(graph, example)) if shape is None else shape
 
     def warm(self, graph: str, inputs: Mapping[str, Value], outputs: Sequence[str], micro_batch: int) -> None:
         """See `Backend.warm`."""
         self.run(graph, inputs, outputs, micro_batch)
 
-    def draw(self, mean: Value, logvar: Value, eps: Normals) -> Any:
-        """See `Backend.draw`: there is no GPU here."""
-        raise AssertionError("arrays on the GPU are refused before")
-
     def describe(self) -> dict[str, Any]:
-        """What the graphs run on; where they do not all run the same way, `graphs` says how each does."""
+        """What the graphs run on; where they do not all run the same way, `graphs` has each graph's plans."""
         sessions = {s.runner: s.version for rows in self._sessions.values() for _, s in rows}
         facts: dict[str, Any] = {
             "backend": ", ".join(sessions),
@@ -143,8 +145,9 @@ class CpuBackend:
             "provider": ", ".join(_PROVIDERS[runner] for runner in sessions),
             "threads": self._threads,
         }
-        if len({tuple(said) for said in self._said.values()}) > 1 or any(len(said) > 1 for said in self._said.values()):
-            facts["graphs"] = self._said
+        plans = {name: [str(plan) for plan in chosen] for name, chosen in self._plans.items()}
+        if len({tuple(texts) for texts in plans.values()}) > 1 or any(len(texts) > 1 for texts in plans.values()):
+            facts["graphs"] = plans
         return facts
 
     def release_memory(self) -> None:
@@ -154,7 +157,7 @@ class CpuBackend:
         trim()
 
     def close(self) -> None:
-        """Drop the sessions, which gives back what they kept."""
+        """Drop the sessions, which releases their memory."""
         self._sessions = {}
         trim()
 
@@ -162,11 +165,11 @@ class CpuBackend:
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}
 
 
-def _open(name: str, way: PlannedGraph, model: Model, threads: int) -> Session:
-    if way.plan.runner == "openvino":
+def _open(name: str, one: PlannedGraph, model: Model, threads: int) -> Session:
+    if one.plan.runner == "openvino":
         from vae_export.runtimes.cpu.openvino import OpenVinoSession
 
-        return OpenVinoSession(name, way.graph, model, way.plan.precision, threads, way.plan.exact)
+        return OpenVinoSession(name, one.graph, model, one.plan.precision, threads, one.plan.exact)
     from vae_export.runtimes.cpu.ort import OrtSession
 
-    return OrtSession(name, way.graph, model, way.arrays, threads)
+    return OrtSession(name, one.graph, model, one.arrays, threads)

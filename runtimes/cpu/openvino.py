@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: one graph, compiled once for every shape, and again for those that are known before."""
+"""OpenVINO on the CPU: a graph, compiled once for all shapes, and again for each shape that is known beforehand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXTRA = "openvino"
 
 
 def runtime(verb: str) -> ModuleType:
-    """The package.
+    """The package `openvino`.
 
     Raises:
         BackendError: it is not installed.
@@ -31,16 +31,15 @@ def runtime(verb: str) -> ModuleType:
 
 
 def capabilities() -> frozenset[str]:
-    """What this processor computes in by itself, in OpenVINO's words: FP32, BF16, INT8 and others."""
-    found: Sequence[str] = runtime("build").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return frozenset(found)
+    """The precisions that this processor computes in natively, by OpenVINO's names: FP32, BF16, INT8 and others."""
+    return frozenset(runtime("build").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def compiled(core: Any, model: Any, options: Mapping[str, Any]) -> Any:
-    """Compile a model for the CPU, in a thread that ends with it.
+    """A model, compiled for the CPU in a thread that ends with it.
 
-    OpenVINO gives the thread that compiles an alternate stack for signals, and does not take it back where models go in
-    the order in which they came: the next signal that Python handles would then be the end of the process.
+    OpenVINO gives the compiling thread an alternate signal stack, and does not restore the old one if models are
+    freed in the order of their creation: the next signal that Python handles would then crash the process.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(core.compile_model, model, "CPU", dict(options)).result()
@@ -60,26 +59,21 @@ class OpenVinoSession:
         threads: int | None,
         exact: Sequence[Mapping[str, int]] = (),
     ) -> None:
-        """Compile a graph.
+        """Compile a graph: serialized ONNX, verified; no path is ever opened.
 
-        Args:
-            name: of the graph.
-            graph: serialized ONNX whose bytes were verified; no path is ever opened.
-            model: what it takes and gives.
-            precision: `bf16` computes in bfloat16 what can be; `fp32` and `int8` leave every node what it is.
-            threads: None leaves it to OpenVINO.
-            exact: see `ExecutionPlan.exact`; it is compiled for each of them by the first call that has it.
+        With the precision `bf16` OpenVINO computes in bfloat16 wherever it can; `fp32` and `int8` keep each node's. For
+        each of the shapes `exact` (see `ExecutionPlan.exact`) the first call of it compiles the graph once more.
 
         Raises:
             BackendError: OpenVINO is not installed, or does not compute in this precision here.
-            BundleError: OpenVINO does not accept the graph, or finds another than the model has.
+            BundleError: OpenVINO does not accept the graph, or its inputs and outputs are not the model's.
         """
         self._ov = runtime("load")
         self._name, self._model = name, model
         self.version = str(self._ov.__version__)
-        self._inputs, self._outputs = ({t.name: t for t in ends} for ends in model.signature(name))
+        self._inputs, self._outputs = ({t.name: t for t in tensors} for tensors in model.signature(name))
         hint = _HINTS[precision]
-        # Without a hint OpenVINO rounds to bfloat16 by itself. Pinned threads of two processes would share a core.
+        # Without a hint OpenVINO chooses bfloat16 by itself. Pinned threads of two processes would share a core.
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
@@ -93,18 +87,18 @@ class OpenVinoSession:
             self._compiled = compiled(core, read, options)
         except Exception as error:  # OpenVINO's exceptions have no base but RuntimeError
             raise BundleError(f"{name}: OpenVINO {self.version} does not open it: {words(error)}") from None
-        self._check_ends()
+        self._check_signature()
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if used != hint:
             raise BackendError(
                 f"load: {name}: {precision} was asked for, and OpenVINO {self.version} computes in {used} on this "
                 "processor. Build for it: vae-export build BUNDLE --target cpu"
             )
-        # A request writes an output where it last was told to: one that is not asked for any more would be written into
-        # a result that the caller has, or has given back. So each choice of outputs has requests of its own.
+        # A request writes each output to the memory that was set last, also an output that is no longer requested: into
+        # a result that the caller holds, or has freed. So each choice of outputs has requests of its own.
         self._requests: dict[tuple[Any, ...], deque[Any]] = {}
         self._fixed: dict[str, int] | None = None if model.data.named() else {}
-        # By the shape of the first input, which tells those of the others.
+        # By the shape of the first input, which determines those of the others.
         self._exact: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
         for sizes in exact:
             batch, named = sizes["batch"], {name: size for name, size in sizes.items() if name != "batch"}
@@ -113,7 +107,7 @@ class OpenVinoSession:
         self._compiled_exactly: dict[tuple[int, ...], Any] = {}
         self._compiling = threading.Lock()
 
-        partial = self._ov.PartialShape  # not through self: the cycle would keep the memory of what is not closed
+        partial = self._ov.PartialShape  # not through self: the cycle would keep the memory of an unclosed session
 
         def compile_for(shapes: Mapping[str, tuple[int, ...]]) -> Any:
             fixed = read.clone()
@@ -122,12 +116,12 @@ class OpenVinoSession:
 
         self._compile_for = compile_for
         self._long = LongCalls()
-        self._forks = forks.count()
+        self._forks = forks.count
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any], out: Sequence[Any] | None = None) -> list[Any]:
-        """See `cpu.Session.run`."""
-        if self._forks != forks.count():
-            raise forks.refuse("openvino", "has no threads in a child, so that a call would never end")
+        """See `dispatch.Session.run`."""
+        if self._forks != forks.count:
+            raise forks.refusal("openvino", "has no threads in a child, so that a call would never end")
         first = next(iter(inputs.values()))
         exact = first.shape if first.shape in self._exact else None
         idle = self._requests.setdefault((exact, *outputs), deque())
@@ -142,26 +136,26 @@ class OpenVinoSession:
         targets = [tensor(result, shared_memory=True) for result in results]
         for name, target in zip(outputs, targets, strict=True):
             request.set_tensor(name, target)
-        if self._long.direct(inputs):
+        if first.nbytes <= self._long.fast_bytes:
             request.infer()
         else:
-            self._long.run(inputs, request.infer, request.cancel)
+            self._long.run(first.nbytes, request.infer, request.cancel)
         idle.append(request)
-        # What is smaller than it should be is written to the beginning of the memory, and nothing is said.
+        # A result that is smaller than its array is written to the array's beginning, without an error.
         if any(target.shape != self._ov.Shape(result.shape) for target, result in zip(targets, results, strict=True)):
             return [np.array(target.data) for target in targets]
         return results
 
     def release_memory(self) -> None:
-        """See `cpu.Session.release_memory`."""
-        if self._forks != forks.count():  # it cannot run here
+        """See `dispatch.Session.release_memory`."""
+        if self._forks != forks.count:  # it cannot run here
             return
-        self._requests.clear()  # each holds its tensors, those of its last caller, too
+        self._requests.clear()  # each holds its tensors, also those of its last caller
         for compiled in (self._compiled, *list(self._compiled_exactly.values())):
             compiled.release_memory()
 
     def _compiled_for(self, shape: tuple[int, ...] | None) -> Any:
-        """The graph for this shape of its first input alone, compiled on the first call; without one, for all."""
+        """The graph compiled for this shape of its first input alone, on the first call; None: for all shapes."""
         if shape is None:
             return self._compiled
         with self._compiling:
@@ -174,25 +168,25 @@ class OpenVinoSession:
         sizes = model.input_sizes(self._name, tuple(shape[1:])) if self._fixed is None else self._fixed
         return np.empty(model.tensor_shape(tensor, shape[0], sizes), tensor.dtype)
 
-    def _check_ends(self) -> None:
-        for kind, said, found in (
+    def _check_signature(self) -> None:
+        for verb, expected, ports in (
             ("takes", self._inputs, self._compiled.inputs),
             ("gives", self._outputs, self._compiled.outputs),
         ):
-            promised = {name: (tensor.dtype, _sizes(tensor)) for name, tensor in said.items()}
-            there = {}
-            for port in found:
-                names = sorted(port.get_names())  # what a no-op gives on has both its names
+            promised = {name: (tensor.dtype, _sizes(tensor)) for name, tensor in expected.items()}
+            actual = {}
+            for port in ports:
+                names = sorted(port.get_names())  # the output of a removed no-op has the name of its input, too
                 shape = tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape())
-                name = next((name for name in names if name in said), names[0])
-                there[name] = (str(port.get_element_type().to_dtype()), shape)
-            if promised != there:
+                name = next((name for name in names if name in expected), names[0])
+                actual[name] = (str(port.get_element_type().to_dtype()), shape)
+            if promised != actual:
                 raise BundleError(
-                    f"{self._name}: the manifest promises that it {kind} {promised}, and OpenVINO finds {there}. The "
+                    f"{self._name}: the manifest promises that it {verb} {promised}, and OpenVINO finds {actual}. The "
                     "bundle contradicts itself: export the model again"
                 )
 
 
 def _sizes(tensor: Tensor) -> tuple[int | None, ...]:
-    """Sizes as OpenVINO has them: those with a name vary."""
+    """Sizes as OpenVINO has them: None for a named one."""
     return tuple(dim if isinstance(dim, int) else None for dim in tensor.shape)

@@ -1,4 +1,4 @@
-"""The GPU: its memory, arrays that lie there, and our kernels. CUDA through NVIDIA's cuda.core, never PyTorch."""
+"""The GPU: its memory, arrays that lie there, and kernels. CUDA by NVIDIA's cuda.core, without PyTorch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vae_export.runtimes.failures import words
 from vae_export.runtimes.gpu import driver
 
 _THREADS = 256  # of a block
-_KEPT_BYTES = 256 << 20  # of freed memory, for the next results
-#: How CUDA, ONNX Runtime and TensorRT say that memory has run out.
+_KEPT_BYTES = 256 << 20  # of freed memory that the pool keeps for the next results
+#: Messages of CUDA, ONNX Runtime and TensorRT that are out of memory.
 _NO_MEMORY = ("OUT_OF_MEMORY", "out of memory", "Failed to allocate memory")
 _DEVICE = 2  # kDLCUDA (dlpack.h)
 LEGACY, _PER_THREAD = 1, 2  # the default streams in DLPack and in the CUDA array interface
@@ -33,20 +33,20 @@ class DeviceArray:
     """An array on the GPU that takes part in DLPack and in the CUDA array interface: PyTorch, CuPy and JAX take it
     without a copy (`torch.from_dlpack(a)`, `cupy.from_dlpack(a)`, `jax.dlpack.from_dlpack(a)`).
 
-    Work that fills it may still be under way: whoever takes it waits for that on its own stream.
+    Work that fills it may still be under way: a consumer waits for that on its own stream.
 
     Attributes:
         shape: its dimensions.
         dtype: float32, uint8 or float64.
         ready: a CUDA event, over when the array is complete.
-        shared: whether another library was given it.
+        shared: whether it was exported to another library.
 
-    Who uses it in several libraries or on several streams keeps it until the work there is done: its memory goes back
-    in the order of the stream that took it last.
+    If several libraries or streams use it, keep a reference until their work is done: its memory is freed in the order
+    of the stream that imported it last.
     """
 
     def __init__(self, gpu: Gpu, buffer: Any, shape: Shape, dtype: Dtype, ready: Any) -> None:
-        """An array in a buffer of the GPU's pool, complete when the event `ready` is."""
+        """Wrap a buffer of the GPU's pool, complete when the event `ready` is."""
         self.shape = shape
         self.dtype = dtype
         self._gpu = gpu
@@ -54,9 +54,12 @@ class DeviceArray:
         self.ready = ready
         self.shared = False
 
+    def __repr__(self) -> str:
+        return f"DeviceArray({self.shape}, {self.dtype})"
+
     @property
     def address(self) -> int:
-        """Where it begins on the GPU. What is there is complete when `ready` is."""
+        """Its address on the GPU. The content is complete when `ready` is."""
         return int(self._buffer.handle)
 
     @property
@@ -114,14 +117,14 @@ class DeviceArray:
         }
 
     def _hand_over(self, stream: int) -> None:
-        """Let the taker's stream wait for this array, and its memory go back only after that stream's work."""
+        """Have the consumer's stream wait for this array, and its memory freed only after that stream's work."""
         self.shared = True
-        if stream == -1:  # the taker has seen to it
+        if stream == -1:  # the consumer synchronizes by itself
             return
         self._gpu.use()
-        taker = self._gpu.stream(stream)
-        taker.wait(self.ready)
-        self._buffer.set_deallocation_stream(taker)
+        consumer = self._gpu.stream(stream)
+        consumer.wait(self.ready)
+        self._buffer.set_deallocation_stream(consumer)
 
     def _view(self) -> Any:
         return self._gpu.views.from_buffer(self._buffer, self.shape, dtype=self.dtype)
@@ -131,11 +134,7 @@ class Gpu:
     """One device: its context, memory pool and kernels."""
 
     def __init__(self, verb: str, extra: str) -> None:
-        """Open the first device.
-
-        Args:
-            verb: what needs it, for messages.
-            extra: the extra that brings CUDA's Python packages.
+        """Open the first device; `verb` and the `extra` that brings CUDA's Python packages are for messages.
 
         Raises:
             BackendError: there is no GPU, or a package is missing.
@@ -152,7 +151,7 @@ class Gpu:
         self._lock = threading.Lock()
         try:
             self.use()
-            # A pool of its own, which ends with the backend; meanwhile it keeps some of what was freed.
+            # A pool of its own, which ends with the backend; meanwhile it keeps some of the freed memory.
             self.pool = self.core.DeviceMemoryResource(self.device, self.core.DeviceMemoryResourceOptions())
             threshold = self._driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
             kept = self._driver.cuuint64_t(_KEPT_BYTES)
@@ -182,7 +181,7 @@ class Gpu:
         """Memory of the pool, in the order of a stream.
 
         Raises:
-            BackendError: the GPU has no more.
+            BackendError: the GPU is out of memory.
         """
         try:
             return self.pool.allocate(size, stream=stream)
@@ -193,7 +192,7 @@ class Gpu:
         """Memory of the host that the GPU copies from and to directly.
 
         Raises:
-            BackendError: the host has no more.
+            BackendError: the host is out of memory.
         """
         try:
             return self._pinned.allocate(size)
@@ -201,7 +200,7 @@ class Gpu:
             raise self.failure(error, f"{size:,} bytes of pinned memory") from None
 
     def failure(self, error: Exception, what: str) -> BackendError:
-        """An error of CUDA in our words."""
+        """A BackendError for an error of CUDA."""
         if isinstance(error, BackendError):
             return error
         if any(words in str(error) for words in _NO_MEMORY):
@@ -226,7 +225,7 @@ class Gpu:
             raise self.failure(RuntimeError(str(code)), "a copy")
 
     def launch(self, name: str, stream: Any, threads: int, *arguments: Any) -> None:
-        """Run one of our kernels: its name, and how many threads it needs."""
+        """Run a kernel of `KERNELS` with so many threads."""
         config = self.core.LaunchConfig(grid=-(-threads // _THREADS), block=_THREADS)
         self.core.launch(stream, config, self._kernel(name), *arguments)
 
@@ -235,16 +234,15 @@ class Gpu:
             with self._lock:
                 if not self._kernels:
                     code = compile_kernels(self.core, self.capability)
-                    found = {kernel: code.get_kernel(kernel) for kernel in KERNELS}
-                    self._kernels.update(found)
+                    self._kernels.update({kernel: code.get_kernel(kernel) for kernel in KERNELS})
         return self._kernels[name]
 
     def normals(self, target: int, wanted: Normals, stream: Any) -> None:
-        """Fill memory with the normals of an address: `noise.normals`, made on the GPU."""
+        """Fill memory with the normals of an address, computed on the GPU: see `noise.normals`."""
         self._noise("vae_normals", target, wanted, stream)
 
     def words(self, target: int, wanted: Normals, stream: Any) -> None:
-        """Fill memory with the words behind them: `noise.words`."""
+        """Fill memory with the random words of an address: see `noise.words`."""
         self._noise("vae_words", target, wanted, stream)
 
     def _noise(self, kernel: str, target: int, wanted: Normals, stream: Any) -> None:
@@ -255,7 +253,7 @@ class Gpu:
         self.launch(kernel, stream, threads, *integers(target, count, size, first, seed, numbers, draw))
 
     def close(self) -> None:
-        """Give the pool's memory back, once the arrays in it are gone."""
+        """Free the pool's memory, once the arrays in it are gone."""
         self.pool.close()
 
 
@@ -263,7 +261,7 @@ KERNELS = ("vae_words", "vae_normals", "vae_reparameterize")
 
 
 def compile_kernels(core: ModuleType, capability: str) -> Any:
-    """Our kernels for a compute capability, by NVRTC; kept in the user's cache.
+    """The kernels for a compute capability, compiled by NVRTC; kept in the user's cache.
 
     Raises:
         BackendError: NVRTC is missing or refuses them.
@@ -273,7 +271,7 @@ def compile_kernels(core: ModuleType, capability: str) -> Any:
         program = core.Program(source, "c++", core.ProgramOptions(arch=f"sm_{capability.replace('.', '')}"))
         try:
             folder = cache.check_cache() / "kernels"
-        except (BackendError, OSError):  # nowhere to keep them: they are made again
+        except (BackendError, OSError):  # without a cache they are compiled each time
             return program.compile("cubin")
         with core.utils.FileStreamProgramCache(folder) as compiled:
             return program.compile("cubin", cache=compiled)

@@ -1,4 +1,4 @@
-"""What this machine has, as far as builds depend on it. Asked of the driver itself: no package is needed."""
+"""This machine's NVIDIA driver and GPUs, queried from the driver's library: no package is needed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Driver:
     Attributes:
         cuda: the newest version of CUDA that it runs, such as `13.0`; None without a driver.
         gpus: its devices, in CUDA's order.
-        problem: why there are none, in words; None where there are some.
+        problem: the reason why there are none; None if there are some.
     """
 
     cuda: str | None
@@ -48,7 +48,7 @@ class Driver:
 
 @functools.cache
 def query() -> Driver:
-    """Ask the driver what it has. A process sees it once."""
+    """The driver and its GPUs; queried once in a process."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         cuda = ctypes.CDLL(name)
@@ -81,18 +81,18 @@ def this_platform() -> str:
 
 
 def this_machine(*names: FlavourName) -> Machine:
-    """This machine's first GPU, and the flavours of TensorRT that are asked for."""
-    found: dict[str, str | BackendError] = {}
+    """This machine's first GPU, and the versions of these flavours of TensorRT."""
+    versions: dict[str, str | BackendError] = {}
     for name in names:
         try:
-            found[name] = flavours.load(name).version
+            versions[name] = flavours.load(name).version
         except BackendError as error:
-            found[name] = error
-    has = query()
-    gpu = has.gpus[0] if has.gpus else None
+            versions[name] = error
+    known = query()
+    gpu = known.gpus[0] if known.gpus else None
     return Machine(
         platform=this_platform(),
-        flavours=found,
+        flavours=versions,
         capability=gpu.capability if gpu else None,
-        gpu=gpu.name if gpu else has.problem or "",
+        gpu=gpu.name if gpu else known.problem or "",
     )

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: one Python API, found under several names."""
+"""TensorRT and TensorRT for RTX: one Python API in packages of several names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vae_export.errors import BackendError
 
 #: The extra that brings each flavour.
 EXTRAS: Mapping[FlavourName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
-#: TensorRT below 11 has published vulnerabilities in reading engines; RTX below 1.7 was never tried.
+#: TensorRT below 11 has published vulnerabilities in reading engines; RTX below 1.7 is untested.
 MINIMUM: Mapping[FlavourName, tuple[int, int]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 7)}
 _KEPT_MESSAGES = 50
 
@@ -29,10 +29,10 @@ class Bindings:
     """A flavour's Python API, loaded.
 
     Attributes:
-        flavour: which.
+        flavour: its name.
         trt: the module.
         version: its exact version.
-        logger: the one logger of this process for it: TensorRT takes no second one.
+        logger: the only logger of this process for it: TensorRT accepts no second one.
     """
 
     flavour: FlavourName
@@ -46,11 +46,11 @@ class Bindings:
         return f"{title(self.flavour)} {self.version}"
 
     def said(self) -> str:
-        """What it has complained of since the last time it was asked, in this thread or its own, in one line."""
+        """Its error messages since the last call, from any thread, in one line."""
         with self.logger.lock:
-            found = " / ".join(dict.fromkeys(self.logger.messages))
+            messages = " / ".join(dict.fromkeys(self.logger.messages))
             self.logger.messages.clear()
-        return found or "it gave no reason"
+        return messages or "it gave no reason"
 
 
 @functools.cache
@@ -67,8 +67,8 @@ def load(flavour: FlavourName) -> Bindings:
         raise BackendError(f"{title(flavour)} is installed and does not load: {error}. {install}") from None
     if trt is None:
         raise BackendError(f"{title(flavour)} is not installed. {install}")
-    found = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if found < MINIMUM[flavour]:
+    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if version < MINIMUM[flavour]:
         wanted = ".".join(map(str, MINIMUM[flavour]))
         raise BackendError(f"{title(flavour)} is {trt.__version__}; {wanted} or newer is needed. {install} --upgrade")
     return Bindings(flavour, trt, trt.__version__, _logger(trt))
@@ -96,7 +96,7 @@ def _rtx() -> Any | None:
 
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what is an error, for the message of the exception that follows."""
+        """Keeps error messages for the exception that follows."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -1,4 +1,4 @@
-// Noise that is addressed by (seed, stream, example), as vae_export/noise.py makes it on the host.
+// Noise by its address (seed, stream, example), the same as vae_export/numerics/noise.py computes on the host.
 //
 // Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, figure 2 and table 2):
 // key (seed, stream); the counter's low 128 bits are example * blocks + block, its third word is the draw, its

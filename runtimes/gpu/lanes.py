@@ -1,8 +1,8 @@
-"""Lanes: what all backends on a GPU share.
+"""Lanes, which all backends on a GPU share.
 
-Anything with a fixed address belongs to a lane: a stream, buffers, pinned staging, and what was prepared on them.
-One call at a time uses a lane; calls queue for one. Order on the GPU is kept by streams and events alone: the host
-waits only for results that it is to hold, and before it writes again into memory that a copy still reads.
+Everything with a fixed address belongs to a lane: a stream, buffers, pinned staging memory, and plans that use them.
+One call at a time uses a lane; calls queue for one. Streams and events alone keep order on the GPU: the host waits only
+for results that it returns, and before it overwrites memory that a copy still reads.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from vae_export.runtimes.backend import Settings, Value, slices
 from vae_export.runtimes.gpu.device import LEGACY, DeviceArray, Gpu, Shape, integers
 
 _ALIGNMENT = 256
-_PLANS = 32  # prepared shapes that a lane keeps
+_PLANS = 32  # shapes whose plans a lane keeps
 
 
 class Executor(Protocol):
-    """What runs graphs in one lane: engines' contexts or sessions, on the lane's stream."""
+    """Runs graphs in one lane: engines' contexts or sessions, on the lane's stream."""
 
     def rows(self, graph: str, n: int, sizes: Mapping[str, int]) -> int:
-        """At how many rows a batch of n examples of these sizes runs: n or more.
+        """The number of rows, n or more, at which a batch of n examples of these sizes runs.
 
         Raises:
-            InputError: it takes no such shape.
+            InputError: it does not accept the shape.
         """
         ...
 
-    def prepare(self, graph: str, ends: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
-        """What runs a graph once, on inputs and outputs at these addresses and of these shapes.
+    def prepare(self, graph: str, tensors: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
+        """A function that runs a graph once, on inputs and outputs at these addresses and of these shapes.
 
-        The addresses hold as long as it is used. What is in them now may be overwritten.
+        The addresses stay valid for as long as it is used. Their content now may be overwritten.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds. The lane's stream is idle."""
+        """Release what it holds. The lane's stream is idle."""
         ...
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a plan has an input or output: its address, one example's shape, its dtype, one example's bytes."""
+class _Buffer:
+    """An input or output of a plan: its address, one example's shape, its dtype, one example's bytes."""
 
     address: int
     example: Shape
@@ -64,9 +64,9 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What runs a graph on one shape, and where its inputs and outputs are."""
+    """The function that runs a graph on one shape, and its inputs and outputs."""
 
-    places: Mapping[str, _Place]
+    buffers: Mapping[str, _Buffer]
     launch: Callable[[], None]
 
 
@@ -74,24 +74,24 @@ _Source = npt.NDArray[np.float32] | Normals | int
 
 
 class Lane:
-    """One stream, its memory, and what was prepared on it. One call at a time uses it.
+    """One stream, its memory, and its plans. One call at a time uses it.
 
     Attributes:
         gpu: the device.
-        model: what the graphs take and give.
-        stream: on which everything of this lane runs, in order.
+        model: the inputs and outputs of the graphs.
+        stream: everything of this lane runs on it, in order.
     """
 
     def __init__(self, gpu: Gpu, model: Model, make: Callable[[Lane], Executor]) -> None:
-        """Make a lane, and in it what runs graphs."""
+        """Create the stream, and the executor of graphs."""
         self.gpu = gpu
         self.model = model
         gpu.use()
         self.stream = gpu.device.create_stream()
         self._arena: Any = None  # inputs and outputs of the graph that runs
-        self._pinned: dict[str, Any] = {}  # in: what is copied to the GPU; out: what was copied from it
-        self._unread: Any = None  # an event: until it is over, a copy may read the pinned inputs
-        self._held: deque[tuple[Any, Sequence[Any]]] = deque()  # arrays of others, until an event is over
+        self._pinned: dict[str, Any] = {}  # in: copied to the GPU; out: copied from it
+        self._unread: Any = None  # an event: until then a copy may read the pinned inputs
+        self._held: deque[tuple[Any, Sequence[Any]]] = deque()  # borrowed arrays, until an event
         self._plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
         self._named = bool(model.data.named())
         try:
@@ -109,7 +109,7 @@ class Lane:
         on_device: bool,
         out: Sequence[Any] | None = None,
     ) -> list[Any]:
-        """See `Backend.run`."""
+        """See `DeviceBackend.run`."""
         self.gpu.use()
         n, *example = next(iter(inputs.values())).shape
         sizes = self.model.input_sizes(graph, tuple(example)) if self._named else {}
@@ -121,30 +121,30 @@ class Lane:
                 plan = self._plan(graph, rows.stop - rows.start, sizes)
                 self._fill(sources, rows, plan)
                 plan.launch()
-                places = [plan.places[name] for name in outputs]
+                buffers = [plan.buffers[name] for name in outputs]
                 if not results and on_device:
-                    results = [self.gpu.allocate(n * place.row, self.stream) for place in places]
+                    results = [self.gpu.allocate(n * buffer.row, self.stream) for buffer in buffers]
                 elif not results:
-                    results = [np.empty((n, *place.example), place.dtype) for place in places]
+                    results = [np.empty((n, *buffer.example), buffer.dtype) for buffer in buffers]
                 if on_device:
-                    for result, place in zip(results, places, strict=True):
-                        at, size = rows.start * place.row, (rows.stop - rows.start) * place.row
-                        self.gpu.copy(int(result.handle) + at, place.address, size, self.stream)
+                    for result, buffer in zip(results, buffers, strict=True):
+                        at, size = rows.start * buffer.row, (rows.stop - rows.start) * buffer.row
+                        self.gpu.copy(int(result.handle) + at, buffer.address, size, self.stream)
                 else:
-                    self._fetch([result[rows] for result in results], [place.address for place in places])
-        except InputError:  # a shape or a seed that is refused, while what was begun still reads what was borrowed
+                    self._fetch([result[rows] for result in results], [buffer.address for buffer in buffers])
+        except InputError:  # a refused shape or seed; launched work may still read borrowed arrays
             self.stream.sync()
             raise
         if not on_device:
             return results
         ready = self._ready(borrowed)
         return [
-            DeviceArray(self.gpu, result, (n, *place.example), place.dtype, ready)
-            for result, place in zip(results, places, strict=True)
+            DeviceArray(self.gpu, result, (n, *buffer.example), buffer.dtype, ready)
+            for result, buffer in zip(results, buffers, strict=True)
         ]
 
     def draw(self, mean: DeviceArray, logvar: DeviceArray, eps: Normals) -> DeviceArray:
-        """See `Backend.draw`."""
+        """See `DeviceBackend.draw`."""
         self.gpu.use()
         count = math.prod(mean.shape)
         target = self.gpu.allocate(mean.nbytes, self.stream)
@@ -156,14 +156,14 @@ class Lane:
         return DeviceArray(self.gpu, target, mean.shape, mean.dtype, self._ready(borrowed))
 
     def _source(self, name: str, value: Value, borrowed: list[Any]) -> _Source:
-        """Where an input comes from: an array of the host, noise, or an address on the GPU that is ready for us."""
+        """The source of an input: an array of the host, noise, or an address on the GPU whose content is complete."""
         if isinstance(value, (np.ndarray, Normals)):
             return value
-        if isinstance(value, DeviceArray):  # no export: who frees it, and in which order, stays as it is
+        if isinstance(value, DeviceArray):  # not exported: the order in which it is freed stays the same
             self.stream.wait(value.ready)
             borrowed.append(value)
             return value.address
-        # The stream is told to the array's owner, who makes it wait until the array is complete.
+        # The array's owner is given the stream, and makes it wait until the array is complete.
         try:
             view = self.gpu.views.from_any_interface(value, stream_ptr=int(self.stream.handle))
         except Exception as error:  # another library's export, which may raise anything
@@ -176,7 +176,7 @@ class Lane:
         return int(view.ptr)
 
     def _plan(self, graph: str, n: int, sizes: Mapping[str, int]) -> _Plan:
-        """What runs a graph on n examples, prepared when it is first asked for."""
+        """The plan that runs a graph on n examples, prepared at its first use."""
         rows = self._executor.rows(graph, n, sizes)
         key = (graph, rows, *sizes.items())
         if key in self._plans:
@@ -190,19 +190,19 @@ class Lane:
         if self._arena is None or self._arena.size < total:
             self._grow(total)
         base = int(self._arena.handle)
-        ends = {name: (base + offset, shape) for name, (offset, shape, _) in offsets.items()}
-        places = {
-            name: _Place(base + offset, shape[1:], dtype, math.prod(shape[1:]) * dtype.itemsize)
+        tensors = {name: (base + offset, shape) for name, (offset, shape, _) in offsets.items()}
+        buffers = {
+            name: _Buffer(base + offset, shape[1:], dtype, math.prod(shape[1:]) * dtype.itemsize)
             for name, (offset, shape, dtype) in offsets.items()
         }
-        self._plans[key] = _Plan(places, self._executor.prepare(graph, ends))
+        self._plans[key] = _Plan(buffers, self._executor.prepare(graph, tensors))
         if len(self._plans) > _PLANS:
             self.stream.sync()
             self._plans.popitem(last=False)
         return self._plans[key]
 
     def _grow(self, size: int) -> None:
-        """A larger arena; what was prepared on the old one's addresses goes."""
+        """Replace the arena by a larger one; the plans on its addresses are dropped."""
         self.stream.sync()
         before = self._arena.size if self._arena else 0
         self._plans.clear()
@@ -212,17 +212,17 @@ class Lane:
         self._arena = self.gpu.allocate(max(size, min(2 * before, before + (64 << 20))), self.stream)
 
     def _fill(self, sources: Mapping[str, _Source], rows: slice, plan: _Plan) -> None:
-        """Bring some rows of the inputs to where the graph reads them."""
+        """Copy or draw some rows of the inputs to the addresses that the graph reads."""
         staged, used = [], 0
         for name, source in sources.items():
-            place = plan.places[name]
-            size = (rows.stop - rows.start) * place.row
+            buffer = plan.buffers[name]
+            size = (rows.stop - rows.start) * buffer.row
             if isinstance(source, Normals):
-                self.gpu.normals(place.address, source[rows], self.stream)
+                self.gpu.normals(buffer.address, source[rows], self.stream)
             elif isinstance(source, int):
-                self.gpu.copy(place.address, source + rows.start * place.row, size, self.stream)
+                self.gpu.copy(buffer.address, source + rows.start * buffer.row, size, self.stream)
             else:
-                staged.append((place.address, source[rows], used, size))
+                staged.append((buffer.address, source[rows], used, size))
                 used += size
         if staged:
             if self._unread is not None:
@@ -235,8 +235,8 @@ class Lane:
             self._unread = self.stream.record()
 
     def _ready(self, borrowed: Sequence[Any]) -> Any:
-        """An event for all work so far. Until it is over, what was borrowed is kept, and where others have it, too,
-        their default stream waits.
+        """An event for all work so far. Until then, borrowed arrays are kept, and the default stream waits if other
+        libraries have them, too.
         """
         ready = self.stream.record()
         while self._held and self._held[0][0].is_done:
@@ -268,8 +268,8 @@ class Lane:
         return self._pinned[which]
 
     def reset(self) -> None:
-        """Give memory back, and whatever was prepared on it. The lane can be used again."""
-        with contextlib.suppress(Exception):  # after a failure of CUDA nothing may work any more
+        """Release memory and plans. The lane can be used again."""
+        with contextlib.suppress(Exception):  # after a failure of CUDA every call may fail
             self.stream.sync()
         self._plans.clear()
         self._held.clear()
@@ -280,7 +280,7 @@ class Lane:
             self._arena = None
 
     def close(self) -> None:
-        """Give everything back, once the work that was begun is done."""
+        """Release everything, once the launched work is done."""
         self.gpu.use()
         self.reset()
         self._executor.close()
@@ -303,17 +303,10 @@ class GpuBackend:
         facts: Mapping[str, Any],
         closing: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make the lanes.
+        """Create the lanes, as many as the settings say.
 
-        Args:
-            gpu: the device.
-            model: what the graphs take and give.
-            graphs: their names.
-            make: what runs graphs in a lane.
-            settings: how many lanes.
-            largest_batch: that a graph takes at once; None for any.
-            facts: for `describe`.
-            closing: called when the lanes are closed.
+        `make` creates the executor of a lane, `largest_batch` is the largest that a graph takes at once (None for any),
+        `facts` are for `describe`, and `closing` is called after the lanes are closed.
         """
         self.graphs = frozenset(graphs)
         self._gpu = gpu
@@ -324,11 +317,11 @@ class GpuBackend:
         try:
             for _ in range(settings.lanes):
                 lanes.append(Lane(gpu, model, make))
-        except Exception as error:  # what was made must not keep its memory until it is collected
+        except Exception as error:  # otherwise the lanes so far keep their memory until they are collected
             self._end(lanes)
             raise error if isinstance(error, VaeExportError) else gpu.failure(error, "a lane") from error
         self._count = len(lanes)
-        self._warming = threading.Lock()  # two that hold some lanes each would wait for each other
+        self._warming = threading.Lock()  # two calls that hold some lanes each would wait for each other
         self._pool = _Pool(lanes)
 
     def run(
@@ -341,7 +334,7 @@ class GpuBackend:
         on_device: bool = False,
         out: Sequence[Any] | None = None,
     ) -> list[Any]:
-        """See `Backend.run`."""
+        """See `DeviceBackend.run`."""
         with self._lane(graph) as lane:
             return lane.run(graph, inputs, outputs, self._at_once(micro_batch), on_device, out)
 
@@ -363,7 +356,7 @@ class GpuBackend:
         return min(micro_batch, self._largest or micro_batch)
 
     def draw(self, mean: Value, logvar: Value, eps: Normals) -> DeviceArray:
-        """See `Backend.draw`."""
+        """See `DeviceBackend.draw`."""
         with self._lane("draw from the posterior") as lane:
             return lane.draw(mean, logvar, eps)
 
@@ -388,12 +381,12 @@ class GpuBackend:
         return dict(self._facts)
 
     def close(self) -> None:
-        """Wait for the calls that run, and give memory back. Calls that wait for a lane are refused."""
+        """Wait for the running calls, and release memory. Calls that wait for a lane are refused."""
         if lanes := self._pool.close():
             self._end(lanes)
 
     def _end(self, lanes: list[Lane]) -> None:
-        """Close what there is. After a failure of CUDA nothing may work any more, and nothing more is to be done."""
+        """Close the lanes and the GPU. After a failure of CUDA each step may fail, and no error is of use."""
         steps: list[Callable[[], None]] = [lane.close for lane in lanes]
         lanes.clear()
         for step in (*steps, self._closing, self._gpu.close):
@@ -402,13 +395,13 @@ class GpuBackend:
 
 
 class _Pool:
-    """Lanes, given out in the order in which they are asked for."""
+    """Lanes, first come, first served."""
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._free = list(lanes)
         self._count = len(lanes)
         self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()  # who asks, the first one first
+        self._waiting: deque[object] = deque()  # one for each waiting call, in order
         self._closed = False
 
     def take(self) -> Lane:
@@ -418,25 +411,25 @@ class _Pool:
             BackendError: the lanes were closed.
         """
         with self._changed:
-            place = object()
-            self._waiting.append(place)
+            ticket = object()
+            self._waiting.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._closed or (self._free and self._waiting[0] is place))
+                self._changed.wait_for(lambda: self._closed or (self._free and self._waiting[0] is ticket))
                 if self._closed:
                     raise BackendError("this VAE was closed; load the bundle again")
                 return self._free.pop()
             finally:
-                self._waiting.remove(place)
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
 
     def give(self, lane: Lane) -> None:
-        """A lane back."""
+        """Return a lane."""
         with self._changed:
             self._free.append(lane)
             self._changed.notify_all()
 
     def close(self) -> list[Lane]:
-        """All lanes, once each is back; none the second time."""
+        """All lanes, once each was returned; none at the second call."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -447,7 +440,7 @@ class _Pool:
 
 
 def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether an array is C-contiguous. Along a dimension of size 1 a stride says nothing, and libraries differ."""
+    """Whether an array is C-contiguous. Strides of dimensions of size 1 are arbitrary: libraries differ."""
     return all(
         size == 1 or stride == math.prod(shape[axis + 1 :])
         for axis, (size, stride) in enumerate(zip(shape, strides, strict=True))
@@ -460,7 +453,7 @@ def _host(pinned: Any, size: int) -> npt.NDArray[np.uint8]:
 
 
 def bucket(n: int) -> int:
-    """At how many examples a batch of n runs where every number of them costs a captured graph: 1, 2, 4 or a
-    multiple of 8, so that few graphs serve all and at most 7 examples are computed in vain.
+    """The number of examples at which a batch of n runs where each number needs a captured graph: 1, 2, 4 or a
+    multiple of 8, so that few graphs serve all batches and at most 7 examples are wasted.
     """
     return next((few for few in (1, 2, 4) if n <= few), -(-n // 8) * 8)

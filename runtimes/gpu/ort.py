@@ -24,17 +24,12 @@ def open_cuda(
 ) -> GpuBackend:
     """The first CUDA device: sessions for each lane, on the lane's stream, bound to the lane's memory.
 
-    Args:
-        graphs: serialized ONNX models by name. Their bytes were verified; no path is ever opened.
-        model: what they take and give.
-        options: TF32 and channels last.
-        settings: lanes and CUDA graphs.
-        arrays: for each graph its weights that lie beside it, over verified bytes.
+    The graphs are serialized ONNX, verified; no path is ever opened. `arrays` are their weights beside them.
 
     Raises:
-        InputError: CUDA graphs are asked for in more than one lane.
-        BackendError: ONNX Runtime, CUDA's packages, or the device is not available, or it does not take a graph.
-        BundleError: ONNX Runtime finds another graph than the model has.
+        InputError: CUDA graphs are requested in more than one lane.
+        BackendError: ONNX Runtime, CUDA's packages, or the device is not available, or it does not accept a graph.
+        BundleError: a graph's inputs and outputs are not the model's.
     """
     if settings.cuda_graphs and settings.lanes > 1:
         raise InputError(
@@ -74,7 +69,7 @@ class _Sessions:
         self._ort = ort
         self._captured = settings.cuda_graphs is True
         self._numbers = itertools.count(1)
-        # ONNX Runtime keeps what it captures, and handles of CUDA's libraries, for each thread that runs a session.
+        # ONNX Runtime keeps captured graphs, and handles of CUDA's libraries, for each thread that runs a session.
         self._thread = ThreadPoolExecutor(1) if self._captured else None
         self._model = lane.model
         chosen = {
@@ -83,9 +78,9 @@ class _Sessions:
             "use_tf32": int(options.tf32),  # it keeps 10 of float32's 23 mantissa bits
             "prefer_nhwc": int(options.nhwc),
             "enable_cuda_graph": int(self._captured),
-            "cudnn_conv_algo_search": "HEURISTIC",  # the default measures anew for every batch size
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default measures again for every batch size
         }
-        self._arrays = arrays  # sessions lean on their memory
+        self._arrays = arrays  # sessions use their memory
         self._sessions = {
             name: open_session(ort, name, graph, lane.model, "cuda", chosen, arrays[name])
             for name, graph in graphs.items()
@@ -95,14 +90,14 @@ class _Sessions:
         """See `Executor.rows`."""
         return bucket(n) if self._captured else n
 
-    def prepare(self, graph: str, ends: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
+    def prepare(self, graph: str, tensors: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
         """See `Executor.prepare`."""
         session = self._sessions[graph]
         binding = session.io_binding()
         inputs, outputs = self._model.signature(graph)
-        for tensors, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
-            for tensor in tensors:
-                address, shape = ends[tensor.name]
+        for side, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for tensor in side:
+                address, shape = tensors[tensor.name]
                 bind(tensor.name, "cuda", 0, np.dtype(tensor.dtype).type, list(shape), address)
         options = self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the lane's stream keeps order

@@ -23,18 +23,11 @@ from vae_export.runtimes.gpu.lanes import GpuBackend, Lane, bucket
 def open_engines(
     engines: Mapping[str, bytes], model: Model, options: Options, engine: Engine, settings: Settings
 ) -> GpuBackend:
-    """Open a build's engines. They were compared with this machine before (`builds.mismatch`).
-
-    Args:
-        engines: their verified bytes by name.
-        model: what they take and give.
-        options: profiles and flags of the build.
-        engine: what made them.
-        settings: lanes and CUDA graphs.
+    """Open a build's engines: verified bytes that match this machine (`compatibility.mismatch`).
 
     Raises:
         BackendError: there is no GPU, a package is missing, or TensorRT refuses an engine.
-        BundleError: an engine is not what the record says.
+        BundleError: an engine's inputs and outputs are not the model's.
     """
     bindings = flavours.load(engine.flavour)
     gpu = Gpu("load", flavours.EXTRAS[engine.flavour])
@@ -68,7 +61,7 @@ def open_engines(
 
 
 class _Opened:
-    """An engine, and for RTX what it has compiled on this GPU so far."""
+    """An engine, and for RTX the cache of the kernels that it has compiled on this GPU."""
 
     def __init__(self, bindings: Bindings, runtime: Any, name: str, content: bytes, model: Model) -> None:
         self.bindings = bindings
@@ -77,14 +70,14 @@ class _Opened:
         self.engine = runtime.deserialize_cuda_engine(content)
         if self.engine is None:
             raise BackendError(f"{name}: {bindings.title} does not open the engine: {bindings.said()}")
-        _check_ends(bindings, name, self.engine, model)
+        _check_signature(bindings, name, self.engine, model)
         trt = bindings.trt
         self.config = self.engine.create_runtime_config()
         self.config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache = None
         self._file: Path | None = None
         if bindings.flavour == "tensorrt-rtx":
-            # Compile for a shape when it is first seen, not behind it: what is captured must be the fast kernels.
+            # Compile for a shape at its first call, not in the background: a CUDA graph must capture the fast kernels.
             self.config.dynamic_shapes_kernel_specialization_strategy = (
                 trt.DynamicShapesKernelSpecializationStrategy.EAGER
             )
@@ -92,7 +85,7 @@ class _Opened:
             with contextlib.suppress(BackendError, OSError):  # without the cache it compiles again
                 self._file = _cache_file(bindings, content)
                 if self._file.is_file():
-                    self._cache.deserialize(self._file.read_bytes())  # refused by itself where it does not fit
+                    self._cache.deserialize(self._file.read_bytes())  # TensorRT refuses one that does not fit
             self.config.set_runtime_cache(self._cache)
 
     def context(self) -> Any:
@@ -103,7 +96,7 @@ class _Opened:
         return context
 
     def save_cache(self) -> None:
-        """Keep what RTX has compiled for the next process."""
+        """Keep RTX's compiled kernels for the next process."""
         content = self._cache.serialize() if self._cache is not None and self._file else None
         if content is None or self._file is None:
             return
@@ -131,29 +124,29 @@ class _Contexts:
     def rows(self, graph: str, n: int, sizes: Mapping[str, int]) -> int:
         """See `Executor.rows`."""
         at = n if self._wanted is False else min(bucket(n), self._largest)
-        found = targets.choose(self._profiles, at, sizes) or targets.choose(self._profiles, n, sizes)
-        if found is None:
-            asked = ", ".join([f"batch {n}", *(f"{name} {size}" for name, size in sizes.items())])
+        chosen = targets.choose(self._profiles, at, sizes) or targets.choose(self._profiles, n, sizes)
+        if chosen is None:
+            shape = ", ".join([f"batch {n}", *(f"{name} {size}" for name, size in sizes.items())])
             raise InputError(
-                f"{graph}: {asked} is in none of the build's profiles ({'; '.join(map(str, self._profiles))}). "
+                f"{graph}: {shape} is in none of the build's profiles ({'; '.join(map(str, self._profiles))}). "
                 "Build with --batch and --size that hold it"
             )
-        return found[1]
+        return chosen[1]
 
-    def prepare(self, graph: str, ends: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
+    def prepare(self, graph: str, tensors: Mapping[str, tuple[int, Shape]]) -> Callable[[], None]:
         """See `Executor.prepare`."""
         opened, stream = self._opened[graph], self._lane.stream
         handle = int(stream.handle)
         opened.bindings.said()
         context = opened.context()
         inputs = {tensor.name for tensor in self._lane.model.signature(graph)[0]}
-        first = ends[self._lane.model.signature(graph)[0][0].name][1]
+        first = tensors[self._lane.model.signature(graph)[0][0].name][1]
         sizes = self._lane.model.input_sizes(graph, first[1:])
         chosen = targets.choose(self._profiles, first[0], sizes)
         assert chosen is not None
         done = [context.set_optimization_profile_async(chosen[0], handle)]
         context.set_device_memory(int(self._scratch.handle), self._size)
-        for name, (address, shape) in ends.items():
+        for name, (address, shape) in tensors.items():
             if name in inputs:
                 done.append(context.set_input_shape(name, shape))
             done.append(context.set_tensor_address(name, address))
@@ -166,7 +159,7 @@ class _Contexts:
 
         if self._wanted is False:
             return enqueue
-        enqueue()  # what the shapes change is done by the first run, which must not be captured
+        enqueue()  # the first run at new shapes also sets them up, which must not be captured
         stream.sync()
         if opened.bindings.flavour == "tensorrt-rtx" and not context.is_stream_capturable(handle):
             if self._wanted:
@@ -179,7 +172,7 @@ class _Contexts:
             builder.end_building()
             captured = builder.complete()
         except Exception as error:  # cuda.core's error class is private
-            with contextlib.suppress(Exception):  # it ends the capture, and complains of one that is invalid
+            with contextlib.suppress(Exception):  # it ends the capture, with an error if that is invalid
                 builder.close()
             if self._wanted:
                 what = f"{graph}: {opened.bindings.title} cannot capture it as a CUDA graph"
@@ -195,7 +188,7 @@ class _Contexts:
         self._scratch.close(self._lane.stream)
 
 
-def _check_ends(bindings: Bindings, name: str, engine: Any, model: Model) -> None:
+def _check_signature(bindings: Bindings, name: str, engine: Any, model: Model) -> None:
     """Refuse an engine with other inputs and outputs than the model has."""
     trt = bindings.trt
     types = {trt.DataType.FLOAT: "float32", trt.DataType.UINT8: "uint8"}
@@ -204,24 +197,24 @@ def _check_ends(bindings: Bindings, name: str, engine: Any, model: Model) -> Non
         return f"{kind} {tensor.name} {tensor.dtype} {[d if isinstance(d, int) else -1 for d in tensor.shape]}"
 
     expected = [
-        text(kind, t) for kind, ends in zip(("INPUT", "OUTPUT"), model.signature(name), strict=True) for t in ends
+        text(kind, t) for kind, side in zip(("INPUT", "OUTPUT"), model.signature(name), strict=True) for t in side
     ]
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = [
+    actual = [
         f"{engine.get_tensor_mode(n).name} {n} {types.get(engine.get_tensor_dtype(n), engine.get_tensor_dtype(n))} "
         f"{[int(size) for size in engine.get_tensor_shape(n)]}"
         for n in names
     ]
-    if sorted(found) != sorted(expected):
-        raise BundleError(f"{name}: the engine has {found}; the model has {expected}. Build it again")
+    if sorted(actual) != sorted(expected):
+        raise BundleError(f"{name}: the engine has {actual}; the model has {expected}. Build it again")
 
 
 def _cache_file(bindings: Bindings, content: bytes) -> Path:
-    """Where what RTX has compiled of an engine on this GPU is kept.
+    """The file for RTX's compiled kernels of an engine on this GPU.
 
     Raises:
-        BackendError: as `builds.check_cache`.
+        BackendError: as for `cache.check_cache`.
     """
-    found = driver.query()
-    key = f"{bindings.version} {found.cuda} {found.gpus[0].name} {hashlib.sha256(content).hexdigest()}"
+    here = driver.query()
+    key = f"{bindings.version} {here.cuda} {here.gpus[0].name} {hashlib.sha256(content).hexdigest()}"
     return cache.check_cache() / "runtime" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"

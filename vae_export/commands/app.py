@@ -655,7 +655,7 @@ def bench(
     """Time verbs and batches: our runtime, a bare ONNX Runtime session, and other ways to run the model, in turns."""
     from vae_export import bench as module
     from vae_export.bench.runners import Ours
-    from vae_export.runtimes import said
+    from vae_export.runtimes import summary
 
     wanted = numbers("bench: batches", batches)
     place = _place(plot, bundle) if plot else None
@@ -674,7 +674,7 @@ def bench(
     ):
         for runner in selection.runners:
             if isinstance(runner, Ours):
-                _say(f"{runner.name}: {said(runner.vae.describe())}")
+                _say(f"{runner.name}: {summary(runner.vae.describe())}")
         report = module.run(
             bundle,
             selection.runners,
@@ -748,7 +748,7 @@ def _load(
     any_range: bool = False,
 ) -> VAE:
     """Open a bundle as the options say, and say what runs."""
-    from vae_export.runtimes import load, said
+    from vae_export.runtimes import load, summary
 
     if build and no_build:
         raise InputError(f"{verb}: name one of --build and --no-build")
@@ -758,7 +758,7 @@ def _load(
         bundle, device=device.value, build=chosen, precision=cast("Wanted | None", wanted), check_range=not any_range
     )
     facts = vae.describe()
-    _say("; ".join([said(facts), *facts["notes"]]))
+    _say("; ".join([summary(facts), *facts["notes"]]))
     return vae
 
 
