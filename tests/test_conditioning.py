@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vae_export.certification.certificate import SPREADS
 from vae_export.certification.rounding import UNIT, Perturbed
+from vae_export.certification.tolerances import SPREADS
 
 DRAWS = 3
 #: Right results are to stay within half of what is tolerated.

@@ -19,8 +19,9 @@ import vae_export
 from vae_export import graph
 from vae_export.building import mixed_precision
 from vae_export.building.cpu import search
-from vae_export.certification import certificate, golden, tail, verifier
-from vae_export.certification.certificate import Check, Tolerance
+from vae_export.certification import certificate, golden, tail, tolerances, verifier
+from vae_export.certification.certificate import Check
+from vae_export.certification.tolerances import Tolerance
 from vae_export.commands import tables
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import GRAPHS
@@ -206,7 +207,7 @@ def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:
     found = verifier.measure(model, backend, few, "b", kinds).check("decoder.pixel.psnr")
     assert found.measured == pytest.approx(-20 * np.log10(0.05 / width), abs=0.1)
     none = msgspec.structs.replace(few.record, held_out=0, decoded=few.record.decoded + 2)
-    told = "data: the bundle has decoded noise alone. Export the model with held_out (--held-out) data"
+    told = "data: the bundle has only decoded noise. Export the model with held_out (--held-out) data"
     for record, kind, said in ((none, "int8", True), (none, "float32", False), (few.record, "int8", False)):
         measured = verifier.measure(model, backend, dataclasses.replace(few, record=record), "b", kind, batches=(64,))
         assert (told in measured.absent) == said
@@ -250,7 +251,7 @@ def test_what_is_seen_and_no_faster_stays_in_float32(
     monkeypatch.setattr(search, "beyond_half", seen)
     monkeypatch.setattr(search, "no_gain", no_gain)
     loose = Tolerance(sigma=9.0, kl=9.0, off1=1.0, off2=1.0, pixel=9.0, psnr=0.0, elbo=9.0)
-    monkeypatch.setitem(certificate.TOLERANCES, "int8", loose)  # type: ignore[misc] # both graphs shall hold
+    monkeypatch.setitem(tolerances.TOLERANCES, "int8", loose)  # type: ignore[misc] # both graphs shall hold
     told = {name: f"the {name} in int8 loses more than half precision may: {lost}; and {slow}" for name in GRAPHS}
     options: dict[str, Any] = {"precision": "int8", "batches": (1,), "out": tmp_path / "b"}
     if both:
