@@ -262,6 +262,33 @@ def test_a_check_in_words() -> None:
     assert str(msgspec.structs.replace(psnr, tolerance=45.0, at_least=True)).endswith("tolerance at least 45 [p]")
 
 
+def test_a_check_and_a_certificate_in_a_line(digits: dict[str, Path]) -> None:
+    certificate = vae_export.verify(digits["gaussian"])
+    nearest = certificate.nearest
+    at = f"{nearest.id} at {nearest.share:.0%} of its tolerance"
+    assert repr(certificate) == f"Certificate('gaussian', float32, passed, {at})"
+    check = certificate.check("decoder.finite")
+    assert repr(check) == "Check('decoder.finite', 0 values, passed)"
+    failed = msgspec.structs.replace(check, measured=2.0)
+    assert repr(failed) == "Check('decoder.finite', 2 values, failed)"
+    assert repr(msgspec.structs.replace(failed, tolerance=None)) == "Check('decoder.finite', 2 values, reported)"
+    assert repr(msgspec.structs.replace(certificate, checks=(failed,))) == (
+        "Certificate('gaussian', float32, failed, decoder.finite at inf% of its tolerance)"
+    )
+
+
+def test_a_graph_that_depends_on_the_size_of_its_trace(digits: dict[str, Path]) -> None:
+    certificate = vae_export.verify(digits["gaussian"])
+    small = msgspec.structs.replace(certificate.nearest, size="height 8", tolerance=0.0, measured=1.0)
+    sized = msgspec.structs.replace(certificate, sizes=("height 16", "height 8"), checks=(small,))
+    with pytest.raises(VerificationError, match="It passes at height 16: the graph depends on the size that it was tra"):
+        sized.require()
+    large = msgspec.structs.replace(small, size="height 16")
+    with pytest.raises(VerificationError) as caught:
+        msgspec.structs.replace(sized, checks=(small, large)).require()
+    assert "the graph depends on the size" not in str(caught.value)
+
+
 def test_tolerances_are_in_one_table() -> None:
     assert all(isinstance(tolerance, Tolerance) for tolerance in TOLERANCES.values())
     assert "float32" not in TOLERANCES  # it is measured
