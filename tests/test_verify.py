@@ -281,7 +281,9 @@ def test_a_graph_that_depends_on_the_size_of_its_trace(digits: dict[str, Path]) 
     certificate = vae_export.verify(digits["gaussian"])
     small = msgspec.structs.replace(certificate.nearest, size="height 8", tolerance=0.0, measured=1.0)
     sized = msgspec.structs.replace(certificate, sizes=("height 16", "height 8"), checks=(small,))
-    with pytest.raises(VerificationError, match="It passes at height 16: the graph depends on the size that it was tra"):
+    with pytest.raises(
+        VerificationError, match="It passes at height 16: the graph depends on the size that it was tra"
+    ):
         sized.require()
     large = msgspec.structs.replace(small, size="height 16")
     with pytest.raises(VerificationError) as caught:

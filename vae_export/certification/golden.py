@@ -94,11 +94,6 @@ class Reference:
     tensors: Tensors
     others: tuple[Rows, ...] = ()
 
-    @property
-    def has_elbo(self) -> bool:
-        """Whether the model has an ELBO: a likelihood and a posterior variance."""
-        return "scale" in self.tensors
-
     def groups(self, model: Model) -> list[Rows]:
         """The rows by size, the example's first."""
         sizes = model.sizes(self.tensors["mean"].shape[1:])

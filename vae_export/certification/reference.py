@@ -91,7 +91,7 @@ def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = sil
             continue
         plans.append(plan)
         recorded.append(GoldenSize(sizes=sizes, examples=plan.examples, prior=plan.prior))
-    runs = _Runs(source, draws)
+    runs = _Runs(source)
     total, done = sum(plan.seconds for plan in plans), 0.0
     groups: list[Rows] = []
     for plan in plans:
@@ -213,11 +213,10 @@ def _at_most(dim: SizeDim, size: int) -> int:
 class _Runs:
     """The model in float64, perturbed, and in float32."""
 
-    def __init__(self, source: Trained, draws: int) -> None:
+    def __init__(self, source: Trained) -> None:
         self.exact = TorchModel(source, torch.float64)
         self.single = TorchModel(source, torch.float32)
         self.perturbed = TorchModel(source, torch.float64)
-        self.draws = draws
 
     def prepared(self, draw: int) -> tuple[TorchModel, rounding.Perturbed]:
         """The model with the perturbed weights of a draw, and the context that perturbs its results."""
@@ -265,18 +264,33 @@ def _run(runs: _Runs, model: Model, plan: _Plan, base: Rows | None, tell: Callab
     _check_claims(model, results, prior)
     tensors: golden.Tensors = {"x": x, **results, **{f"prior.{name}": value for name, value in prior.items()}}
 
-    def run(other: TorchModel) -> dict[str, Array]:
-        on_prior = sliced(plan.prior, lambda part: _prior_deviations(other, model, z, tensors, part, plan.sizes))
-        return on_prior | sliced(len(x), lambda part: _deviations(other, model, x, eps, tensors, part, plan.sizes))
+    def measured(other: TorchModel) -> Deviations:
+        """Deviations of another run, of those quantities that have a spread."""
+
+        def on_prior(part: slice) -> Deviations:
+            outputs = other.decode(z[part], plan.sizes)
+            return deviations.decoded("prior", {name: prior[name][part] for name in outputs}, outputs, model)
+
+        def on_data(part: slice) -> Deviations:
+            outputs = other.whole(x[part], eps[part], plan.sizes)
+            exact = {name: value[part] for name, value in results.items()}
+            found = deviations.encoded({name: exact[name] for name in other.encoder.outputs}, outputs)
+            found |= deviations.decoded("end_to_end", exact, {"sample": outputs["sample"]}, model)
+            return found | (
+                deviations.terms(exact, outputs["reconstruction"], outputs["kl"]) if "kl" in outputs else {}
+            )
+
+        found = sliced(plan.prior, on_prior) | sliced(len(x), on_data)
+        return {name: value for name, value in found.items() if name in deviations.conditioned(model)}
 
     if not plan.draws:
         assert base is not None
         return Rows(plan.sizes, tensors | _assumed(model, base, Rows(plan.sizes, tensors)))
-    tensors |= {f"float32.{name}": value for name, value in run(runs.single).items()}
+    tensors |= {f"float32.{name}": value for name, value in measured(runs.single).items()}
     for draw in range(plan.draws):
         other, perturbation = runs.prepared(draw)
         with perturbation:
-            moved = run(other)
+            moved = measured(other)
         for name, value in moved.items():
             tensors[f"spread.{name}"] = np.maximum(tensors.get(f"spread.{name}", value), value)
     return Rows(plan.sizes, tensors, EXTREMES if base is None else 0)
@@ -295,40 +309,6 @@ def _assumed(model: Model, base: Rows, rows: Rows) -> golden.Tensors:
         tensors[f"spread.{quantity}"] = np.broadcast_to(2.0 * float(np.median(relative)) * unit, (count,)).copy()
         tensors[f"float32.{quantity}"] = np.zeros(count)
     return tensors
-
-
-def _deviations(
-    other: TorchModel,
-    model: Model,
-    x: Array,
-    eps: Array,
-    tensors: golden.Tensors,
-    part: slice,
-    sizes: Mapping[str, int],
-) -> Deviations:
-    """Deviations of another run on some rows of data."""
-    results = other.whole(x[part], eps[part], sizes)
-    exact = {name: tensors[name][part] for name in results}
-    posterior = {name: exact[name] for name in other.encoder.outputs}
-    found = deviations.encoded(posterior, results)
-    found |= deviations.decoded("end_to_end", exact, {"sample": results["sample"]}, model)
-    if "kl" in results:
-        found |= deviations.terms(exact, results["reconstruction"], results["kl"])
-    return _conditioned(found, model)
-
-
-def _prior_deviations(
-    other: TorchModel, model: Model, z: Array, tensors: golden.Tensors, part: slice, sizes: Mapping[str, int]
-) -> Deviations:
-    """Deviations of another run on some draws from the prior."""
-    results = other.decode(z[part], sizes)
-    exact = {name: tensors[f"prior.{name}"][part] for name in results}
-    return _conditioned(deviations.decoded("prior", exact, results, model), model)
-
-
-def _conditioned(found: Deviations, model: Model) -> Deviations:
-    known = deviations.conditioned(model)
-    return {name: value for name, value in found.items() if name in known}
 
 
 def _check_claims(model: Model, posterior: golden.Tensors, prior: golden.Tensors) -> None:

@@ -142,12 +142,7 @@ def measure(
             raise _fails_at(error, groups[0].sizes) from error
     absent = [f"{_size(size.sizes)}: {size.absent}" for size in record.sizes if size.absent]
     checks = list(meter.checks())
-    examples = {
-        "extremes": record.extremes,
-        "held_out": record.held_out,
-        "decoded": record.decoded,
-        "prior": record.prior,
-    }
+    examples = {kind: getattr(record, kind) for kind in ("extremes", "held_out", "decoded", "prior")}
     reduced_precision = set(kinds.values()) != {"float32"}
     if reduced_precision and not record.held_out and not model.has_samples:
         absent.append("data: the bundle has only decoded noise. Export the model with held_out (--held-out) data")

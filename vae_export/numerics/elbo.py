@@ -45,9 +45,7 @@ def kl_between_terms(mean_p: Array, logvar_p: Array, mean_q: Array, logvar_q: Ar
     mean_p, mean_q = np.asarray(mean_p, np.float64), np.asarray(mean_q, np.float64)
     log_ratio = np.asarray(logvar_p, np.float64) - np.asarray(logvar_q, np.float64)
     square = (mean_p - mean_q) ** 2
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # for a variance below float64's smallest, equal means stay equal
+    with np.errstate(over="ignore", invalid="ignore"):  # below float64's smallest variance, equal means stay equal
         moved = np.where(square == 0.0, 0.0, square * np.exp(-np.asarray(logvar_q, np.float64)))
         terms: Float64 = 0.5 * (np.expm1(log_ratio) - log_ratio + moved)
     return terms

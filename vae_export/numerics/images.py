@@ -22,7 +22,6 @@ Array = npt.NDArray[Any]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _MIN_SIDE = 48  # pixels of the shorter side of a picture in a grid
-_MODES = {1: "L", 3: "RGB"}
 _CLEAR = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes without transparency and with 8 bits at most
 
 
@@ -114,10 +113,9 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
     """
     name, _, key = spec.rpartition(":")
     path = Path(name) if name.endswith(".npz") else Path(spec)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
     if not path.is_dir() and not path.is_file():
-        raise InputError(f"{path} is no plain file; expected a picture, a folder, array.npy or arrays.npz:key")
+        problem = "is not a regular file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {problem}; expected a picture, a folder, array.npy or arrays.npz:key")
     if path.suffix == ".npz":
         return _read_npz(path, key if name.endswith(".npz") else "")
     if path.suffix == ".npy":
@@ -128,9 +126,8 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
         if not isinstance(array, np.ndarray):
             raise InputError(f"{path} is not a plain NumPy array; is it an .npz?")
         return array
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    files = [file for file in files if file.is_file()]
     if not files:
         raise InputError(f"{path} has no pictures in it ({', '.join(sorted(_SUFFIXES))})")
     pictures = [_read_picture(file, data, resize) for file in files]
@@ -147,12 +144,11 @@ def _read_npz(path: Path, key: str) -> Array:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = list(arrays)
-            array = np.asarray(arrays[key]) if key in names else None
+            if key in names:
+                return np.asarray(arrays[key])
     except Exception as error:  # NumPy's reader raises whatever its parts raise on damaged files
         raise InputError(f"{path} is not a NumPy archive: {error}") from None
-    if array is None:
-        raise InputError(f"{path} has the arrays {', '.join(names) or 'none'}; name one: {path}:KEY")
-    return array
+    raise InputError(f"{path} has the arrays {', '.join(names) or 'none'}; name one: {path}:KEY")
 
 
 def _read_picture(path: Path, data: Data, resize: bool) -> Array:
@@ -160,15 +156,14 @@ def _read_picture(path: Path, data: Data, resize: bool) -> Array:
 
     if not is_picture(data.shape):
         raise InputError(f"{path}: this bundle's data are no pictures; pass array.npy or arrays.npz:key")
-    colours, height, width = data.shape
-    assert isinstance(colours, int)
+    channels, height, width = data.shape
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 frames, mode = getattr(file, "n_frames", 1), file.mode
                 clear = mode in _CLEAR and "transparency" not in file.info
-                picture = file.convert(_MODES[colours])
+                picture = file.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's readers raise whatever their formats raise on damaged files
         raise InputError(f"{path} is not a picture that can be read: {error}") from None
     if not clear or frames > 1:
@@ -182,4 +177,4 @@ def _read_picture(path: Path, data: Data, resize: bool) -> Array:
             )
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture)
-    return pixels[None] if colours == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
