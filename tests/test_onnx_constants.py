@@ -1,4 +1,4 @@
-"""What a graph makes of constants alone: estimated as a backend would compute it, and refused before one does."""
+"""Constant folding: estimated as a backend would compute it, and refused before one does."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_as_large_as_a_backend_finds_it(made: onnx.NodeProto, constants: dict[st
     found = estimate(raw)
     assert found.complete
     assert found.size == result.nbytes
-    # And of its numbers, where they can be sizes, ONNX Runtime and the estimate know the same.
+    # Numbers that can be sizes are those of ONNX Runtime, where they are known.
     if result.dtype == np.int64:
         scope = Graph()
         list(onnx_guard.operators(raw, "m", scope))
@@ -224,7 +224,7 @@ def test_unknown_sizes_are_not_folded(raw: bytes) -> None:
 
 
 def test_a_backend_that_does_not_fold_opens_at_once() -> None:
-    """A product of 16,000 x 16,000 numbers, of sizes that no reader tells, is left to whoever calls."""
+    """A product of 16,000 x 16,000 numbers whose sizes are not known makes the estimate incomplete."""
     raw = model(
         node("Relu", "x", out="r"), node("Shape", "r", out="n", start=1), node("Mul", "n", "k", out="s"),
         node("ConstantOfShape", "s"), node("MatMul", "c", "c", out="d"),

@@ -1,4 +1,4 @@
-"""The small ONNX reader against the onnx package, and against what is no ONNX file."""
+"""The reader of ONNX graphs against the onnx package, and on files that are not ONNX."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_weights_elsewhere(tmp_path: Path) -> None:
 
 
 def field(number: int, content: bytes, *, more: int = 0) -> bytes:
-    """A length-delimited field; `more` is added to its key, as for a reader that cuts keys to 32 bits."""
+    """A length-delimited field; `more` is added to its key, which readers may truncate to 32 bits."""
     return varint((number << 3 | 2) + more) + varint(len(content)) + content
 
 

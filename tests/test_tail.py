@@ -1,4 +1,4 @@
-"""Precisions below float32 on more rows than the golden examples: what is far off on one row in a thousand is found."""
+"""Precisions below float32 on more rows than the golden examples: errors of one row in a thousand are detected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RARE = 2.9
 
 
 class Rare(nn.Module):
-    """A linear encoder that adds, and takes away again, a feature that few rows have: in float16 something is left."""
+    """A linear encoder that adds and subtracts a feature that few rows have: in float16 the difference is not 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def rare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts(path: Path) -> tuple[Any, ...]:
-    """What `tail.make` takes of a bundle."""
+    """The arguments of `tail.make` for a bundle."""
     bundle = Bundle(path)
     model = bundle.manifest.model
     reference = golden.decode(bundle.read(golden.FILE), bundle.manifest.golden, model)
@@ -144,7 +144,7 @@ def test_nodes_are_kept_until_the_tail_holds(rare: Path, tmp_path: Path) -> None
 
 
 def test_the_rows(member: Callable[[str], Any]) -> None:
-    """Calibration data and draws that are no golden example's; those to choose by are others than those to judge by."""
+    """Calibration data and draws that are in no golden example; the rows of a choice are not those of a certificate."""
     graphs, weights, model, costs, reference, calibration = parts(member("conv-bernoulli").bundle)
     found = tail.make(graphs, weights, model, costs, reference, calibration)
     assert isinstance(found, tail.Tail)
@@ -193,7 +193,7 @@ def _plain(graphs: dict[str, bytes], model: Any) -> CpuBackend:
 
 
 def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:
-    """Decoded noise that is exact does not outweigh data that are not; and where there is noise alone, it is said."""
+    """Exact results for decoded noise do not outweigh errors on data; and noise alone is reported."""
     graphs, _, model, _, reference, _ = parts(member("plain").bundle)
     few = dataclasses.replace(
         reference, record=msgspec.structs.replace(reference.record, held_out=2, decoded=reference.record.decoded + 254)
@@ -213,7 +213,7 @@ def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:
         assert (told in measured.absent) == said
 
 
-# What is visible must be faster
+# Visible errors must be paid for by speed
 
 
 def _check(which: str, measured: float, *, at_least: bool = False, graph: str = "decoder") -> Check:
@@ -221,7 +221,7 @@ def _check(which: str, measured: float, *, at_least: bool = False, graph: str = 
 
 
 def test_beyond_half_precision() -> None:
-    """The farthest beyond what half precision may lose, with its tolerance; on data and on more rows."""
+    """The check that exceeds float16's tolerance most, with that tolerance; on data and on more rows."""
     within = [_check("decoder.pixel.off1", 0.009), _check("decoder.pixel.psnr", 51.0, at_least=True)]
     assert certificate.beyond_half(within, "decoder") is None
     off, worse = _check("decoder.pixel.off1", 0.25), _check("tail.pixel.off2", 0.9)
