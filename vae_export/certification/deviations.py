@@ -68,17 +68,17 @@ def encoded(reference: Outputs, measured: Outputs, latent_std: Array | None = No
         latent_std: for a deterministic encoder the standard deviation of each latent over the data, which broadcasts
             with the mean; None leaves `encoder.mean.sigma` out.
     """
-    found = {f"encoder.{name}.max": largest(measured[name], value) for name, value in reference.items()}
+    result = {f"encoder.{name}.max": largest(measured[name], value) for name, value in reference.items()}
     error = np.abs(np.asarray(measured["mean"], np.float64) - reference["mean"])
     if "logvar" not in reference:
         if latent_std is not None:
-            found["encoder.mean.sigma"] = _row_max(error / latent_std)
-        return found
+            result["encoder.mean.sigma"] = _row_max(error / latent_std)
+        return result
     logvar = reference["logvar"]
-    found["encoder.mean.sigma"] = _row_max(error * np.exp(-0.5 * logvar))
+    result["encoder.mean.sigma"] = _row_max(error * np.exp(-0.5 * logvar))
     terms = elbo.kl_between_terms(reference["mean"], logvar, measured["mean"], measured["logvar"])
-    found["encoder.kl.dimension"] = _row_max(terms)
-    return found
+    result["encoder.kl.dimension"] = _row_max(terms)
+    return result
 
 
 def posterior_of(encoded: Posterior) -> Outputs:
@@ -95,16 +95,16 @@ def decoded(rows: str, reference: Outputs, measured: Outputs, model: Model) -> D
         measured: all or some of the same.
         model: whose data's range is that of the pixels.
     """
-    found = {f"{rows}.{name}.max": largest(value, reference[name]) for name, value in measured.items()}
+    result = {f"{rows}.{name}.max": largest(value, reference[name]) for name, value in measured.items()}
     if "sample" in measured:
         low, high = model.data.range
         error = np.abs(np.asarray(measured["sample"], np.float64) - reference["sample"]) / (high - low)
         error = error.reshape(len(error), -1)
-        found[f"{rows}.pixel.max"] = error.max(axis=1)
-        found[f"{rows}.pixel.off1"] = (error > LEVEL).mean(axis=1)
-        found[f"{rows}.pixel.off2"] = (error > 2 * LEVEL).mean(axis=1)
-        found[f"{rows}.pixel.mse"] = np.square(error).mean(axis=1)
-    return found
+        result[f"{rows}.pixel.max"] = error.max(axis=1)
+        result[f"{rows}.pixel.off1"] = (error > LEVEL).mean(axis=1)
+        result[f"{rows}.pixel.off2"] = (error > 2 * LEVEL).mean(axis=1)
+        result[f"{rows}.pixel.mse"] = np.square(error).mean(axis=1)
+    return result
 
 
 def terms(reference: Outputs, reconstruction: Array, kl: Array) -> Deviations:

@@ -274,14 +274,14 @@ def _run(runs: _Runs, model: Model, plan: _Plan, base: Rows | None, tell: Callab
         def on_data(part: slice) -> Deviations:
             outputs = other.whole(x[part], eps[part], plan.sizes)
             exact = {name: value[part] for name, value in results.items()}
-            found = deviations.encoded({name: exact[name] for name in other.encoder.outputs}, outputs)
-            found |= deviations.decoded("end_to_end", exact, {"sample": outputs["sample"]}, model)
-            return found | (
+            values = deviations.encoded({name: exact[name] for name in other.encoder.outputs}, outputs)
+            values |= deviations.decoded("end_to_end", exact, {"sample": outputs["sample"]}, model)
+            return values | (
                 deviations.terms(exact, outputs["reconstruction"], outputs["kl"]) if "kl" in outputs else {}
             )
 
-        found = sliced(plan.prior, on_prior) | sliced(len(x), on_data)
-        return {name: value for name, value in found.items() if name in deviations.conditioned(model)}
+        values = sliced(plan.prior, on_prior) | sliced(len(x), on_data)
+        return {name: value for name, value in values.items() if name in deviations.conditioned(model)}
 
     if not plan.draws:
         assert base is not None

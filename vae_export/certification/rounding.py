@@ -61,13 +61,13 @@ class Perturbed(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _EXACT or func.is_view:
             return result
-        taken = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
+        inputs = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         if name in _NORMS and outputs[1].numel():  # a batch norm outside of training has no statistics
             self._round(*_centred(name, args, outputs))
         for value in outputs[:1] if "norm" in name else outputs:  # a norm's other outputs are its statistics
             rounded = isinstance(value, Tensor) and value.dtype == torch.float64 and value.numel()
-            if rounded and (name.endswith("_") or value.untyped_storage()._cdata not in taken):
+            if rounded and (name.endswith("_") or value.untyped_storage()._cdata not in inputs):
                 self._perturb(value, _summed(name, args))
         return result
 

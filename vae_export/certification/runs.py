@@ -56,7 +56,7 @@ class Run:
         posterior = vae.encode(x)
         outputs = deviations.posterior_of(posterior)
         exact = {name: value[part] for name, value in tensors.items() if "." not in name}
-        found = deviations.encoded({name: exact[name] for name in outputs}, outputs, self.latent_std)
+        measured = deviations.encoded({name: exact[name] for name in outputs}, outputs, self.latent_std)
         gaussian = posterior.logvar is not None
         fused = self.backend.graphs
         parameters: Mapping[str, Array] | None = None
@@ -68,7 +68,7 @@ class Run:
         else:
             assert parameters is not None
             sample = parameters["sample"]
-        found |= deviations.decoded("end_to_end", exact, {"sample": sample}, self.model)
+        measured |= deviations.decoded("end_to_end", exact, {"sample": sample}, self.model)
         if self.model.has_elbo:
             if "score" in fused:
                 bound = vae.elbo(x, seed=self.seed, start=part.start)
@@ -78,11 +78,11 @@ class Run:
                 likelihood = likelihoods.of(self.model)
                 reconstruction = elbo.per_example(likelihood.log_prob_terms(x, parameters))
                 kl = posterior.kl()
-            found |= deviations.terms(exact, reconstruction, kl)
+            measured |= deviations.terms(exact, reconstruction, kl)
         if self.reduced_precision:
             z = self._latents(exact, part)
-            found |= deviations.decoded("decoder", exact, {"sample": vae.decode(z)}, self.model)
-        return found, list(outputs.values())
+            measured |= deviations.decoded("decoder", exact, {"sample": vae.decode(z)}, self.model)
+        return measured, list(outputs.values())
 
     def _latents(self, exact: Mapping[str, Array], part: slice) -> Array:
         """The latents that the reference decoded: its draws from the posterior, rounded to float32."""
@@ -100,12 +100,12 @@ class Run:
         z = noise.normals(self.seed, noise.PRIOR, part.start, count, math.prod(shape)).reshape(-1, *shape)
         outputs = self.vae.likelihood(z)
         exact = {name: tensors[f"prior.{name}"][part] for name in outputs}
-        found = deviations.decoded("prior", exact, outputs, self.model)
+        measured = deviations.decoded("prior", exact, outputs, self.model)
         if "generate" in self.backend.graphs:
             pictures: Array = self.vae.generate(count, self.seed, part.start, size=self.model.sizes(shape) or None)
             levels = to_uint8(exact["sample"], self.model.data.range).transpose(0, 2, 3, 1)
-            found[deviations.PICTURE] = deviations.largest(pictures, levels)
-        return found, list(outputs.values())
+            measured[deviations.PICTURE] = deviations.largest(pictures, levels)
+        return measured, list(outputs.values())
 
 
 def latent_std(rows: Rows) -> Array | None:

@@ -72,7 +72,7 @@ def measure_tiles(
 
 def checks(measured: Mapping[str, Tiled]) -> tuple[Check, ...]:
     """Checks of a certificate for the results of `measure_tiles`. They have no tolerance."""
-    found: list[Check] = []
+    result: list[Check] = []
     for graph, one in measured.items():
         rows: Sequence[tuple[str, str, str, float]] = (
             ("max", "worst pixel", "levels of 255", one.worst),
@@ -82,14 +82,14 @@ def checks(measured: Mapping[str, Tiled]) -> tuple[Check, ...]:
         )
         where = f"in tiles of {one.tile[0]} × {one.tile[1]}, against the whole"
         size = f"height {one.size[0]}, width {one.size[1]}"
-        found += [
+        result += [
             Check(
                 id=f"tiles.{graph}.pixel.{name}", graph="encoder" if graph == "encoder" else "decoder",
                 quantity=f"{quantity} {where}", unit=unit, measured=value, size=size,
             )
             for name, quantity, unit, value in rows
         ]  # fmt: skip
-    return tuple(found)
+    return tuple(result)
 
 
 def _cut(model: Model, example: tuple[int, ...]) -> tuple[Tile, tuple[int, int]]:

@@ -167,17 +167,17 @@ def _put(stage: Path, path: Path, *, overwrite: bool, check: Callable[[Path], No
     swapped = _exchange(stage, path)
     if not swapped:
         path.rename(stage.parent / _OLD)
-    taken = stage if swapped else stage.parent / _OLD
+    moved = stage if swapped else stage.parent / _OLD
     try:
-        check_target(taken, overwrite=True)
-        check(taken)
+        check_target(moved, overwrite=True)
+        check(moved)
         if not swapped:
             stage.rename(path)
     except BaseException:
         if swapped:
             _exchange(stage, path)
         else:
-            taken.rename(path)
+            moved.rename(path)
         raise
 
 

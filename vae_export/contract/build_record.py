@@ -1,4 +1,4 @@
-"""The record of a build, `build.json`: what was made from a bundle for one target, how, and on what.
+"""The record of a build, `build.json`: its graphs, the options and the machine that it was built with.
 
 It is a record with a digest (see `records`), and the only description of an engine. What the graphs compute in is read
 from it, never from the folder's name.
@@ -102,7 +102,7 @@ class BuiltGraph(Part, frozen=True, kw_only=True):
 
     Attributes:
         file: its engine or ONNX file in the build's folder.
-        onnx_sha256: of the ONNX graph that the engine was made from; for ONNX, of the file.
+        onnx_sha256: of the ONNX graph that the engine was built from; for ONNX, of the file.
         structure: SHA-256 of that graph without the values of its weights.
         passes: the number of changes to the graph, by graph pass.
         kept: nodes of a low-precision graph that stayed in float32, each with the reason.
@@ -224,11 +224,11 @@ class Build(Part, frozen=True, kw_only=True):
         manifest: the digest of the bundle's manifest.
         sources: SHA-256 of the bundle's graphs.
         target: what the build is for.
-        created: when it was made, UTC, ISO 8601.
+        created: date and time of the build, UTC, ISO 8601.
         options: that it was requested with.
         graphs: encoder, decoder, reconstruct; generate for pictures; for ONNX Runtime score, where there is an ELBO.
         engine: of TensorRT; null for ONNX Runtime.
-        tools: versions of the packages that made the build.
+        tools: versions of the packages that built it.
         measurements: on the CPU, every plan for a graph that was considered, and whether it was chosen.
         absent: what could not be measured there, and why.
         processor: on the CPU, what it was measured on; null for builds of versions that did not record it.

@@ -147,10 +147,10 @@ def _shape(node: Node, graph: Graph, value: Constant | None) -> Constant | None:
         if node.operator == "Size":
             return constant((), np.int64) if value is None else None
         return Constant(max(0, min(end - start, MAX_RANK)) if start >= 0 <= end else MAX_RANK, 8)
-    taken = sizes if node.operator == "Size" else sizes[start:end]
-    if None in taken:
+    chosen = sizes if node.operator == "Size" else sizes[start:end]
+    if None in chosen:
         return None  # it varies, and no backend folds what depends on it
-    numbers = np.array(taken, np.int64)
+    numbers = np.array(chosen, np.int64)
     if node.operator == "Size":
         numbers = np.array(np.prod(numbers))
     return constant(numbers.shape, np.int64, numbers)

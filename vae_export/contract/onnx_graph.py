@@ -1,7 +1,7 @@
 """The parts of an ONNX graph that constant folding depends on: nodes, constants, and sizes of the inputs.
 
-Small constants, of which shapes are made, have their values here; of all others only the shape, as a broadcast view of
-a single number.
+Small constants, which may be shapes, have their values here; of all others only the shape, as a broadcast view of a
+single number.
 """
 
 from __future__ import annotations
