@@ -390,8 +390,8 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "open", open_file)
-    with pytest.raises(OSError, match="Bad file descriptor"):  # what it refuses is noticed
-        os.fsync(os.open(__file__, os.O_RDONLY))
+    with Path(__file__).open() as file, pytest.raises(OSError, match="Bad file descriptor"):
+        os.fsync(file.fileno())
     with pytest.raises(PermissionError):
         os.open(str(Path(__file__).parent), os.O_RDONLY)
     monkeypatch.setattr(sys, "platform", "win32")

@@ -100,7 +100,7 @@ _NEW, _OLD = "new", "old"
 @contextlib.contextmanager
 def _locked_stage(path: Path, stem: str, suffix: str = "") -> Iterator[Path]:
     """A hidden path beside `path`, locked while its writer lives; what is there at the end is removed."""
-    from filelock import FileLock, Timeout  # 30 ms, and only writers need it
+    from filelock import FileLock, Timeout  # takes 10 ms, and only writers need it
 
     _remove_leftovers(path, f".{glob.escape(stem)}.{'?' * _TOKEN}.partial{glob.escape(suffix)}{_LOCK}")
     for _ in range(_TRIES):
