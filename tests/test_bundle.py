@@ -1,7 +1,9 @@
-"""A bundle is data from a stranger: every change is found, nothing outside is read, nothing is lost."""
+"""A bundle is not trusted: every change is detected, nothing outside of it is read, and nothing is lost in writing."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import random
 import shutil
@@ -9,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
+import filelock
 import msgspec
 import numpy as np
 import onnx
@@ -20,7 +24,9 @@ import vae_export
 from vae_export.contract import atomic, folders
 from vae_export.contract import bundle as bundles
 from vae_export.contract.bundle import Bundle
+from vae_export.contract.manifest import Manifest
 from vae_export.errors import BundleError, InputError, VaeExportError
+from vae_export.numerics import images
 
 
 @pytest.fixture
@@ -117,11 +123,19 @@ def test_the_bytes_that_were_checked_are_the_bytes_that_run(copy: Path) -> None:
         assert np.array_equal(vae.sample(3), before)
 
 
-def test_large_files_are_checked_piece_by_piece(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_PIECE", 1000)
+def test_large_files_are_checked_piece_by_piece(copy: Path) -> None:
+    size = 80 << 20
+    with (copy / "large").open("wb") as file:
+        file.truncate(size)
+    reseal(copy)
+    tracemalloc.start()
     Bundle(copy).check()
-    original = (copy / "golden.safetensors").read_bytes()
-    (copy / "golden.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size / 2
+    with (copy / "large").open("r+b") as file:
+        file.seek(size - 1)
+        file.write(b"1")
     with pytest.raises(BundleError, match="its SHA-256 is not the one in the manifest"):
         Bundle(copy).check()
 
@@ -206,7 +220,7 @@ def test_without_an_exchange_the_folder_is_replaced_in_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other systems than Linux have no atomic exchange of two folders."""
-    monkeypatch.setattr(atomic.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     for content in ("old", "new"):
         with atomic.atomic_folder(tmp_path / "folder", overwrite=True) as folder:
             (folder / "file").write_text(content)
@@ -273,7 +287,7 @@ def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path, copy: Path) -> No
 def test_what_came_at_the_last_moment_is_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
 ) -> None:
-    monkeypatch.setattr(atomic.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     path, looks = tmp_path / "folder", iter([None, InputError("not ours")])
     path.mkdir()
     (path / "thesis.txt").write_text("precious")
@@ -310,7 +324,9 @@ def test_the_next_writer_removes_what_dead_ones_left(tmp_path: Path) -> None:
     )
     for _ in range(2):
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
-    assert len(list(tmp_path.iterdir())) == 2  # the second removed what the first had left
+    left = [path.name for path in tmp_path.iterdir()]
+    assert sum(name.startswith(".folder.") for name in left) == 2  # the stage and its lock: the first's are removed
+    assert sum(name.startswith(".a.") for name in left) == 2
     with atomic.atomic_folder(tmp_path / "folder"), atomic.atomic_file(tmp_path / "a.json") as live:
         live.write_text("whole")
         with atomic.atomic_folder(tmp_path / "folder"), atomic.atomic_file(tmp_path / "a.json") as other:
@@ -325,10 +341,115 @@ def test_what_a_dead_writer_moved_away_is_put_back(tmp_path: Path) -> None:
     old = tmp_path / ".folder.00000000.partial" / "old"
     old.mkdir(parents=True)
     (old / "file").write_text("old")
+    (tmp_path / ".folder.00000000.partial.lock").touch()
+    (tmp_path / ".folder.other.00000000.partial.lock").touch()  # of another folder
     with pytest.raises(InputError, match="folder appeared"), atomic.atomic_folder(tmp_path / "folder"):
         pass
     assert (tmp_path / "folder" / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", ".folder.other.00000000.partial.lock"}
+
+
+def test_locks_that_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks nothing is cleaned up, as nobody knows who lives; links are not followed."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".file.00000000.partial.txt.lock").symlink_to(tmp_path / "precious")
+    (tmp_path / ".file.11111111.partial.txt.lock").touch()
+    (tmp_path / ".file.11111111.partial.txt").write_text("half")
+
+    def refuse(self: filelock.FileLock, *args: object, **options: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock.FileLock, "acquire", refuse)
+        with atomic.atomic_file(tmp_path / "file.txt") as stage:
+            stage.write_text("whole")
+    assert (tmp_path / "file.txt").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 5
+    with atomic.atomic_file(tmp_path / "file.txt") as stage:
+        stage.write_text("again")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"file.txt", "precious", ".file.00000000.partial.txt.lock"}
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Windows refuses: to flush a handle that may not write, and to open a folder."""
+    fcntl = pytest.importorskip("fcntl")
+    fsync, opened = os.fsync, os.open
+
+    def flush(handle: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        fsync(handle)
+
+    def open_file(path: str, flags: int, *args: int, **options: int | None) -> int:
+        if not options and Path(path).is_dir():  # with options it is shutil's, which has another way on Windows
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "open", open_file)
+    with Path(__file__).open() as file, pytest.raises(OSError, match="Bad file descriptor"):
+        os.fsync(file.fileno())
+    with pytest.raises(PermissionError):
+        os.open(str(Path(__file__).parent), os.O_RDONLY)
+    monkeypatch.setattr(sys, "platform", "win32")
+
+
+def rewritten(source: Path, path: Path) -> Manifest:
+    """A bundle written again, as an export does, from the files of another one."""
+    manifest = Bundle(source).manifest
+    with bundles.create(path, overwrite=True) as stage:
+        for name in manifest.files:
+            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).write_bytes((source / name).read_bytes())
+        bundles.write_manifest(stage, manifest)
+    return manifest
+
+
+@pytest.mark.usefixtures("windows")
+def test_windows_writes_bundles_and_pictures(digits: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("gaussian", "bernoulli"):
+        manifest = rewritten(digits[name], tmp_path / "bundle")
+        opened = Bundle(tmp_path / "bundle")
+        opened.check()
+        assert opened.manifest == manifest
+    for _ in range(2):
+        images.write(tmp_path / "x.png", np.zeros((2, 1, 8, 8), np.float32), manifest.model.data)
+        images.write(tmp_path / "x.npy", np.zeros((2, 1, 8, 8), np.float32), manifest.model.data)
+    (tmp_path / "read-only").touch(mode=0o400)
+    with atomic.atomic_folder(tmp_path / "folder") as stage:
+        shutil.copy(tmp_path / "read-only", stage)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "x.png", "x.npy", "read-only", "folder"}
+
+
+@pytest.mark.usefixtures("windows")
+def test_windows_does_not_rename_a_folder_in_use(
+    digits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virus scanner has a file of the new folder open: the old one is put back."""
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == "new" and Path(target).name == "bundle":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        rename(source, target)
+
+    manifest = rewritten(digits["gaussian"], tmp_path / "bundle")
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        rewritten(digits["bernoulli"], tmp_path / "bundle")
+    assert Bundle(tmp_path / "bundle").manifest == manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_in_a_line(digits: dict[str, Path]) -> None:
+    opened = Bundle(digits["gaussian"])
+    manifest = opened.manifest
+    shown = f"Manifest('gaussian', {manifest.model.architecture} (B, 1, 8, 8) → (B, 8), {len(manifest.files)} files)"
+    assert repr(manifest) == shown
+    assert repr(opened) == f"Bundle({str(opened.path)!r}: {shown})"
 
 
 def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path) -> None:
@@ -358,16 +479,26 @@ def test_loads_while_the_bundle_is_replaced(digits: dict[str, Path], copy: Path)
 
 
 def test_every_file_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    content = folders.RecordFolder._content
+    """What is read is hashed, once for each file."""
+    digests, new = [], hashlib.sha256
 
-    def counted(self: Bundle, name: str, *args: object, **options: object) -> bytes:
-        read.append(name)
-        return content(self, name, *args, **options)
+    class Counted:
+        def __init__(self) -> None:
+            self.inner = new()
+            digests.append(self)
 
-    monkeypatch.setattr(folders.RecordFolder, "_content", counted)
+        def update(self, piece: bytes) -> None:
+            self.inner.update(piece)
+
+        def hexdigest(self) -> str:
+            return self.inner.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", lambda *content: new(*content) if content else Counted())
     vae_export.load(copy, device="cpu").close()
-    assert sorted(read) == sorted({bundles.MANIFEST, *Bundle(copy).manifest.files})
+    monkeypatch.undo()
+    files = [copy / name for name in (bundles.MANIFEST, *Bundle(copy).manifest.files)]
+    expected = sorted(new(path.read_bytes()).hexdigest() for path in files)
+    assert sorted(digest.hexdigest() for digest in digests) == expected
 
 
 def test_all_errors_have_one_base() -> None:

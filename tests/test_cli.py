@@ -192,7 +192,7 @@ def half_an_archive(path: Path) -> None:
         ("zip.npy", lambda p: misnamed(np.savez, p), "zip.npy is not a plain NumPy array; is it an"),
         ("npy.npz:a", lambda p: misnamed(np.save, p.with_name("npy.npz")), "npy.npz is not a NumPy arch"),
         ("half.npz:a", half_an_archive, "half.npz is not a NumPy archive: "),
-        ("pipe.png", os.mkfifo, "pipe.png is no plain file; expected a picture"),
+        ("pipe.png", os.mkfifo, "pipe.png is not a regular file; expected a picture"),
         ("nan.npy", lambda p: np.save(p, np.full((1, 1, 8, 8), np.nan, "f4")), "is nan, one of 64 such values"),
     ],
 )

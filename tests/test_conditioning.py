@@ -1,4 +1,4 @@
-"""How far rounding is said to move a result is how far float32 moves it, whatever the layer."""
+"""The spread of perturbed runs is as large as float32's deviation, whatever the layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vae_export.certification.certificate import SPREADS
 from vae_export.certification.rounding import UNIT, Perturbed
+from vae_export.certification.tolerances import SPREADS
 
 DRAWS = 3
 #: Right results are to stay within half of what is tolerated.
@@ -17,7 +17,7 @@ _BEYOND = SPREADS / 2
 
 
 def spread(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """How far the largest of some perturbed runs moves a result, and how far float32 does: both from float64's."""
+    """The largest deviation of some perturbed runs, and that of float32, both from float64."""
     with torch.no_grad():
         exact = function(x.double())
         moved = []
@@ -51,7 +51,7 @@ NORMS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("kind", NORMS)
 def test_norms(kind: str, offset: float) -> None:
-    """The mean that is taken away counts, however large it is beside what is left."""
+    """The mean that is subtracted counts, however large it is beside the difference."""
     norm, shape = NORMS[kind]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + offset
     moved, single = spread(norm, x)
@@ -59,7 +59,7 @@ def test_norms(kind: str, offset: float) -> None:
 
 
 def test_a_norm_of_one_value_rounds_in_units_of_its_mean() -> None:
-    """In exact arithmetic it is 0; what float32 gives instead is not, and a perturbed run knows."""
+    """In exact arithmetic the result is 0, in float32 it is not, and perturbed runs show it."""
     x = 100 + torch.rand(64, 8, 1, 1, generator=torch.Generator().manual_seed(1))
     moved, _ = spread(lambda x: nn.functional.group_norm(x, 8, eps=1e-6), x)
     in_units = 100 / 1e-6**0.5 * UNIT

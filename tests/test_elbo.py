@@ -65,7 +65,7 @@ def test_closed_form_kl_against_three_terms() -> None:
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10_000))
 def test_numpy_elbo_equals_torch_elbo(kind: str, seed: int) -> None:
-    """Same model in float64, same noise: ≤ 1e-12 of S."""
+    """Same model in float64, same noise: ≤ 1e-12 relative to Σ|ELBO terms|."""
     draw = noise.normals(seed, noise.VERIFIER, 0, 8, 40).astype(np.float64)
     mean, logvar, eps = draw[:, 0:4], 3 * draw[:, 4:8], draw[:, 8:12]
     x = 1 / (1 + np.exp(-draw[:, 12:18]))

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import vae_export
 from vae_export import graph
-from vae_export.certification.certificate import TOLERANCES
+from vae_export.certification.tolerances import TOLERANCES
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import DECODER_OUTPUTS, GRAPHS, Data, Latent, Model
 from vae_export.errors import InputError

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -42,12 +46,22 @@ def test_pairs() -> None:
     picture = np.asarray(images.pairs(above, below, (0.0, 1.0), columns=3))
     rows = [picture[3 + r * 51 + 20, 3 + 20] for r in range(4)]
     assert rows == [0, 255, 0, 255]
-    assert picture[3 + 2 * 51 + 20, 3 + 2 * 51 + 20] == 255  # the place of a sixth
+    assert picture[3 + 2 * 51 + 20, 3 + 2 * 51 + 20] == 255  # there is no sixth picture
 
 
-def test_only_pictures_become_pictures(tmp_path: object) -> None:
-    from pathlib import Path
+def test_arrays_need_no_pillow(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['PIL'] = None\nfrom pathlib import Path; import numpy as np\n"
+        "from vae_export.contract.model import Data; from vae_export.numerics import images\n"
+        "data, x = Data(shape=(3, 2, 2), range=(0.0, 1.0)), np.zeros((1, 3, 2, 2), np.float32)\n"
+        "images.write(Path('x.npy'), x, data); assert np.array_equal(images.read('x.npy', data), x)\n"
+        "try: images.write(Path('x.png'), x, data)\nexcept ImportError: print('blocked')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.stdout, done.stderr) == ("blocked\n", "")
 
+
+def test_only_pictures_become_pictures() -> None:
     with pytest.raises(InputError, match=r"only data of shape \(1 or 3, H, W\) can be shown; write \.npy instead"):
         images.write(Path("x.png"), np.zeros((2, 12)), Data(shape=(12,), range=(0.0, 1.0)))
     with pytest.raises(InputError, match="this bundle's data are no pictures; pass array"):

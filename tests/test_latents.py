@@ -1,4 +1,4 @@
-"""Latents as pipelines of latent diffusion want them, against the arithmetic of those in diffusers."""
+"""Latents as latent diffusion works on them, against the arithmetic of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCALINGS = {"scaling": {"scaling": 0.18215}, "shift": SHIFTED, "channels": CHANN
 
 
 def scaled(bundle: Path, scaling: dict[str, Any], around: Any = lambda backend: backend) -> VAE:
-    """A model whose manifest names another scaling, or none."""
+    """A model whose manifest has another scaling, or none."""
     opened = Bundle(bundle)
     model = opened.manifest.model
     model = msgspec.structs.replace(model, latent=Latent(shape=model.latent.shape, **scaling))
@@ -114,7 +114,7 @@ def test_latents_that_scaling_takes_too_far(autoencoder: Path) -> None:
 
 def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Path, x: np.ndarray) -> None:
     class OnGpu:
-        """A backend that says that it is one of a GPU."""
+        """A backend that claims to run on a GPU."""
 
         on_gpu = True
 
@@ -125,7 +125,7 @@ def test_what_lies_on_a_gpu_is_not_scaled(autoencoder: Path, x: np.ndarray) -> N
             return getattr(self.inner, name)
 
     class There:
-        """An array on a GPU, as far as this is looked at."""
+        """An array that claims to be on a GPU."""
 
         shape, dtype = (3, 4, 4, 6), "float32"
 

@@ -109,7 +109,7 @@ def test_draws_follow_the_distribution(kind: str) -> None:
 
 
 def test_none_is_refused_in_words() -> None:
-    with pytest.raises(InputError, match=r"no likelihood p\(x\|z\), so that it has no ELBO"):
+    with pytest.raises(InputError, match=r"no likelihood p\(x\|z\), and so neither an ELBO nor samples"):
         of("none")
 
 

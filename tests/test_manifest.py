@@ -1,4 +1,4 @@
-"""The contract: strict, canonical, versioned, and with a description of every field."""
+"""The manifest: strict, canonical, versioned, and with a description of every field."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vae_export.certification import certificate, tolerances
+from vae_export.contract import build_record, model, records, targets
 from vae_export.contract import manifest as manifests
-from vae_export.contract import model, records
 from vae_export.contract.manifest import File, Golden, Graph, Manifest, Origin
 from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim, Tensor, shape_text
 from vae_export.errors import BundleError, InputError
@@ -105,21 +106,23 @@ def test_round_trip(name: str, seed: int, scaling: float, low: float) -> None:
 
 
 def test_every_field_is_described() -> None:
-    found = [v for v in vars(manifests).values() if isinstance(v, type) and issubclass(v, records.Record)]
-    assert len(found) > 10
-    for record in found:
+    modules = (manifests, model, build_record, targets, certificate, tolerances)
+    values = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    found = {value for value in values if issubclass(value, records.Record)}
+    assert len(found) > 20
+    for record in found - {records.Record, records.Part}:
         for field in record.__struct_fields__:
             assert f"        {field}: " in (record.__doc__ or "") + "\n", f"{record.__name__}.{field}"
 
 
-def tampered(change: Callable[[dict[str, Any]], None]) -> bytes:
+def changed(change: Callable[[dict[str, Any]], None]) -> bytes:
     plain = json.loads(manifests.RECORD_FORMAT.encode(a_manifest()))
     change(plain)
     return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def test_tampering_starts_from_the_exact_bytes() -> None:
-    assert tampered(lambda plain: None) == manifests.RECORD_FORMAT.encode(a_manifest())
+def test_changes_start_from_the_exact_bytes() -> None:
+    assert changed(lambda plain: None) == manifests.RECORD_FORMAT.encode(a_manifest())
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_tampering_starts_from_the_exact_bytes() -> None:
 )
 def test_refusals(change: Callable[[dict[str, Any]], None], message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        manifests.RECORD_FORMAT.decode(tampered(change))
+        manifests.RECORD_FORMAT.decode(changed(change))
 
 
 @pytest.mark.parametrize(

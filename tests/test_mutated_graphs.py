@@ -1,4 +1,4 @@
-"""Graphs changed at random, with everything else of the bundle mended: an error or a result, never the end."""
+"""Graphs changed at random, in bundles with a right manifest: an error or a result, never the end of the process."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ MUTATIONS = (
 
 
 def everything() -> bytes:
-    """A graph with operators whose kernels trust what they are given."""
+    """A graph with operators whose kernels do not check their inputs."""
     given: dict[str, npt.NDArray[Any]] = {
         "k": np.ones((4, 1, 3, 3), np.float32), "w": np.ones(8, np.float32), "b": np.ones(8, np.float32),
         "s": np.array([2, 2], np.int64), "shape": np.array([0, -1], np.int64), "i": np.array([0, 1], np.int64),
@@ -122,7 +122,7 @@ def everything() -> bytes:
 
 
 def verdict(raw: bytes) -> str:
-    """What becomes of a graph; the process ends if it ends it."""
+    """The verdict on a graph; a fatal one ends this process."""
     try:
         settings = session_options(onnxruntime, onnx_guard.check_operators(raw, "m"), 1)
     except BundleError:

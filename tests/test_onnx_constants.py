@@ -1,4 +1,4 @@
-"""What a graph makes of constants alone: estimated as a backend would compute it, and refused before one does."""
+"""Constant folding: estimated as a backend would compute it, and refused before one does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from test_bundle import reseal
 
 import vae_export
-from vae_export.contract import onnx_constants, onnx_guard
-from vae_export.contract.onnx_constants import Folded, Graph
+from vae_export.contract import onnx_constants, onnx_guard, onnx_shapes
+from vae_export.contract.onnx_constants import Folding
+from vae_export.contract.onnx_graph import Graph
 from vae_export.errors import BundleError
 from vae_export.runtimes.ort_session import session_options
 
@@ -49,10 +50,10 @@ def model(
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
-def estimate(raw: bytes) -> Folded:
+def estimate(raw: bytes) -> Folding:
     graph = Graph()
-    assert list(onnx_guard._model_operators(memoryview(raw), "m", graph))
-    return onnx_constants.folded(graph)
+    assert list(onnx_guard.operators(raw, "m", graph))
+    return onnx_constants.estimate(graph)
 
 
 #: Each makes some 4 GB, or takes some 10^12 steps, of constants alone.
@@ -150,20 +151,20 @@ def test_as_large_as_a_backend_finds_it(made: onnx.NodeProto, constants: dict[st
     session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
     (result,) = session.run(["c"], {"x": floats(1, 3)})
     found = estimate(raw)
-    assert found.told
+    assert found.complete
     assert found.size == result.nbytes
-    # And of its numbers, where they can be sizes, ONNX Runtime and the estimate know the same.
+    # Numbers that can be sizes are those of ONNX Runtime, where they are known.
     if result.dtype == np.int64:
         scope = Graph()
-        list(onnx_guard._model_operators(memoryview(raw), "m", scope))
-        (value,), _ = onnx_constants._made(scope.nodes[0], [scope.constants[name] for name in made.input])
+        list(onnx_guard.operators(raw, "m", scope))
+        (value,), _ = onnx_shapes.infer(scope.nodes[0], [scope.constants[name] for name in made.input])
         assert not value.known or np.array_equal(value.array, result)
 
 
 def test_split() -> None:
     split = helper.make_node("Split", ["w", "s"], ["a", "b"], axis=1)
     raw = model(split, node("MatMul", "a", "b"), w=floats(3, 4), s=ints(1, 3))
-    assert not estimate(raw).told  # (3, 1) and (3, 3) do not fit: whatever a backend makes of that
+    assert not estimate(raw).complete  # (3, 1) and (3, 3) do not fit: whatever a backend makes of that
     raw = model(split, node("Add", "a", "b"), w=floats(3, 4), s=ints(1, 3))
     assert estimate(raw).size == 3 * 4 * 4 + 3 * 3 * 4
 
@@ -181,7 +182,7 @@ def test_what_an_export_may_leave_to_the_backend() -> None:
         w=floats(512, 768), a=ints(0), v=floats(768, 16), k=floats(16, 512),
     )  # fmt: skip
     found = estimate(raw)
-    assert found.told
+    assert found.complete
     assert found.steps >= 512 * 16 * 768
     assert onnx_guard.check_operators(raw, "m").foldable
 
@@ -215,7 +216,7 @@ UNTOLD = {
 
 
 @pytest.mark.parametrize("raw", UNTOLD.values(), ids=UNTOLD.keys())
-def test_what_is_not_told_is_not_folded(raw: bytes) -> None:
+def test_unknown_sizes_are_not_folded(raw: bytes) -> None:
     arrays = onnx_guard.check_operators(raw, "m")
     assert not arrays.foldable
     settings = session_options(onnxruntime, arrays)
@@ -223,7 +224,7 @@ def test_what_is_not_told_is_not_folded(raw: bytes) -> None:
 
 
 def test_a_backend_that_does_not_fold_opens_at_once() -> None:
-    """A product of 16,000 x 16,000 numbers, of sizes that no reader tells, is left to whoever calls."""
+    """A product of 16,000 x 16,000 numbers whose sizes are not known makes the estimate incomplete."""
     raw = model(
         node("Relu", "x", out="r"), node("Shape", "r", out="n", start=1), node("Mul", "n", "k", out="s"),
         node("ConstantOfShape", "s"), node("MatMul", "c", "c", out="d"),
@@ -237,23 +238,23 @@ def test_a_backend_that_does_not_fold_opens_at_once() -> None:
 
 def test_sizes_that_vary_are_no_constants() -> None:
     raw = model(node("Shape", "x", out="s"), node("ConstantOfShape", "s"))
-    assert estimate(raw) == Folded()
+    assert estimate(raw) == Folding()
     raw = model(node("Shape", "x", out="s", end=1), node("Expand", "w", "s"), w=floats(1))
-    assert estimate(raw) == Folded()
+    assert estimate(raw) == Folding()
 
 
 @pytest.mark.parametrize("name", ["linear", "spatial-named"])
-def test_real_graphs_are_told(member: Callable[..., object], name: str) -> None:
+def test_sizes_of_real_graphs_are_known(member: Callable[..., object], name: str) -> None:
     for path in member(name).bundle.glob("*/model.onnx"):
         found = estimate(path.read_bytes())
-        assert found.told
+        assert found.complete
         assert found.size < 1 << 16
 
 
 def test_a_division_that_ends_the_process() -> None:
-    """On x86, that of the smallest whole number by -1 does; ONNX Runtime does not look for it."""
+    """On x86, that of the smallest integer by -1 does; ONNX Runtime does not check it."""
     raw = model(node("Div", "i", "k"), i=ints(-(1 << 63)), k=ints(-1))
-    with pytest.raises(BundleError, match=r"m: the graph divides whole numbers by -1, .*\. It is not run"):
+    with pytest.raises(BundleError, match=r"m: the graph divides integers by -1, .*\. It is not run"):
         onnx_guard.check_operators(raw, "m")
     onnx_guard.check_operators(model(node("Div", "w", "v"), w=floats(3), v=np.float32(-1)), "m")
 
@@ -279,7 +280,7 @@ def test_inside_a_branch() -> None:
         onnx_guard.check_operators(raw, "m")
 
 
-def test_what_is_not_told_is_not_built(digits: dict[str, Path], tmp_path: Path) -> None:
+def test_unknown_sizes_are_not_built(digits: dict[str, Path], tmp_path: Path) -> None:
     """Compilers compute constants first. The bundle itself runs."""
     copy = Path(shutil.copytree(digits["gaussian"], tmp_path / "copy.bundle"))
     path = copy / "vae_decoder" / "model.onnx"

@@ -1,4 +1,4 @@
-"""The small ONNX reader against the onnx package, and against what is no ONNX file."""
+"""The reader of ONNX graphs against the onnx package, and on files that are not ONNX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from onnx.defs import get_all_schemas
 
 from vae_export.contract import onnx_attributes, onnx_guard
-from vae_export.contract.onnx_constants import Graph
+from vae_export.contract.onnx_graph import Graph
 from vae_export.errors import BundleError
 
 
@@ -28,16 +28,16 @@ def operators(graph: onnx.GraphProto) -> list[str]:
 def test_same_operators_as_onnx(member: Callable[..., object], name: str) -> None:
     for path in member(name).bundle.glob("*/model.onnx"):
         raw = path.read_bytes()
-        assert list(onnx_guard._model_operators(memoryview(raw), "m", Graph())) == operators(onnx.load(path).graph)
+        assert list(onnx_guard.operators(raw, "m", Graph())) == operators(onnx.load(path).graph)
         onnx_guard.check_operators(raw, "m")
 
 
 def test_every_random_operator_of_the_standard_is_known() -> None:
     named = {s.name for s in get_all_schemas() if s.domain == "" and "seed" in s.attributes}
-    assert named <= onnx_guard._RANDOM
+    assert named <= onnx_guard.RANDOM
 
 
-@pytest.mark.parametrize("operator", sorted(onnx_guard._RANDOM))
+@pytest.mark.parametrize("operator", sorted(onnx_guard.RANDOM))
 def test_random_operators(operator: str) -> None:
     with pytest.raises(BundleError, match=rf"m: the graph draws random numbers \({operator}\).*Noise must be an input"):
         onnx_guard.check_operators(model(helper.make_node(operator, [], ["y"])), "m")
@@ -61,7 +61,7 @@ def test_loops_and_other_domains() -> None:
     onnx_guard.check_operators(model(helper.make_node("Relu", ["x"], ["y"], domain="ai.onnx")), "m")
 
 
-@pytest.mark.parametrize("operator", sorted(onnx_guard._REPEATING))
+@pytest.mark.parametrize("operator", sorted(onnx_guard.LOOPS))
 def test_what_repeats_without_a_bound(operator: str) -> None:
     with pytest.raises(BundleError, match=f"has a {operator}, which may never end"):
         onnx_guard.check_operators(model(helper.make_node(operator, [], [])), "m")
@@ -73,9 +73,9 @@ def test_what_repeats_without_a_bound(operator: str) -> None:
         ("Conv", {"group": 0}, "group is 0; expected 1 to"),
         ("Conv", {"strides": [1, -1]}, r"strides is \[1, -1\]; expected 1 to"),
         ("DepthToSpace", {"blocksize": 1 << 40}, "blocksize is 1099511627776; expected"),
-        ("Split", {"num_outputs": 3}, "num_outputs is 3; it has 1 outputs"),
+        ("Split", {"num_outputs": 3}, "num_outputs is 3; the node has 1 outputs"),
         ("Softmax", {"axis": -(1 << 63)}, "axis is -9223372036854775808; expected -64 to 64"),
-        ("Softmax", {"axis": "one"}, "axis is of another type; expected a whole number"),
+        ("Softmax", {"axis": "one"}, "axis is of another type; expected an integer"),
         ("Transpose", {"perm": [0, 0]}, r"perm is \[0, 0\]; expected each of 0 to 1 once"),
     ],
 )
@@ -90,8 +90,8 @@ def test_attributes_that_no_backend_should_see(operator: str, attributes: dict[s
         ("Split", ["x"], ["a", "", "b"], "of its 3 outputs, 1 have no name; expected a name for each"),
         ("LayerNormalization", ["x", "w", ""], ["y"], "of its 3 inputs, 1 have no name; expected a name for each"),
         *(
-            (operator, ["x"], ["y"], "it can end the process where sizes do not fit")
-            for operator in sorted(onnx_attributes._UNSAFE)
+            (operator, ["x"], ["y"], "it can end the process for sizes that are only known at run time")
+            for operator in sorted(onnx_attributes.UNSAFE)
         ),
     ],
 )
@@ -131,12 +131,12 @@ def test_weights_elsewhere(tmp_path: Path) -> None:
         helper.make_model(graph).SerializeToString(),
         model(helper.make_node("Constant", [], ["y"], value=tensor)),
     ):
-        with pytest.raises(BundleError, match="weights lie in another file, which is not read"):
+        with pytest.raises(BundleError, match="weights are in another file, which is not read"):
             onnx_guard.check_operators(raw, "m")
 
 
 def field(number: int, content: bytes, *, more: int = 0) -> bytes:
-    """A length-delimited field; `more` is added to its key, as for a reader that cuts keys to 32 bits."""
+    """A length-delimited field; `more` is added to its key, which readers may truncate to 32 bits."""
     return varint((number << 3 | 2) + more) + varint(len(content)) + content
 
 

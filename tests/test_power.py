@@ -1,4 +1,4 @@
-"""The certificate's power: planted faults are refused, and what is right is far from it. All of it: `make margins`."""
+"""The certificate's power: planted faults fail, and right exports pass by a margin. All cases: `make margins`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_faults_are_refused(cases: dict[str, margins.Case], name: str, kind: str
 
 
 def test_a_fault_is_planted_once(cases: dict[str, margins.Case]) -> None:
-    """Each changes the graph that it names and no other; what has no place for it stays away."""
+    """Each changes the graph that it names and no other; graphs without a place for it are left out."""
     graphs = cases["every-8"].graphs
     for kind in faults.FAULTS:
         for name, wrong in faults.plant(graphs, kind).items():

@@ -1,4 +1,4 @@
-"""Half precision that really rounds: bit by bit what NumPy's float16 and bfloat16 give, on ONNX Runtime's CPU."""
+"""Simulated half precision on ONNX Runtime's CPU gives the bits of NumPy's float16 and bfloat16."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {"fp16": (TensorProto.FLOAT16, np.dtype(np.float16)), "bf16": (TensorPro
 
 
 def in_half(kind: str, nodes: list[onnx.NodeProto], result: str, **inputs: tuple[int | str, ...]) -> bytes:
-    """A graph that takes float32, casts it, computes in half precision, and gives float32."""
+    """A graph that casts float32 to half precision, computes in it, and returns float32."""
     low, _ = KINDS[kind]
     float32 = TensorProto.FLOAT
     casts = [helper.make_node("Cast", [name], [f"{name}.low"], to=low) for name in inputs]
@@ -33,7 +33,7 @@ def in_half(kind: str, nodes: list[onnx.NodeProto], result: str, **inputs: tuple
 
 
 def evaluated(raw: bytes, **feed: np.ndarray) -> np.ndarray:
-    """What the graph gives in half precision that rounds."""
+    """The results of the graph in simulated half precision."""
     model = graph.read(raw)
     assert half_rounding.apply(model) > 0
     raw = graph.write(model)
@@ -52,7 +52,7 @@ def wide(seed: int, count: int, low: float, high: float) -> np.ndarray:
 
 
 def same(got: np.ndarray, expected: np.ndarray) -> None:
-    """Exactly; the sign of zero is nobody's."""
+    """Bitwise, except for the sign of zero."""
     np.testing.assert_array_equal(got, expected.astype(np.float32), strict=True)
 
 
@@ -108,7 +108,7 @@ def test_every_step_of_a_chain_rounds(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_are_in_float32_and_their_results_are_rounded(kind: str) -> None:
-    """Whole numbers, whose sums float32 has exactly: the only rounding is that of the result."""
+    """Integers whose sums are exact in float32: only the result is rounded."""
     _, dtype = KINDS[kind]
     rng = np.random.default_rng(4)
     x = rng.integers(-60, 61, (2, 8, 6, 6)).astype(np.float32)
@@ -142,7 +142,7 @@ def test_a_large_sum_overflows() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lowered_graph(kind: Any) -> None:
-    """Weights and all that lies between two products; what stays in float32 is not rounded."""
+    """Weights and results between two products are rounded; nodes that stay in float32 are not."""
     _, dtype = KINDS[kind]
     net = Net(("batch", 8))
     first, second = net.constant(8, 8), net.constant(8, 3)

@@ -34,7 +34,8 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         "try: main()\nexcept SystemExit: 0"
     )
     found = imported(program, cwd=tmp_path)
-    assert not found & {"torch", "onnx", "onnxruntime", "numpy", "PIL", "msgspec", "scipy", "sklearn", "safetensors"}
+    heavy = {"torch", "onnx", "onnxruntime", "numpy", "PIL", "msgspec", "scipy", "sklearn", "safetensors", "filelock"}
+    assert not found & heavy
 
 
 USE = """

@@ -1,4 +1,4 @@
-"""Precisions below float32 on more rows than the golden examples: what is far off on one row in a thousand is found."""
+"""Precisions below float32 on more rows than the golden examples: errors of one row in a thousand are detected."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import vae_export
 from vae_export import graph
 from vae_export.building import mixed_precision
 from vae_export.building.cpu import search
-from vae_export.certification import certificate, golden, tail, verifier
-from vae_export.certification.certificate import Check, Tolerance
+from vae_export.certification import certificate, golden, tail, tolerances, verifier
+from vae_export.certification.certificate import Check
+from vae_export.certification.tolerances import Tolerance
 from vae_export.commands import tables
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import GRAPHS
@@ -36,7 +37,7 @@ RARE = 2.9
 
 
 class Rare(nn.Module):
-    """A linear encoder that adds, and takes away again, a feature that few rows have: in float16 something is left."""
+    """A linear encoder that adds and subtracts a feature that few rows have: in float16 the difference is not 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ def rare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts(path: Path) -> tuple[Any, ...]:
-    """What `tail.make` takes of a bundle."""
+    """The arguments of `tail.make` for a bundle."""
     bundle = Bundle(path)
     model = bundle.manifest.model
     reference = golden.decode(bundle.read(golden.FILE), bundle.manifest.golden, model)
@@ -143,7 +144,7 @@ def test_nodes_are_kept_until_the_tail_holds(rare: Path, tmp_path: Path) -> None
 
 
 def test_the_rows(member: Callable[[str], Any]) -> None:
-    """Calibration data and draws that are no golden example's; those to choose by are others than those to judge by."""
+    """Calibration data and draws that are in no golden example; the rows of a choice are not those of a certificate."""
     graphs, weights, model, costs, reference, calibration = parts(member("conv-bernoulli").bundle)
     found = tail.make(graphs, weights, model, costs, reference, calibration)
     assert isinstance(found, tail.Tail)
@@ -192,7 +193,7 @@ def _plain(graphs: dict[str, bytes], model: Any) -> CpuBackend:
 
 
 def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:
-    """Decoded noise that is exact does not outweigh data that are not; and where there is noise alone, it is said."""
+    """Exact results for decoded noise do not outweigh errors on data; and noise alone is reported."""
     graphs, _, model, _, reference, _ = parts(member("plain").bundle)
     few = dataclasses.replace(
         reference, record=msgspec.structs.replace(reference.record, held_out=2, decoded=reference.record.decoded + 254)
@@ -206,13 +207,13 @@ def test_data_stand_for_themselves(member: Callable[[str], Any]) -> None:
     found = verifier.measure(model, backend, few, "b", kinds).check("decoder.pixel.psnr")
     assert found.measured == pytest.approx(-20 * np.log10(0.05 / width), abs=0.1)
     none = msgspec.structs.replace(few.record, held_out=0, decoded=few.record.decoded + 2)
-    told = "data: the bundle has decoded noise alone. Export the model with held_out (--held-out) data"
+    told = "data: the bundle has only decoded noise. Export the model with held_out (--held-out) data"
     for record, kind, said in ((none, "int8", True), (none, "float32", False), (few.record, "int8", False)):
         measured = verifier.measure(model, backend, dataclasses.replace(few, record=record), "b", kind, batches=(64,))
         assert (told in measured.absent) == said
 
 
-# What is visible must be faster
+# Visible errors must be paid for by speed
 
 
 def _check(which: str, measured: float, *, at_least: bool = False, graph: str = "decoder") -> Check:
@@ -220,7 +221,7 @@ def _check(which: str, measured: float, *, at_least: bool = False, graph: str = 
 
 
 def test_beyond_half_precision() -> None:
-    """The farthest beyond what half precision may lose, with its tolerance; on data and on more rows."""
+    """The check that exceeds float16's tolerance most, with that tolerance; on data and on more rows."""
     within = [_check("decoder.pixel.off1", 0.009), _check("decoder.pixel.psnr", 51.0, at_least=True)]
     assert certificate.beyond_half(within, "decoder") is None
     off, worse = _check("decoder.pixel.off1", 0.25), _check("tail.pixel.off2", 0.9)
@@ -250,7 +251,7 @@ def test_what_is_seen_and_no_faster_stays_in_float32(
     monkeypatch.setattr(search, "beyond_half", seen)
     monkeypatch.setattr(search, "no_gain", no_gain)
     loose = Tolerance(sigma=9.0, kl=9.0, off1=1.0, off2=1.0, pixel=9.0, psnr=0.0, elbo=9.0)
-    monkeypatch.setitem(certificate.TOLERANCES, "int8", loose)  # type: ignore[misc] # both graphs shall hold
+    monkeypatch.setitem(tolerances.TOLERANCES, "int8", loose)  # type: ignore[misc] # both graphs shall hold
     told = {name: f"the {name} in int8 loses more than half precision may: {lost}; and {slow}" for name in GRAPHS}
     options: dict[str, Any] = {"precision": "int8", "batches": (1,), "out": tmp_path / "b"}
     if both:

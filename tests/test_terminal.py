@@ -1,4 +1,4 @@
-"""What a person sees: text from outside is only read, and a bar is shown where somebody looks."""
+"""Output on a terminal: text from outside cannot steer it, and a progress bar is shown only there."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from onnx import numpy_helper
 import vae_export
 from vae_export.certification import certificate as certificates
 from vae_export.certification import deviations, golden, verifier
-from vae_export.certification.certificate import TOLERANCES, Check, Tolerance
+from vae_export.certification.certificate import Check
+from vae_export.certification.tolerances import TOLERANCES, Tolerance
 from vae_export.contract import bundle as bundles
 from vae_export.contract import folders
 from vae_export.contract.bundle import Bundle
@@ -96,10 +97,10 @@ def scaled(name: str, array: np.ndarray) -> np.ndarray:
         (
             "decoder",
             one_bias,
-            ["end to end: ELBO is .* of Σ|ELBO terms|, tolerance", "decoder: sample, worst of draws"],
+            [r"end to end: ELBO is .* relative to Σ\|ELBO terms\|, tolerance", "decoder: sample, worst of draws"],
         ),
         ("decoder", scaled, [r"end to end: ELBO is .* \[elbo\.bound\.max\]"]),
-        ("encoder", scaled, [r"end to end: KL\(q\(z\|x\) ‖ p\(z\)\) is .* of Σ|ELBO terms|, tolerance"]),
+        ("encoder", scaled, [r"end to end: KL\(q\(z\|x\) ‖ p\(z\)\) is .* relative to Σ\|ELBO terms\|, tolerance"]),
         ("decoder", nan, ["decoder: values that are not finite is .* values, tolerance 0", "decoder: sample, worst"]),
         ("encoder", nan, ["encoder: values that are not finite is", "encoder: logvar, worst"]),
     ],
@@ -116,16 +117,14 @@ def test_it_fails_and_says_where(
             certificate.require()
 
 
-def test_every_tolerance_bites(digits: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where rounding may move nothing, every measured error that is not exactly zero is out of its tolerance."""
-    monkeypatch.setattr(certificates, "LEAST_SPREAD", 0.0)
+def test_every_tolerance_bites(digits: dict[str, Path]) -> None:
+    """Where rounding moves nothing, an error of 1e-4 in every output is out of every tolerance."""
     bundle, reference = opened(digits["gaussian"])
     none = {name: value * 0 if name.startswith("spread.") else value for name, value in reference.tensors.items()}
     model = bundle.manifest.model
     graphs, _ = bundle.graphs()
-    checks = verifier.measure(
-        model, open_backend(graphs, model, device="cpu"), dataclasses.replace(reference, tensors=none), "none"
-    ).checks
+    off = Scaled(open_backend(graphs, model, device="cpu"), dict.fromkeys(graphs, 1 + 1e-4))
+    checks = verifier.measure(model, off, dataclasses.replace(reference, tensors=none), "none").checks
     assert set(deviations.conditioned(model)) <= {check.id for check in checks if not check.passed}
     assert not msgspec.structs.replace(checks[0], measured=float("nan")).passed
     assert not msgspec.structs.replace(checks[0], measured=float("nan"), tolerance=0.0, at_least=True).passed
@@ -202,7 +201,7 @@ def test_splits_that_differ_are_found(digits: dict[str, Path]) -> None:
     assert {c.graph for c in failed} >= {"encoder", "decoder"}
     assert {c.batch for c in failed} == {7}
     assert not certificate.splits_identical
-    assert certificate.check(verifier.SPLIT).measured == pytest.approx(1e-5, rel=0.1)
+    assert certificate.check(deviations.SPLIT).measured == pytest.approx(1e-5, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +260,35 @@ def test_a_check_in_words() -> None:
     assert msgspec.structs.replace(psnr, tolerance=45.0, at_least=True).share == 0.5
     assert not msgspec.structs.replace(psnr, tolerance=91.0, at_least=True).passed
     assert str(msgspec.structs.replace(psnr, tolerance=45.0, at_least=True)).endswith("tolerance at least 45 [p]")
+
+
+def test_a_check_and_a_certificate_in_a_line(digits: dict[str, Path]) -> None:
+    certificate = vae_export.verify(digits["gaussian"])
+    nearest = certificate.nearest
+    at = f"{nearest.id} at {nearest.share:.0%} of its tolerance"
+    assert repr(certificate) == f"Certificate('gaussian', float32, passed, {at})"
+    check = certificate.check("decoder.finite")
+    assert repr(check) == "Check('decoder.finite', 0 values, passed)"
+    failed = msgspec.structs.replace(check, measured=2.0)
+    assert repr(failed) == "Check('decoder.finite', 2 values, failed)"
+    assert repr(msgspec.structs.replace(failed, tolerance=None)) == "Check('decoder.finite', 2 values, reported)"
+    assert repr(msgspec.structs.replace(certificate, checks=(failed,))) == (
+        "Certificate('gaussian', float32, failed, decoder.finite at inf% of its tolerance)"
+    )
+
+
+def test_a_graph_that_depends_on_the_size_of_its_trace(digits: dict[str, Path]) -> None:
+    certificate = vae_export.verify(digits["gaussian"])
+    small = msgspec.structs.replace(certificate.nearest, size="height 8", tolerance=0.0, measured=1.0)
+    sized = msgspec.structs.replace(certificate, sizes=("height 16", "height 8"), checks=(small,))
+    with pytest.raises(
+        VerificationError, match="It passes at height 16: the graph depends on the size that it was tra"
+    ):
+        sized.require()
+    large = msgspec.structs.replace(small, size="height 16")
+    with pytest.raises(VerificationError) as caught:
+        msgspec.structs.replace(sized, checks=(small, large)).require()
+    assert "the graph depends on the size" not in str(caught.value)
 
 
 def test_tolerances_are_in_one_table() -> None:

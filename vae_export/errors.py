@@ -1,4 +1,4 @@
-"""What a user can be told: errors, of one base and four leaves, each with its exit code; and a warning."""
+"""Errors, one base class and four subclasses, each with its exit code; and a warning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def printable(text: str) -> str:
-    """A text whose control characters, bidirectional marks and invisible characters are escaped, but for line ends."""
+    """A text with escaped control characters, bidirectional marks and invisible characters; line ends are kept."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -19,37 +19,37 @@ class VaeExportError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        """The message. Names in it may come from a stranger's file and are shown without what steers a terminal."""
+        """The message. Names in it may come from untrusted files: control characters are escaped."""
         return printable(super().__str__())
 
 
 class InputError(VaeExportError, ValueError):
-    """An argument, an array or a file that was given is not what is needed (exit code 2)."""
+    """An argument, an array or an input file is invalid (exit code 2)."""
 
 
 class VerificationError(VaeExportError):
-    """An exported graph differs from the reference by more than its budget (exit code 1)."""
+    """An exported graph differs from the reference by more than its tolerance (exit code 1)."""
 
     exit_code = 1
 
 
 class BundleError(VaeExportError):
-    """A bundle is incomplete, damaged, tampered with or newer than this version (exit code 3)."""
+    """A bundle is incomplete, damaged, inconsistent or newer than this version (exit code 3)."""
 
     exit_code = 3
 
 
 class BackendError(VaeExportError):
-    """A backend, a package or the hardware that was asked for is not available (exit code 4)."""
+    """A requested backend, package or device is not available (exit code 4)."""
 
     exit_code = 4
 
 
 def check_flags(verb: str, **flags: object) -> None:
-    """Refuse what is neither true nor false, such as an array.
+    """Check that flags have a truth value.
 
     Raises:
-        InputError: a flag is no such thing.
+        InputError: one has none, such as an array.
     """
     for name, value in flags.items():
         try:
@@ -59,30 +59,30 @@ def check_flags(verb: str, **flags: object) -> None:
 
 
 class TileWarning(UserWarning):
-    """A call is cut into tiles, and the export measured that this visibly changes what the model gives."""
+    """A call runs in tiles, which visibly changes the results, as measured at the export."""
 
 
-#: What an export needs: each module and the extra that brings it.
+#: The modules that an export needs, each with the extra that installs it.
 EXPORT_NEEDS = (
     *(("torch", "export"), ("onnx", "export"), ("onnx_ir", "export"), ("onnxscript", "export")),
     ("onnxruntime", "cpu"),
 )
 
-#: What training needs, likewise.
+#: The modules that training needs, likewise.
 TRAIN_NEEDS = tuple((name, "train") for name in ("torch", "lightning_fabric", "sklearn", "matplotlib", "tensorboardX"))
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it.
+    """Import an optional dependency.
 
     Args:
         module: the module to import, such as ``"torch"``.
         extra: the extra of this distribution that installs it, such as ``"export"``.
-        purpose: what needs it, as the subject of the message: ``"export"``, ``"load"``.
+        purpose: the beginning of the message, such as ``"export"`` or ``"load"``.
 
     Raises:
-        BackendError: the module is not installed. A module that is there but fails to import
-            raises its own error: a broken installation is not a missing one.
+        BackendError: the module is not installed; the message names the extra. A module that is installed but fails to
+            import raises its own error: a broken installation is not a missing one.
     """
     try:
         return importlib.import_module(module)

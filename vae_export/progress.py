@@ -1,4 +1,4 @@
-"""How long work tells how far it is, and a bar that shows it."""
+"""Reports of progress, and a bar that shows them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Called as work goes on."""
+    """A function that is called as work goes on."""
 
     def __call__(self, step: str, share: float | None = None) -> None:
-        """Say what is done now.
+        """Report progress.
 
         Args:
-            step: its name, which the next step's replaces.
-            share: of the step that is done, from 0 to 1; None where that is not known.
+            step: name of the current step.
+            share: of the step that is done, from 0 to 1; None where it is not known.
         """
         ...
 
 
 def silent(step: str, share: float | None = None) -> None:
-    """Say nothing."""
+    """Report nothing."""
 
 
 @contextlib.contextmanager
 def bar(console: Console) -> Iterator[Progress]:
-    """Show the step that is under way, with a bar and the time that is left where its share is known.
+    """Show the current step, with a bar and the remaining time where its share is known.
 
-    Where the console is no terminal, nothing is shown.
+    Nothing is shown where the console is not a terminal.
     """
     if not console.is_terminal:
         yield silent
@@ -41,14 +41,14 @@ def bar(console: Console) -> Iterator[Progress]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Shown(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console, transient=True) as shown:
-        task, now = shown.add_task("", total=None), ""
+        task, current = shown.add_task("", total=None), ""
 
-        def tell(step: str, share: float | None = None) -> None:
-            nonlocal task, now
-            if step != now:
+        def report(step: str, share: float | None = None) -> None:
+            nonlocal task, current
+            if step != current:
                 shown.remove_task(task)
-                task, now = shown.add_task(step, total=None if share is None else 1.0), step
+                task, current = shown.add_task(step, total=None if share is None else 1.0), step
             if share is not None:
                 shown.update(task, total=1.0, completed=share)
 
-        yield tell
+        yield report

@@ -1,4 +1,4 @@
-"""Calls in turns: every call timed on its own, and what the times amount to."""
+"""Time calls in turns, each call on its own, and summarize the times."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ import numpy as np
 Call = Callable[[], Any]
 
 _TURNS = 10
-# At the start of a turn threads of the runner before may still spin, for tens of milliseconds, on the cores that this
-# one's threads need: that is waited out, and then a few calls wake its own.
-_QUIET_SECONDS, _SETTLE_SECONDS, _SETTLE_SHARE = 0.05, 0.01, 0.1
-# For how long one looks whether the processors are free, and the block that is hashed meanwhile.
-_LOOK_SECONDS, _BLOCK = 0.05, bytes(1 << 16)
+# At the start of a turn, threads of the previous runner may still spin, for tens of milliseconds, on the cores that
+# this one's threads need: the turn waits for them, and then wakes its own threads with a few calls.
+_QUIET_SECONDS, _WARM_UP_SECONDS, _WARM_UP_SHARE = 0.05, 0.01, 0.1
+# The duration of a check whether the processors are free, and the block that is hashed meanwhile.
+_CHECK_SECONDS, _BLOCK = 0.05, bytes(1 << 16)
 #: A machine of which this process gets a smaller share is busy.
 FREE = 0.75
-# A turn is no shorter, where the fewest turns allow it.
-_TURN_SECONDS = 0.1
+_MIN_TURN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one runner's calls took, in seconds.
+    """The times of one runner's calls, in seconds.
 
     Attributes:
-        median: of the turns' medians, which a turn with more calls does not outweigh.
-        p10: the percentiles of all calls.
-        p50: likewise.
-        p90: likewise.
-        p99: likewise.
-        spread: the interquartile range of the turns' medians, as a share of the median.
-        calls: how many were timed.
-        turns: in how many turns.
+        median: of the turns' medians, so that all turns weigh the same.
+        p10: 10th percentile of all calls.
+        p50: 50th percentile of all calls.
+        p90: 90th percentile of all calls.
+        p99: 99th percentile of all calls.
+        spread: the interquartile range of the turns' medians, relative to the median.
+        calls: the number of timed calls.
+        turns: the number of turns.
     """
 
     median: float
@@ -52,30 +51,29 @@ class Times:
 
 
 def measure(calls: Mapping[str, Call], seconds: float, fewest: int = 5) -> dict[str, Times]:
-    """Time calls in turns, A B C, B C A, ….
+    """Time calls in turns, A B C, B C A, …: the times by name.
 
     Args:
         calls: by name; each was called before.
-        seconds: for each of them, all turns together. A call that is so slow that `fewest` of them take longer is
-            called so many times.
-        fewest: turns, at least.
+        seconds: for each call, over all turns. A slow call takes longer: it is called once in each of `fewest` turns.
+        fewest: the least number of turns.
     """
     longest = {name: once(call) for name, call in calls.items()}
-    usual = max(_TURN_SECONDS, *longest.values()) if longest else _TURN_SECONDS
+    usual = max(_MIN_TURN_SECONDS, *longest.values()) if longest else _MIN_TURN_SECONDS
     rounds = max(fewest, min(_TURNS, int(seconds / usual)))
     turns: dict[str, list[list[float]]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
-        first = number % max(1, len(names))  # each comes after another one, whose threads may still spin
+        first = number % max(1, len(names))  # so that none always follows the same one, whose threads may still spin
         for name in names[first:] + names[:first]:
             turns[name].append(turn(calls[name], seconds / rounds, longest[name]))
     return {name: summarize(taken) for name, taken in turns.items()}
 
 
-def share(processors: int, seconds: float = _LOOK_SECONDS) -> float:
-    """How much of so many processors this process gets: 1 on an idle machine, a tenth where ten others want each.
+def share(processors: int, seconds: float = _CHECK_SECONDS) -> float:
+    """The share of so many processors that this process gets: 1 on an idle machine, less on a busy one.
 
-    Each has a thread that computes without Python's lock; it is what the system let them run, of the time that passed.
+    It is measured as CPU time per elapsed time, of one thread for each that hashes without Python's lock.
     """
 
     def spin(_: int) -> float:
@@ -89,36 +87,36 @@ def share(processors: int, seconds: float = _LOOK_SECONDS) -> float:
 
 
 def busy(processors: int) -> str | None:
-    """That the machine is busy, in words; None where it is free enough to measure.
+    """A message that the machine is busy; None where it is free enough to measure.
 
     Args:
-        processors: that measured calls may use.
+        processors: the number that measured calls may use.
     """
-    if (found := share(processors)) >= FREE:
+    if (available := share(processors)) >= FREE:
         return None
     load = f", at a load average of {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"the machine is busy: of {processors} processors this process gets {found:.0%}{load}"
+    return f"the machine is busy: of {processors} processors this process gets {available:.0%}{load}"
 
 
 def once(call: Call) -> float:
-    """Seconds of one call."""
+    """The time of one call, in seconds."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def turn(call: Call, seconds: float, usual: float) -> list[float]:
-    """Seconds of each call of one turn, one call at least.
+    """The times of the calls of one turn, in seconds; one call at least.
 
     Args:
-        call: what is timed.
-        seconds: of the turn. What is waited before is as long at most.
-        usual: about how long a call takes: one that is longer than it takes threads to wake counts from the first.
+        call: the function to time.
+        seconds: of the turn. The pause before it is not longer.
+        usual: about the time of a call: calls that are longer than the warm-up have none.
     """
     time.sleep(min(_QUIET_SECONDS, seconds))
-    settle = min(_SETTLE_SECONDS, _SETTLE_SHARE * seconds)
-    settled = time.perf_counter() + settle
-    while usual < settle and time.perf_counter() < settled:
+    warm_up = min(_WARM_UP_SECONDS, _WARM_UP_SHARE * seconds)
+    end = time.perf_counter() + warm_up
+    while usual < warm_up and time.perf_counter() < end:
         call()
     began = time.perf_counter()
     times: list[float] = []
@@ -128,9 +126,9 @@ def turn(call: Call, seconds: float, usual: float) -> list[float]:
 
 
 def summarize(turns: list[list[float]]) -> Times:
-    """The figures of all turns."""
+    """Summarize the times of all turns."""
     medians = [float(np.median(times)) for times in turns]
     low, middle, high = np.quantile(medians, (0.25, 0.5, 0.75)).tolist()
-    everything = [value for times in turns for value in times]
-    p10, p50, p90, p99 = np.quantile(everything, (0.1, 0.5, 0.9, 0.99)).tolist()
-    return Times(middle, p10, p50, p90, p99, (high - low) / middle, len(everything), len(turns))
+    calls = [value for times in turns for value in times]
+    p10, p50, p90, p99 = np.quantile(calls, (0.1, 0.5, 0.9, 0.99)).tolist()
+    return Times(middle, p10, p50, p90, p99, (high - low) / middle, len(calls), len(turns))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def of(package: str) -> str | None:
-    """An installed package's version, or None."""
+    """The version of a package, or None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -16,6 +16,6 @@ def of(package: str) -> str | None:
 
 
 def tools(packages: Iterable[str]) -> dict[str, str]:
-    """Python's version, and those of the packages that are installed: what made a bundle or a build."""
-    found = {name: version for name in packages if (version := of(name))}
-    return {"python": platform.python_version(), **found}
+    """The versions of Python and of those packages that are installed."""
+    installed = {name: version for name in packages if (version := of(name))}
+    return {"python": platform.python_version(), **installed}

@@ -1,137 +1,39 @@
-"""The certificate: what was measured between a reference and a graph, and what is tolerated.
-
-float32's tolerances come from the reference's own conditioning, see `rounding_tolerance`; those of lower precisions
-stand in `TOLERANCES`, in the terms of whoever uses encoder and decoder, each with its reason.
-"""
+"""The certificate, `verification.json`: measured deviations of graphs from a reference, each with its tolerance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 import msgspec
-import numpy as np
 
-from vae_export.certification.deviations import unit
-from vae_export.certification.golden import Rows
+from vae_export.certification.tolerances import JUDGED, TOLERANCES
 from vae_export.contract.records import Record, check_text
 from vae_export.errors import BundleError, VerificationError
-from vae_export.numerics.elbo import Float64
 
 FORMAT: Final = "vae_export.certificate"
 VERSION: Final = 2
 
 GraphName = Literal["encoder", "decoder", "end to end"]
 
-#: How many spreads float32's tolerance is: twice what the runners take, so that another processor's kernels have room
-#: (docs/certificate.md has both sides, and what is too small a fault to be seen).
-SPREADS: Final = 16.0
-#: The least spread, in the quantity's unit: a result is itself rounded, by half a unit in the last place at most.
-LEAST_SPREAD: Final = 2.0**-24
-
-
-def rounding_tolerance(quantity: str, rows: Rows) -> Float64:
-    """What is tolerated of a quantity in float32, for each row, in the same unit as its deviations.
-
-    SPREADS times how far rounding moves the row, or the median row of its kind if that is more: few draws may by chance
-    agree. A KL divergence is quadratic in the error, and so is its tolerance.
-    """
-    spread = rows.tensors[f"spread.{quantity}"]
-    scale = unit(quantity, rows.tensors)
-    least = 0.0 if quantity.split(".")[-1] in ("sigma", "dimension") else LEAST_SPREAD
-    relative = np.maximum(spread / scale, max(float(np.median(spread / scale)), least))
-    tolerance: Float64 = SPREADS ** (2 if quantity == "encoder.kl.dimension" else 1) * relative * scale
-    return tolerance
-
-
-def output_tolerance(graph: str, rows: Rows) -> float:
-    """What is tolerated in float32 between two computations of a graph's outputs, as a share of max|output|.
-
-    Args:
-        graph: `encoder`; any other is judged like what the decoder gives for draws from the prior.
-        rows: the golden examples.
-    """
-    prefix = "spread.encoder." if graph == "encoder" else "spread.prior."
-    quantities = [name.removeprefix("spread.") for name in rows.tensors if name.startswith(prefix)]
-    shares = [
-        float(np.median(rounding_tolerance(name, rows) / unit(name, rows.tensors)))
-        for name in quantities
-        if name.endswith(".max")
-    ]
-    return max(shares)
-
-
-class Tolerance(Record, frozen=True, kw_only=True):
-    """What is tolerated at a precision below float32, on rows of data.
-
-    Attributes:
-        sigma: the error of the posterior's mean, in standard deviations of the posterior; of a deterministic encoder in
-            those of the latent over the data.
-        kl: KL(reference ‖ measured) of the worst latent dimension, nats.
-        off1: the share of decoded values that are off by more than 1/255 of the data's range.
-        off2: the same by more than 2/255.
-        pixel: the largest error of a decoded value, as a share of the range.
-        psnr: of the decoded values, dB, at least.
-        elbo: the error of the ELBO and of its terms, divided by S, the sum of their absolute terms; where the
-            likelihood is the model's own.
-    """
-
-    sigma: float
-    kl: float
-    off1: float
-    off2: float
-    pixel: float
-    psnr: float
-    elbo: float
-
-
-_HALF = Tolerance(sigma=0.05, kl=2e-3, off1=1e-2, off2=1e-3, pixel=8 / 255, psnr=50.0, elbo=1e-3)
-_EIGHT = Tolerance(sigma=0.25, kl=5e-2, off1=0.5, off2=0.1, pixel=24 / 255, psnr=38.0, elbo=1e-2)
-
-#: By precision. Of float32 there is none: see `rounding_tolerance`.
-TOLERANCES: Mapping[str, Tolerance] = {
-    # Products are rounded to 10 bits of mantissa (2^-11 = 5e-4 each) and summed in float32; in float16 so is what is
-    # stored between them. A mean that is off by a twentieth of its deviation is lost in the draw: 0.00125 nats. Of 255
-    # levels nearly all are the same, and nobody sees those that are not.
-    "tf32": _HALF,
-    "float16": _HALF,
-    # 7 bits of mantissa (2^-8 = 4e-3): eight times float16's errors. A quarter of a deviation are 0.03 nats. What is
-    # seen first, in flat areas, are errors of several levels side by side: at 38 dB the RMS error is 3 levels.
-    "bfloat16": _EIGHT,
-    # 256 levels over the range of an activation: half a level is 2^-9 of the range, the same order as bfloat16's.
-    "int8": _EIGHT,
-}
-
-
-#: What judges a quantity below float32, by the last two parts of its id, for what is measured on data.
-JUDGED: Mapping[str, str] = {
-    "mean.sigma": "sigma",
-    "kl.dimension": "kl",
-    "pixel.max": "pixel",
-    "pixel.off1": "off1",
-    "pixel.off2": "off2",
-    "pixel.psnr": "psnr",
-}
-
 
 class Check(Record, frozen=True, kw_only=True):
     """One measured quantity.
 
     Attributes:
-        id: stable, such as `encoder.mean.max`: see `deviations`. Texts may change, ids do not.
+        id: stable, such as `encoder.mean.max`: see `deviations`. The shown texts may change, ids do not.
         graph: `encoder`, `decoder` or `end to end`.
-        quantity: what was measured, in words.
-        unit: of both numbers, such as `nats` or `of max|reference|`.
-        measured: the value nearest to its tolerance over all rows, batches and sizes; of what has none, the worst.
-        tolerance: what is tolerated of that row; null for what is only reported.
+        quantity: the quantity's name, as it is shown.
+        unit: of both numbers, such as `nats` or `relative to max|reference|`.
+        measured: the value nearest to its tolerance over all rows, batches and sizes; the worst where there is none.
+        tolerance: for that row; null for what is only reported.
         at_least: whether the tolerance is a lower bound.
-        pytorch: the same row's of PyTorch in float32 against its own float64, where it was measured.
+        pytorch: the same row's deviation of PyTorch in float32 from its own float64, where it was measured.
         size: of the row, such as `height 64, width 96`; null where the data have one size.
         batch: the batch size at which it was measured.
-        example: the row: of x, or of the draws from the prior.
-        rows: how many rows it is the worst of, where they are not the golden examples; they are told apart in
-            `Certificate.examples`.
-        quantile: what 99.9 % of these rows are within.
+        example: index of the row: of x, or of the draws from the prior.
+        rows: the number of rows, where they are not the golden examples; `Certificate.examples` counts them by kind.
+        quantile: the 99.9 % quantile over these rows.
     """
 
     id: str
@@ -153,7 +55,7 @@ class Check(Record, frozen=True, kw_only=True):
 
     @property
     def share(self) -> float:
-        """The measured value as a share of its tolerance, from 0 on; 1 and less hold. 0 for what is only reported."""
+        """The measured value relative to its tolerance, ≥ 0: up to 1 it passes. 0 for what is only reported."""
         if self.tolerance is None:
             return 0.0
         if self.at_least:
@@ -164,8 +66,12 @@ class Check(Record, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its tolerance. NaN never is."""
+        """Whether it is within its tolerance. NaN never passes."""
         return self.share <= 1.0
+
+    def __repr__(self) -> str:
+        verdict = "reported" if self.tolerance is None else "passed" if self.passed else "failed"
+        return f"Check({self.id!r}, {self.measured:.3g} {self.unit}, {verdict})"
 
     def __str__(self) -> str:
         parts = [] if self.size is None else [self.size]
@@ -174,20 +80,20 @@ class Check(Record, frozen=True, kw_only=True):
         parts += [] if self.rows is None else [f"worst of {self.rows:,} rows"]
         parts += [] if self.quantile is None else [f"99.9 % are within {self.quantile:.3g}"]
         where = f" ({', '.join(parts)})" if parts else ""
-        kind = "at least " * self.at_least
-        tolerance = "" if self.tolerance is None else f", tolerance {kind}{self.tolerance:.3g}"
+        bound = "at least " * self.at_least
+        tolerance = "" if self.tolerance is None else f", tolerance {bound}{self.tolerance:.3g}"
         return f"{self.graph}: {self.quantity} is {self.measured:.3g} {self.unit}{tolerance}{where} [{self.id}]"
 
 
 def beyond_half(checks: Iterable[Check], graph: str) -> Check | None:
-    """What a graph loses beyond what half precision may, or None: what is within it nobody sees.
+    """Whether a graph's errors exceed float16's tolerances: within them, they are not visible.
 
     Args:
         checks: of a certificate.
         graph: `encoder` or `decoder`.
 
     Returns:
-        Of its checks the one that is farthest beyond, with half precision's tolerance.
+        The check that exceeds its tolerance most, with that tolerance; None where all are within theirs.
     """
     half = TOLERANCES["float16"]
     judged = [
@@ -200,22 +106,22 @@ def beyond_half(checks: Iterable[Check], graph: str) -> Check | None:
 
 
 class Certificate(Record, frozen=True, kw_only=True):
-    """The measured difference between the PyTorch reference and the graphs, up to the ELBO.
+    """Measured differences between the PyTorch reference and the graphs, from their outputs to the ELBO.
 
     Attributes:
         format: always `vae_export.certificate`.
         version: of this format: 2.
         bundle: the bundle's name.
-        created: when it was measured, UTC, ISO 8601.
-        reference: what it was measured against.
-        measured: what ran: backend, version, device, provider, threads, and the machine.
-        precision: what the graphs compute in: one precision, or one for each of encoder and decoder.
-        examples: how many of each kind.
+        created: date and time of the measurement, UTC, ISO 8601.
+        reference: what computed the reference, such as `PyTorch 2.13.0 float64`.
+        measured: what ran the graphs: backend, version, device, provider, threads, and the machine.
+        precision: of the graphs: one precision, or one for each of encoder and decoder.
+        examples: the number of rows, by kind.
         batches: the batch sizes.
         sizes: the sizes of the data's named dimensions that were measured.
         absent: what was not measured, and why.
-        splits_identical: whether all ways to split a batch gave the same bits.
-        checks: what was measured.
+        splits_identical: whether all ways to split a batch gave bitwise identical results.
+        checks: one for each quantity.
     """
 
     format: Literal["vae_export.certificate"] = FORMAT
@@ -244,14 +150,19 @@ class Certificate(Record, frozen=True, kw_only=True):
 
     @property
     def nearest(self) -> Check:
-        """The check that is nearest to its tolerance, or farthest beyond it."""
+        """The check with the largest `share`: nearest to its tolerance, or farthest beyond it."""
         return max(self.checks, key=lambda check: check.share)
 
+    def __repr__(self) -> str:
+        verdict = "passed" if self.passed else "failed"
+        nearest = f"{self.nearest.id} at {self.nearest.share:.0%} of its tolerance"
+        return f"Certificate({self.bundle!r}, {self.precision}, {verdict}, {nearest})"
+
     def check(self, quantity: str) -> Check:
-        """The check of an id.
+        """The check with an id.
 
         Raises:
-            KeyError: it was not measured.
+            KeyError: there is none.
         """
         for check in self.checks:
             if check.id == quantity:
@@ -259,10 +170,10 @@ class Certificate(Record, frozen=True, kw_only=True):
         raise KeyError(quantity)
 
     def require(self) -> None:
-        """Say what failed.
+        """Raise where a check failed.
 
         Raises:
-            VerificationError: a check is out of its tolerance.
+            VerificationError: a check is out of its tolerance. The message lists all of these.
         """
         failed = sorted((check for check in self.checks if not check.passed), key=lambda check: -check.share)
         if failed:
@@ -271,18 +182,18 @@ class Certificate(Record, frozen=True, kw_only=True):
             )
 
     def _advice(self, failed: list[Check]) -> str:
-        """What to do where it holds at one size and not at another."""
+        """What to do where checks fail at some sizes and pass at the example's."""
         example = self.sizes[0] if self.sizes else None
         if example is None or any(check.size == example for check in failed):
             return ""
         return (
-            f"\nIt holds at {example}: the graph depends on the size that it was traced at. Write sizes as x.shape[2] "
+            f"\nIt passes at {example}: the graph depends on the size that it was traced at. Write sizes as x.shape[2] "
             "and x.shape[3] of the tensor at hand, without int() or len(), and branches on a size so that both give "
             "the same"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON, with `passed` for the whole and for each check."""
+        """Plain values, for JSON, with `passed` for the certificate and for each check."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         plain["checks"] = [
             {**values, "passed": check.passed} for values, check in zip(plain["checks"], self.checks, strict=True)

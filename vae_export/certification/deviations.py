@@ -1,23 +1,25 @@
-"""How far results are from a reference's: one number for each example and quantity.
+"""Deviations of results from a reference's: one number for each example and quantity.
 
 The same functions measure an exported graph, PyTorch in float32, and the reference itself under perturbation by half a
-unit in the last place; so what rounding may do to a quantity and what an export does to it are comparable numbers.
+unit in the last place; so the effect of rounding on a quantity and that of an export are comparable numbers.
 
 Quantities have stable ids, `ROWS.WHAT.HOW`:
 
-| id | what, for each example |
+| id | value, for each example |
 |---|---|
 | `encoder.OUTPUT.max` | the largest absolute error of an output of the encoder |
 | `encoder.mean.sigma` | the largest error of the mean, in standard deviations of the posterior; for a deterministic \
-encoder in those of the latent over the data |
+encoder in standard deviations of the latent over the data |
 | `encoder.kl.dimension` | KL(reference ‖ measured) of the worst latent dimension, nats |
 | `prior.OUTPUT.max` | the largest absolute error of an output of the decoder, on draws from the prior |
 | `decoder.OUTPUT.max` | the same, on latents of data |
-| `end_to_end.sample.max` | the same of the decoded mean, of data that are encoded, drawn and decoded |
-| `….pixel.max`, `.off1`, `.off2`, `.mse` | of the decoded mean as a share of the data's range: the largest error, the \
-shares of values that are off by more than 1/255 and 2/255, the mean squared error |
+| `end_to_end.sample.max` | the same of the decoded mean, of data that are encoded, sampled and decoded |
+| `….pixel.max`, `.off1`, `.off2`, `.mse` | of the decoded mean relative to the data's range: the largest error, the \
+shares of values with errors of more than 1/255 and 2/255, the mean squared error |
 | `elbo.bound.max`, `elbo.reconstruction.max`, `elbo.kl.max` | the absolute error of the ELBO and of its terms, nats |
-| `tail.WHAT.HOW` | below float32, of those above what is judged on data, on many more rows: see `tail` |
+| `prior.picture.max` | the largest error of a byte of pictures, in levels of 255 |
+| `splits.max` | not for each example: the largest difference between batch sizes, relative to the largest output |
+| `tail.WHAT.HOW` | below float32, the quantities on data that have tolerances, on many more rows: see `tail` |
 """
 
 from __future__ import annotations
@@ -38,21 +40,23 @@ if TYPE_CHECKING:
 Outputs = Mapping[str, Array]
 Deviations = dict[str, Float64]
 
-#: One level of 8-bit pictures, as a share of the data's range.
+#: The ids of the checks of a fused graph that gives pictures, and of splits of a batch.
+PICTURE, SPLIT = "prior.picture.max", "splits.max"
+#: One level of 8-bit pictures, relative to the data's range.
 LEVEL = 1 / 255
 _TINY = 1e-30
 
 
 def conditioned(model: Model) -> tuple[str, ...]:
-    """The ids of quantities whose tolerance in float32 comes from how far rounding can move them."""
-    found = [f"encoder.{name}.max" for name in ENCODER_OUTPUTS[model.posterior.kind]]
+    """The ids of quantities with a spread, how far rounding moves them, from which their float32 tolerance follows."""
+    ids = [f"encoder.{name}.max" for name in ENCODER_OUTPUTS[model.posterior.kind]]
     if model.posterior.kind == "diagonal_gaussian":
-        found += ["encoder.mean.sigma", "encoder.kl.dimension"]
-    found += [f"prior.{name}.max" for name in DECODER_OUTPUTS[model.likelihood.kind]]
-    found.append("end_to_end.sample.max")
+        ids += ["encoder.mean.sigma", "encoder.kl.dimension"]
+    ids += [f"prior.{name}.max" for name in DECODER_OUTPUTS[model.likelihood.kind]]
+    ids.append("end_to_end.sample.max")
     if model.has_elbo:
-        found += ["elbo.bound.max", "elbo.reconstruction.max", "elbo.kl.max"]
-    return tuple(found)
+        ids += ["elbo.bound.max", "elbo.reconstruction.max", "elbo.kl.max"]
+    return tuple(ids)
 
 
 def encoded(reference: Outputs, measured: Outputs, latent_std: Array | None = None) -> Deviations:
@@ -64,43 +68,43 @@ def encoded(reference: Outputs, measured: Outputs, latent_std: Array | None = No
         latent_std: for a deterministic encoder the standard deviation of each latent over the data, which broadcasts
             with the mean; None leaves `encoder.mean.sigma` out.
     """
-    found = {f"encoder.{name}.max": largest(measured[name], value) for name, value in reference.items()}
+    result = {f"encoder.{name}.max": largest(measured[name], value) for name, value in reference.items()}
     error = np.abs(np.asarray(measured["mean"], np.float64) - reference["mean"])
     if "logvar" not in reference:
         if latent_std is not None:
-            found["encoder.mean.sigma"] = _row_max(error / latent_std)
-        return found
+            result["encoder.mean.sigma"] = _row_max(error / latent_std)
+        return result
     logvar = reference["logvar"]
-    found["encoder.mean.sigma"] = _row_max(error * np.exp(-0.5 * logvar))
+    result["encoder.mean.sigma"] = _row_max(error * np.exp(-0.5 * logvar))
     terms = elbo.kl_between_terms(reference["mean"], logvar, measured["mean"], measured["logvar"])
-    found["encoder.kl.dimension"] = _row_max(terms)
-    return found
+    result["encoder.kl.dimension"] = _row_max(terms)
+    return result
 
 
 def posterior_of(encoded: Posterior) -> Outputs:
-    """What a runtime's encoder gave, by the names of `manifest.ENCODER_OUTPUTS`."""
+    """The outputs of a runtime's encoder, by the names of `model.ENCODER_OUTPUTS`."""
     return {"mean": encoded.mean} | ({} if encoded.logvar is None else {"logvar": encoded.logvar})
 
 
 def decoded(rows: str, reference: Outputs, measured: Outputs, model: Model) -> Deviations:
-    """Deviations of the decoder's outputs, which `measured` has all or some of.
+    """Deviations of the decoder's outputs, for those in `measured`.
 
     Args:
-        rows: what was decoded, the ids' first part: `prior`, `decoder` or `end_to_end`.
-        reference: (n, *data) by the names of `manifest.DECODER_OUTPUTS`.
-        measured: the same.
+        rows: the ids' first part: `prior`, `decoder` or `end_to_end`.
+        reference: (n, *data) by the names of `model.DECODER_OUTPUTS`.
+        measured: all or some of the same.
         model: whose data's range is that of the pixels.
     """
-    found = {f"{rows}.{name}.max": largest(value, reference[name]) for name, value in measured.items()}
+    result = {f"{rows}.{name}.max": largest(value, reference[name]) for name, value in measured.items()}
     if "sample" in measured:
         low, high = model.data.range
         error = np.abs(np.asarray(measured["sample"], np.float64) - reference["sample"]) / (high - low)
         error = error.reshape(len(error), -1)
-        found[f"{rows}.pixel.max"] = error.max(axis=1)
-        found[f"{rows}.pixel.off1"] = (error > LEVEL).mean(axis=1)
-        found[f"{rows}.pixel.off2"] = (error > 2 * LEVEL).mean(axis=1)
-        found[f"{rows}.pixel.mse"] = np.square(error).mean(axis=1)
-    return found
+        result[f"{rows}.pixel.max"] = error.max(axis=1)
+        result[f"{rows}.pixel.off1"] = (error > LEVEL).mean(axis=1)
+        result[f"{rows}.pixel.off2"] = (error > 2 * LEVEL).mean(axis=1)
+        result[f"{rows}.pixel.mse"] = np.square(error).mean(axis=1)
+    return result
 
 
 def terms(reference: Outputs, reconstruction: Array, kl: Array) -> Deviations:
@@ -120,7 +124,7 @@ def terms(reference: Outputs, reconstruction: Array, kl: Array) -> Deviations:
 
 
 def unit(quantity: str, tensors: Outputs) -> Float64 | float:
-    """What a quantity's errors are told as a share of: the largest reference value, S, or 1 where it has a unit.
+    """What a quantity's errors are relative to: max|reference|, Σ|ELBO terms| of each row, or 1 where it has a unit.
 
     Args:
         quantity: an id.
@@ -136,7 +140,7 @@ def unit(quantity: str, tensors: Outputs) -> Float64 | float:
 
 
 def largest(measured: npt.NDArray[Any], reference: npt.NDArray[Any]) -> Float64:
-    """The largest absolute error of each row: (n, …) → (n,). Not-a-number and infinity stay what they are."""
+    """The largest absolute error of each row: (n, …) → (n,). NaN and infinity are kept."""
     return _row_max(np.abs(np.asarray(measured, np.float64) - reference))
 
 

@@ -1,20 +1,19 @@
-"""Golden examples: inputs, and what the reference gave for them, so that anybody can measure again.
+"""Golden examples: inputs, and the reference's results for them, so that every user can measure a certificate.
 
-The reference is the PyTorch model in float64. The noise is left out, as (seed, stream, row) makes it again:
-row i of x is drawn from the posterior with stream `noise.POSTERIOR`, row j of the prior's latents with
-stream `noise.PRIOR`.
+The reference is the PyTorch model in float64. The noise is not stored, as (seed, stream, row) determine it: row i of
+x is drawn from the posterior with stream `noise.POSTERIOR`, row j of the prior's latents with stream `noise.PRIOR`.
 
 Tensors of `golden.safetensors`, N examples and M draws from the prior:
 
-| name | shape, dtype | what |
+| name | shape, dtype | content |
 |---|---|---|
 | x | (N, *data) float32 | extremes of the data's range, then data |
 | mean, logvar | (N, *latent) float64 | the posterior; logvar where it is Gaussian |
-| sample | (N, *data) float64 | the decoded mean at the drawn latent, which is rounded to float32 |
-| reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and S = Σ|terms|; where there is a likelihood |
+| sample | (N, *data) float64 | the decoded mean at the sampled latent, which is rounded to float32 |
+| reconstruction, kl, scale | (N,) float64 | the ELBO's terms, and Σ|ELBO terms|; where there is a likelihood |
 | prior.NAME | (M, *data) float64 | the decoder's outputs for draws from the prior |
-| spread.ID | (N,) or (M,) float64 | how far float32 rounding moves a quantity of `deviations`: see `sources.rounding` |
-| float32.ID | (N,) or (M,) float64 | how far it is off in PyTorch in float32 |
+| spread.ID | (N,) or (M,) float64 | how far float32 rounding moves a quantity of `deviations`: see `rounding` |
+| float32.ID | (N,) or (M,) float64 | its deviation in PyTorch in float32 |
 
 The same tensors at further sizes of the data's named dimensions have the prefix `size.K.`, K from 0 on.
 """
@@ -56,8 +55,8 @@ class Rows:
     Attributes:
         sizes: of the data's named dimensions; empty where there are none.
         tensors: those of the table above, without prefix.
-        extremes: how many of x, the first ones, are at the ends of the data's range.
-        held_out: how many of x, behind the extremes, are data. What comes after them are decoded draws from the prior.
+        extremes: number of the first rows of x, at the ends of the data's range.
+        held_out: number of the rows of x behind the extremes that are data. The others are decoded prior draws.
     """
 
     sizes: Mapping[str, int]
@@ -67,17 +66,17 @@ class Rows:
 
     @property
     def examples(self) -> int:
-        """The rows of x."""
+        """The number of rows of x."""
         return len(self.tensors["x"])
 
     @property
     def prior(self) -> int:
-        """The draws from the prior."""
+        """The number of draws from the prior."""
         return len(self.tensors["prior.sample"])
 
     @property
     def nbytes(self) -> int:
-        """The size of all tensors."""
+        """The size of all tensors, in bytes."""
         return sum(value.nbytes for value in self.tensors.values())
 
 
@@ -86,7 +85,7 @@ class Reference:
     """Golden examples in memory.
 
     Attributes:
-        record: how many rows of each kind, and the seed.
+        record: the number of rows of each kind, and the seed.
         tensors: those of the table above, at the example's size.
         others: the rows of further sizes, for those of `record.sizes` that have rows.
     """
@@ -95,18 +94,13 @@ class Reference:
     tensors: Tensors
     others: tuple[Rows, ...] = ()
 
-    @property
-    def has_elbo(self) -> bool:
-        """Whether the model has one: a likelihood and a posterior variance."""
-        return "scale" in self.tensors
-
     def groups(self, model: Model) -> list[Rows]:
         """The rows by size, the example's first."""
         sizes = model.sizes(self.tensors["mean"].shape[1:])
         return [Rows(sizes, self.tensors, self.record.extremes, self.record.held_out), *self.others]
 
     def shrunk(self, limit: int = LIMIT) -> Reference:
-        """The same in at most `limit` bytes: large sizes and then rows are left out. The extremes stay."""
+        """The same in at most `limit` bytes: large sizes and then rows are left out, never the extremes."""
         if sum(rows.nbytes for rows in (Rows({}, self.tensors), *self.others)) <= limit - _HEADER:
             return self
         sizes, others, room = [], [], limit // 2
@@ -126,7 +120,7 @@ class Reference:
         return dataclasses.replace(self, record=record, others=tuple(others))._fewer(limit)
 
     def _fewer(self, limit: int) -> Reference:
-        """With so many rows of the example's size left out that what is there has at most `limit` bytes."""
+        """The same with rows of the example's size left out, so that those of this size have at most `limit` bytes."""
         rows = {True: len(self.tensors["x"]), False: self.record.prior}
         size = {True: 0, False: 0}
         for name, value in self.tensors.items():
@@ -158,7 +152,7 @@ class Reference:
 
 
 def extremes(shape: tuple[int, ...], value_range: tuple[float, float]) -> npt.NDArray[np.float32]:
-    """The ends of the range: all low, all high, and the two alternations of both. (EXTREMES, *shape)."""
+    """Examples at the ends of the range: all low, all high, and two checkerboards: (EXTREMES, *shape) float32."""
     low, high = value_range
     parity = np.indices(shape).sum(axis=0) % 2
     rows = [
@@ -182,7 +176,7 @@ def decode(raw: bytes, record: Golden, model: Model) -> Reference:
     """Read `golden.safetensors`.
 
     Raises:
-        BundleError: it does not hold what the manifest says.
+        BundleError: its content contradicts the manifest.
     """
     try:
         tensors: Tensors = safetensors.numpy.load(raw)
@@ -195,7 +189,7 @@ def decode(raw: bytes, record: Golden, model: Model) -> Reference:
         prefix, _, rest = name.removeprefix("size.").partition(".")
         known = name.startswith("size.") and prefix.isdigit() and int(prefix) < len(parts)
         (parts[int(prefix)] if known else base)[rest if known else name] = value
-    if record.draws == 0:  # written before tolerances came from conditioning: what they leaned on is of no use
+    if record.draws == 0:  # written before tolerances came from spreads: these values have another meaning
         base = {name: value for name, value in base.items() if not name.startswith("float32.")}
     _check(base, record.examples, record.prior, record, model, "")
     others = []
@@ -208,7 +202,7 @@ def decode(raw: bytes, record: Golden, model: Model) -> Reference:
 
 
 def _check(tensors: Tensors, examples: int, prior: int, record: Golden, model: Model, prefix: str) -> None:
-    """Refuse tensors that are not those of so many rows."""
+    """Raise for tensors of other names, shapes or dtypes, and for values that are not finite."""
     expected = _shapes(tensors, examples, prior, record, model, prefix)
     if set(tensors) != set(expected):
         raise BundleError(f"{FILE} has the tensors {sorted(tensors)}; expected {sorted(expected)}")
@@ -226,7 +220,7 @@ def decode_calibration(raw: bytes, model: Model) -> npt.NDArray[np.float32]:
     """The examples of `calibration.safetensors`: (n, *data) float32, where n may be 0.
 
     Raises:
-        BundleError: they are no data of the model.
+        BundleError: they are not data of the model.
     """
     try:
         (x,) = safetensors.numpy.load(raw).values()
@@ -246,7 +240,7 @@ def decode_calibration(raw: bytes, model: Model) -> npt.NDArray[np.float32]:
 def _shapes(
     tensors: Tensors, examples: int, prior: int, record: Golden, model: Model, prefix: str
 ) -> dict[str, tuple[int, ...]]:
-    """The shape that every tensor must have. Named dimensions have the size that x has."""
+    """The shape that each tensor must have. Named dimensions have the size of x."""
     if "x" not in tensors or tensors["x"].ndim != len(model.data.shape) + 1:
         raise BundleError(f"{FILE} has no {prefix}x of shape {shape_text(model.data.shape, 'N')}")
     sizes = tensors["x"].shape[1:]
@@ -272,7 +266,7 @@ def _shapes(
 
 
 def stretched(rows: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Data of another size: cut, or repeated in each direction.
+    """Data cut to another size, or repeated in each direction: (n, *shape).
 
     Args:
         rows: (n, *data).

@@ -2,13 +2,13 @@
 
 A perturbed run multiplies every weight, and every result of an operation that rounds, by 1 + u ξ, where u = 2^-24 is
 half a unit in float32's last place and ξ is uniform in [−1, 1] (Parker 1997, Monte Carlo Arithmetic). Products that are
-summed over K terms round at every partial sum as well: by a random walk that is ACCUMULATED · √K · u of the sums'
-root mean square, one part of it alone in each value and one that all positions of a channel share, as they do where
-neighbours are nearly equal. The constant was chosen by measurement, so that what oneDNN, ONNX Runtime and OpenVINO take
-does not grow with K (docs/certificate.md).
+summed over K terms round at every partial sum as well: by a random walk of ACCUMULATED · √K · u times the sums' root
+mean square, one part independent in each value and one that all positions of a channel share, as they do where
+neighbours are nearly equal. The constant was chosen by measurement, so that the deviations of oneDNN, ONNX Runtime and
+OpenVINO, relative to this, do not grow with K (docs/certificate.md).
 
-A norm takes a mean away, which may be much larger than what is left: kernels that do so after scaling, as x·s − m·s,
-round in units of m·s. Where one pixel or a few are normalized that is the larger part.
+A norm subtracts a mean, which may be much larger than the difference: kernels that subtract after scaling, as
+x·s − m·s, round in units of m·s. Where one pixel or a few are normalized that is the larger part.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ _EXACT = {
     "stack", "threshold", "threshold_", "tril", "triu", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "where", "zero_", "zeros", "zeros_like", "_to_copy", "_upsample_nearest_exact2d",
 }  # fmt: skip
-#: Operations that give a result, means and inverse deviations.
+#: Operations that return a result, means and inverse deviations.
 _NORMS = {"native_batch_norm", "native_group_norm", "native_layer_norm"}
-#: Random numbers that are kept; a tensor takes its own from a random place on.
-_KEPT = 1 << 21
+#: The size of the pool of random numbers, from which a tensor takes a slice at a random offset.
+_POOL = 1 << 21
 
 
 class Perturbed(TorchDispatchMode):
     """Perturbs the results of float64 operations while it is active."""
 
     def __init__(self, seed: int) -> None:
-        """Draw the noise.
+        """Generate the noise.
 
         Args:
             seed: equal seeds and equal operations give equal results.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
-        self._noise = _uniform(_KEPT, self._generator)
+        self._noise = _uniform(_POOL, self._generator)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in _EXACT or func.is_view:
             return result
-        taken = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
+        inputs = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         if name in _NORMS and outputs[1].numel():  # a batch norm outside of training has no statistics
             self._round(*_centred(name, args, outputs))
-        for value in outputs[:1] if "norm" in name else outputs:  # a norm's others are its statistics
+        for value in outputs[:1] if "norm" in name else outputs:  # a norm's other outputs are its statistics
             rounded = isinstance(value, Tensor) and value.dtype == torch.float64 and value.numel()
-            if rounded and (name.endswith("_") or value.untyped_storage()._cdata not in taken):
+            if rounded and (name.endswith("_") or value.untyped_storage()._cdata not in inputs):
                 self._perturb(value, _summed(name, args))
         return result
 
@@ -82,7 +82,7 @@ class Perturbed(TorchDispatchMode):
             value.copy_(copied)
             return
         if not terms or value.ndim < 2:
-            for part in value.view(-1).split(_KEPT // 2):
+            for part in value.view(-1).split(_POOL // 2):
                 part.addcmul_(part, self._drawn(len(part)))
             return
         sizes = ACCUMULATED * math.sqrt(terms) * value.flatten(1).square().mean(dim=1).sqrt()
@@ -93,7 +93,7 @@ class Perturbed(TorchDispatchMode):
         """Add noise of some sizes to (B, C, n): to each value its own, and what all n share."""
         batch, channels, count = value.shape
         sizes = sizes.expand(batch, channels, 1)
-        step = max(1, _KEPT // 2 // count)
+        step = max(1, _POOL // 2 // count)
         for row, size in zip(value, sizes, strict=True):
             for part, each in zip(row.split(step), size.split(step), strict=True):
                 part.addcmul_(each, self._drawn(part.numel()).view(part.shape))
@@ -101,15 +101,15 @@ class Perturbed(TorchDispatchMode):
             value.addcmul_(sizes, self._drawn(batch * channels).view(batch, channels, 1))
 
     def _drawn(self, count: int) -> Tensor:
-        """Noise for so many values."""
-        if count <= _KEPT // 2:
-            first = int(torch.randint(_KEPT - count + 1, (), generator=self._generator))
+        """So many values of the noise."""
+        if count <= _POOL // 2:
+            first = int(torch.randint(_POOL - count + 1, (), generator=self._generator))
             return self._noise[first : first + count]
-        return torch.cat([self._drawn(min(_KEPT // 2, count - first)) for first in range(0, count, _KEPT // 2)])
+        return torch.cat([self._drawn(min(_POOL // 2, count - first)) for first in range(0, count, _POOL // 2)])
 
 
 def perturb_weights(module: nn.Module, exact: nn.Module, noise: Perturbed) -> None:
-    """Give a module the weights of another of the same kind, perturbed. Both are in float64."""
+    """Copy the weights of `exact` into a module of the same class, perturbed. Both are in float64."""
     with torch.no_grad():
         for mine, theirs in zip(_weights(module), _weights(exact), strict=True):
             mine.copy_(theirs)
@@ -125,7 +125,7 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _centred(name: str, args: Any, outputs: Any) -> tuple[Tensor, Tensor]:
-    """The result of a norm as (B, C, n), and the mean that it took away in the result's units, (B, C, 1)."""
+    """The result of a norm as (B, C, n), and the mean that it subtracted, in the result's units, (B, C, 1)."""
     result, mean, scale = outputs[:3]
     sizes, weight = (mean * scale).abs(), args[2 if name == "native_layer_norm" else 1]
     if name == "native_layer_norm":
@@ -141,7 +141,7 @@ def _centred(name: str, args: Any, outputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _summed(name: str, args: Any) -> int:
-    """How many products each of a result's values sums; 0 for operations that are no product of matrices."""
+    """The number of products that each value of the result sums; 0 for operations that are not matrix products."""
     if name == "convolution":
         weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
         if not transposed:

@@ -1,10 +1,10 @@
-"""More rows than the golden examples for what computes below float32, beside the bundle's own graphs in float32.
+"""More rows than the golden examples, for graphs below float32, with the bundle's graphs in float32 as reference.
 
-What rounding to 10 or 7 bits does to a posterior differs from row to row by orders of magnitude: a few hundred rows may
-hold none of the one in a thousand that is far off. The graphs in float32 are certified, and what is tolerated below
-float32 is far above what they are off by; so they are the reference, and any number of rows can be had of them without
-PyTorch and without a larger file. The rows are the bundle's calibration data, and draws from the prior that no golden
-example is made of: by themselves for the decoder, decoded for the encoder.
+The effect of rounding to 10 or 7 bits on a posterior differs between rows by orders of magnitude: a few hundred rows
+may contain none of the one in a thousand with a large error. The graphs in float32 are certified, and the tolerances
+below float32 are far above their errors; so they are the reference, and give any number of rows without PyTorch and
+without a larger file. The rows are the bundle's calibration data, and draws from the prior that are in no golden
+example: as latents for the decoder, decoded for the encoder.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from vae_export.runtimes import VAE, open_backend
 
 Array = npt.NDArray[np.float32]
 
-#: Rows, where a model is cheap. If none of so many is beyond a tolerance, then at 95 % fewer than 3 of 2,000 are (the
-#: rule of three: Hanley and Lippman-Hand 1983).
-_MOST = 2000
-#: Multiply-adds of encoding and decoding all rows once, bytes of all rows in and out, and the rows below which they
-#: would tell little that the golden examples do not.
-_WORK, _HELD, _FEWEST = 3e10, 256 << 20, 512
+#: Rows, where a model is cheap. If none of them is out of tolerance, then with 95 % confidence fewer than 3 in 2,000
+#: are (the rule of three: Hanley and Lippman-Hand 1983).
+_MAX_ROWS = 2000
+#: Multiply-adds of encoding and decoding all rows once, and bytes of all rows in and out.
+_MAX_WORK, _MAX_BYTES = 3e10, 256 << 20
+#: Fewer rows would add little to the golden examples.
+_MIN_ROWS = 512
 #: Rows that run at once.
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Tail:
-    """The rows, and what float32 gives for them.
+    """The rows, and float32's results for them.
 
     Attributes:
         x: (n, *data): calibration data, then draws from the prior, decoded.
         posterior: for x: `mean` and, where it has a variance, `logvar`: (n, *latent).
         z: (n, *latent): the mode of the calibration data's posterior, then the draws.
         decoded: for z: the decoded mean, (n, *data).
-        calibration: how many of the rows, the first ones, are calibration data.
+        calibration: number of the first rows, which are calibration data.
     """
 
     x: Array
@@ -56,7 +57,7 @@ class Tail:
 
     @property
     def draws(self) -> int:
-        """How many of the rows are draws from the prior."""
+        """The number of rows that are draws from the prior."""
         return len(self.x) - self.calibration
 
 
@@ -70,20 +71,19 @@ def make(
     *,
     choosing: bool = False,
 ) -> Tail | str:
-    """Run a bundle's own graphs on more rows than it has golden examples of.
+    """Run a bundle's own graphs on more rows than its golden examples.
 
     Args:
         graphs: its `encoder` and `decoder` in float32, serialized.
-        weights: those that lie beside them, by the graph's name.
+        weights: their external weights, by the graph's name.
         model: what they compute.
         costs: of an example in each.
-        reference: the golden examples, whose size and seed are taken.
+        reference: the golden examples, whose size and seed apply.
         calibration: (m, *data), where m may be 0 and the size another.
-        choosing: draw others than those that a certificate is measured on: rows that a choice was made by tell less
-            of it than rows that it has not seen.
+        choosing: draw other rows than those of a certificate: rows that a choice was based on say less about it.
 
     Returns:
-        Why there are no more rows, in words, where there are none.
+        The rows, or the reason why there are none.
     """
     data, latent = reference.tensors["x"].shape[1:], reference.tensors["mean"].shape[1:]
     counted = [cost for cost in costs.values() if cost]
@@ -91,8 +91,8 @@ def make(
         return "more rows than the golden examples: the bundle does not say what an example costs"
     each = sum(cost.at(model.sizes(latent))[0] for cost in counted)
     row_bytes = 4 * (2 * math.prod(data) + 3 * math.prod(latent))
-    most = min(_MOST, int(_WORK / max(each, 1)), _HELD // row_bytes)
-    if most < _FEWEST:
+    most = min(_MAX_ROWS, int(_MAX_WORK / max(each, 1)), _MAX_BYTES // row_bytes)
+    if most < _MIN_ROWS:
         return (
             f"more rows than the golden examples: an example takes {each / 1e9:,.2g} billion multiply-adds and "
             f"{row_bytes:,} bytes"
@@ -101,7 +101,7 @@ def make(
     draws = most - len(x) if model.has_samples else 0
     if not len(x) + draws:
         return "more rows than the golden examples: there is no calibration data, and the model has no prior"
-    first = reference.record.prior + choosing * _MOST
+    first = reference.record.prior + choosing * _MAX_ROWS
     z = noise.normals(reference.record.seed, noise.PRIOR, first, draws, math.prod(latent))
     z = z.reshape(draws, *latent)
     try:

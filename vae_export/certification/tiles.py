@@ -1,8 +1,7 @@
-"""Measure how far tiles move what a model gives: its graphs in tiles against the same graphs on the whole picture.
+"""Measure the error of tiling: a model's graphs run in tiles, against the same graphs run on the whole picture.
 
-A norm over the whole picture, or attention, sees less in a tile than it does untiled, and a convolution sees an edge
-where there is none. How much that changes is the model's own and no error of the export; it is measured so that whoever
-cuts a call into tiles is told.
+A norm over the whole picture, or attention, has less input in a tile, and a convolution has an edge where there is
+none. The error depends on the model and is not one of the export; it is measured so that a call in tiles can report it.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from vae_export.runtimes.tiling import can_tile, units
 Array = npt.NDArray[Any]
 
 _ROWS = 2
-_OVERLAP, _STEP, _LEAST = 0.25, 4, 8  # of the latent's pixels: what a budget for memory cuts at the least
-_LARGEST = 128  # of the data's pixels: larger tiles would cost more than the rest of the export
-_DARK = 0.3  # what is left of the light along a side
-_WORK = 5e10  # multiply-adds of running all pictures once, above which there is one
+_OVERLAP, _STEP, _MIN_TILE = 0.25, 4, 8  # of the latent's pixels: the smallest tiles of a memory budget
+_MAX_TILE = 128  # of the data's pixels: larger tiles would cost more than the rest of the export
+_DARKEST = 0.3  # brightness at the far end of a side
+_MAX_WORK = 5e10  # multiply-adds of running all pictures once, above which there is only one
 _NO_NOISE = 1e-15  # 300 dB
 
 
@@ -36,18 +35,18 @@ def measure_tiles(
 ) -> dict[str, Tiled]:
     """Run both graphs on pictures in tiles and whole, and compare the pixels.
 
-    The pictures are examples enlarged to two and a half tiles by two. In the last, light falls off towards a
-    corner: parts of photographs differ in brightness, and parts of enlarged noise do not. The decoder is given the
-    latents that the encoder has of them, so that it sees what it was trained for.
+    The pictures are examples enlarged to two and a half tiles by two. In the last, brightness decreases towards a
+    corner: parts of photographs differ in brightness, and parts of enlarged noise do not. The decoder's input is the
+    encoder's output for them, the kind of latents that it was trained on.
 
     Args:
         model: what the graphs compute.
-        backend: has them.
+        backend: runs them.
         examples: (N, C, H, W) float32 in the data's range, N ≥ 1: data rather than extremes. The first two are used.
-        costs: of the graphs: where two pictures would take long, there is one. None is no limit.
+        costs: of the graphs: where two pictures would take long, one is used. None is no limit.
 
     Returns:
-        By graph; empty for models that take no tiles, or no picture that is larger than one.
+        By graph; empty for models that cannot be tiled, or take no picture that is larger than a tile.
     """
     if not can_tile(model):
         return {}
@@ -58,7 +57,7 @@ def measure_tiles(
     low = np.float32(model.data.range[0])
     x[-1:] = low + (x[-1:] - low) * _falling_light(size)
     sizes = model.input_sizes("encoder", x.shape[1:])
-    if costs and len(x) * sum(cost.at(sizes)[0] for cost in costs.values()) > _WORK:
+    if costs and len(x) * sum(cost.at(sizes)[0] for cost in costs.values()) > _MAX_WORK:
         x = x[-1:]
     vae = VAE(model, backend, micro_batch=1)
     try:
@@ -66,14 +65,14 @@ def measure_tiles(
         parts = vae.encode(x, tile=tile).mode()
         decoded = vae.decode(whole)
         pairs = {"encoder": (vae.decode(parts), decoded), "decoder": (vae.decode(whole, tile=tile), decoded)}
-    except InputError:  # sizes have limits that this picture or its last tiles do not keep
+    except InputError:  # the sizes of this picture or of its last tiles are not allowed
         return {}
     return {graph: _compared(*pair, model, tile, size) for graph, pair in pairs.items()}
 
 
 def checks(measured: Mapping[str, Tiled]) -> tuple[Check, ...]:
-    """What `measure_tiles` gave as checks of a certificate, which are reported and tolerate anything."""
-    found: list[Check] = []
+    """Checks of a certificate for the results of `measure_tiles`. They have no tolerance."""
+    result: list[Check] = []
     for graph, one in measured.items():
         rows: Sequence[tuple[str, str, str, float]] = (
             ("max", "worst pixel", "levels of 255", one.worst),
@@ -83,14 +82,14 @@ def checks(measured: Mapping[str, Tiled]) -> tuple[Check, ...]:
         )
         where = f"in tiles of {one.tile[0]} × {one.tile[1]}, against the whole"
         size = f"height {one.size[0]}, width {one.size[1]}"
-        found += [
+        result += [
             Check(
                 id=f"tiles.{graph}.pixel.{name}", graph="encoder" if graph == "encoder" else "decoder",
                 quantity=f"{quantity} {where}", unit=unit, measured=value, size=size,
             )
             for name, quantity, unit, value in rows
         ]  # fmt: skip
-    return tuple(found)
+    return tuple(result)
 
 
 def _cut(model: Model, example: tuple[int, ...]) -> tuple[Tile, tuple[int, int]]:
@@ -98,15 +97,15 @@ def _cut(model: Model, example: tuple[int, ...]) -> tuple[Tile, tuple[int, int]]
     tiles, sizes = [], []
     for (dim, stride), length, times in zip(units(model), example, (2.5, 2.0), strict=True):
         step = math.lcm(_STEP * stride, dim.multiple_of)
-        least = -(-_LEAST * stride // step) * step
-        tile = max(least, min(length, _LARGEST) // step * step)
+        least = -(-_MIN_TILE * stride // step) * step
+        tile = max(least, min(length, _MAX_TILE) // step * step)
         tiles.append(tile)
         sizes.append(_allowed(dim, int(times * tile)))
     return Tile((tiles[0], tiles[1]), _OVERLAP), (sizes[0], sizes[1])
 
 
 def _allowed(dim: SizeDim, wanted: int) -> int:
-    """The largest size of a dimension that is no larger than what is wanted and than its limit."""
+    """The largest size of a dimension up to `wanted` and to its limit."""
     most = wanted if dim.max is None else min(wanted, dim.max)
     return max(1, most // dim.multiple_of) * dim.multiple_of
 
@@ -124,8 +123,8 @@ def _enlarged(x: Array, size: tuple[int, int]) -> Array:
 
 
 def _falling_light(size: tuple[int, int]) -> Array:
-    """From 1 in the first corner to a little in the last: (H, W) float32."""
-    down, across = (np.linspace(1, _DARK, length, dtype=np.float32) for length in size)
+    """A factor from 1 in the first corner to _DARKEST² in the last: (H, W) float32."""
+    down, across = (np.linspace(1, _DARKEST, length, dtype=np.float32) for length in size)
     return np.outer(down, across).astype(np.float32)
 
 

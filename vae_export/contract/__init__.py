@@ -1,1 +1,1 @@
-"""What lies on disk: manifests, records of builds, and the folders that hold them."""
+"""Bundles and builds on disk: their records, folders and graphs."""

@@ -1,4 +1,7 @@
-"""Files and folders that are written whole or not at all."""
+"""Write a file or a folder atomically: a reader, or a crash, sees the old content or the new one, never a mixture.
+
+Everything is written to a hidden stage beside the target, flushed to disk and then renamed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from vae_export.errors import InputError
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place at which no folder can be made.
+    """Check that a folder may be written to `path`.
 
     Raises:
         InputError: something is at `path` already and overwrite is false, or it is not a folder.
@@ -30,7 +33,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 
 
 def check_name(path: Path) -> None:
-    """Refuse what no file can be called."""
+    """Raise InputError for a path that no file can have: with a NUL character, or not encodable."""
     try:
         if 0 not in os.fsencode(path):
             return
@@ -43,27 +46,26 @@ def check_name(path: Path) -> None:
 def atomic_folder(
     path: Path, *, overwrite: bool = False, check: Callable[[Path], None] = lambda folder: None
 ) -> Iterator[Path]:
-    """Give a new folder beside `path` to write into; on success it becomes `path`, on failure it goes.
+    """Yield a new, empty folder beside `path` to write into; it becomes `path` on success and is removed on failure.
 
-    A crash at any moment leaves what was at `path`, or the complete new folder. Where the system cannot
-    exchange two folders at once, there is a moment in which the old one has a hidden name beside `path`; the next
-    writer puts it back. What writers left that were killed is removed, on systems that have `flock`.
+    A crash at any moment leaves what was at `path`, or the complete new folder. Where the system cannot exchange two
+    folders atomically (all but Linux), the old one has a hidden name beside `path` for a moment; the next writer puts
+    it back. The next writer also removes what killed writers left, on file systems that have locks.
 
     Args:
         path: the folder.
         overwrite: replace the folder that is there.
-        check: raises InputError for a folder that must not be replaced. It sees what was taken away from `path` before
-            any of it is deleted; where it refuses, that is put back.
+        check: raises InputError for a folder that must not be replaced. It sees what was moved away from `path` before
+            any of it is deleted; where it raises, that is put back.
 
     Raises:
         InputError: as `check_target`, or something appeared at `path` that must not be replaced.
     """
     check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    with _locked_folder(path) as own:
+    with _locked_stage(path, path.name) as own:
         stage = own / _NEW
-        stage.mkdir()
+        stage.mkdir(parents=True)
         yield stage
         for folder, _, names in os.walk(stage, topdown=False):
             for name in names:
@@ -75,107 +77,81 @@ def atomic_folder(
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a new file's path beside `path` to write to; on success it becomes `path`, on failure it goes.
+    """Yield the path of a new file beside `path` to write to; it becomes `path` on success and is removed on failure.
 
-    Folders on the way are made. What is no plain file, such as a device, is written to directly. What writers left
-    that were killed is removed, on systems that have `flock`.
+    Missing parent folders are created. What is not a regular file, such as a device, is written to directly. The next
+    writer removes what killed writers left, on file systems that have locks.
     """
     check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         yield path
         return
-    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
-        with contextlib.suppress(OSError), _dead(left):
-            left.unlink()
-    stage, handle = _claim(lambda: _beside(path, path.stem, path.suffix), lambda new: new.open("xb").close())
-    try:
+    with _locked_stage(path, path.stem, path.suffix) as stage:
         yield stage
         _sync(stage)
         stage.replace(path)
         _sync(path.parent)
-    finally:
-        stage.unlink(missing_ok=True)
-        os.close(handle)
 
 
 _NEW, _OLD = "new", "old"
 
 
-def _beside(path: Path, stem: str, suffix: str = "") -> Path:
-    return path.parent / f".{stem}.{secrets.token_hex(4)}.partial{suffix}"
-
-
 @contextlib.contextmanager
-def _locked_folder(path: Path) -> Iterator[Path]:
-    """A new hidden folder beside `path`, locked for as long as its writer lives, and removed at the end."""
-    own, handle = _claim(lambda: _beside(path, path.name), Path.mkdir)
-    try:
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-        os.close(handle)
+def _locked_stage(path: Path, stem: str, suffix: str = "") -> Iterator[Path]:
+    """A hidden path beside `path`, locked while its writer lives; what is there at the end is removed."""
+    from filelock import FileLock, Timeout  # takes 10 ms, and only writers need it
 
-
-def _claim(name: Callable[[], Path], make: Callable[[Path], None]) -> tuple[Path, int]:
-    """Make something hidden and lock it, so that no other writer takes it for a dead one's. Its path and handle."""
-    while True:
-        path = name()
-        make(path)
-        if sys.platform == "win32":
-            return path, os.open(os.devnull, os.O_RDONLY)
-        handle = os.open(path, os.O_RDONLY)
-        if _lock(handle) is not False and path.exists() and os.path.samestat(os.fstat(handle), path.lstat()):
-            return path, handle
-        os.close(handle)  # somebody who cleans up was between making and locking
-
-
-def _lock(handle: int) -> bool | None:
-    """Lock an open file or folder until its handle closes. False if another has it, None if there are no locks."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None  # a network's file system, on which nobody can tell who lives
-    return True
-
-
-@contextlib.contextmanager
-def _dead(path: Path) -> Iterator[None]:
-    """Hold what a dead writer left.
-
-    Raises:
-        OSError: its writer lives, or that cannot be told.
-    """
-    if sys.platform == "win32":
-        raise OSError(errno.ENOTSUP, "no locks")
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        if _lock(handle) is not True or not os.path.samestat(os.fstat(handle), path.lstat()):
-            raise BlockingIOError(errno.EWOULDBLOCK, "its writer lives")
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of the folder left; what they had moved away is put back first."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if not left.is_dir() or left.is_symlink():
+    _remove_leftovers(path, f".{glob.escape(stem)}.{'?' * _TOKEN}.partial{glob.escape(suffix)}{_LOCK}")
+    for _ in range(_TRIES):
+        stage = path.parent / f".{stem}.{secrets.token_hex(_TOKEN // 2)}.partial{suffix}"
+        lock = FileLock(f"{stage}{_LOCK}")
+        try:
+            lock.acquire(blocking=False)
+            break
+        except Timeout:  # another writer, cleaning up, locked it between its creation and its locking here
             continue
-        with contextlib.suppress(OSError), _dead(left):
-            if (left / _OLD).is_dir() and not path.exists():
-                (left / _OLD).rename(path)
-            shutil.rmtree(left)
+        except (OSError, NotImplementedError):  # a network file system without locks: no writer knows who lives
+            break
+    try:
+        yield stage
+    finally:
+        _remove(stage)
+        lock.release()
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()  # Windows unlinks it on release
+
+
+_LOCK = ".lock"
+_TOKEN = 8  # hexadecimal digits
+_TRIES = 10
+
+
+def _remove_leftovers(path: Path, pattern: str) -> None:
+    """Remove what killed writers of `path` left; a folder that they had moved away from `path` is put back first."""
+    from filelock import FileLock
+
+    for file in path.parent.glob(pattern):
+        left = file.with_name(file.name.removesuffix(_LOCK))
+        if file.is_symlink() or left.is_symlink():
+            continue
+        with contextlib.suppress(OSError, NotImplementedError):  # its writer lives, or there are no locks
+            with FileLock(file).acquire(blocking=False):
+                if (left / _OLD).is_dir() and not path.exists():
+                    (left / _OLD).rename(path)
+                _remove(left)
+            file.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _put(stage: Path, path: Path, *, overwrite: bool, check: Callable[[Path], None]) -> None:
-    """Put the folder `stage` at `path`; what was there, if it may be replaced, is then in the place of `stage`."""
+    """Move the folder `stage` to `path`; what was there, if it may be replaced, is then inside the stage's parent."""
     if not (overwrite and path.exists()):
         try:
             _rename(stage, path)
@@ -191,25 +167,25 @@ def _put(stage: Path, path: Path, *, overwrite: bool, check: Callable[[Path], No
     swapped = _exchange(stage, path)
     if not swapped:
         path.rename(stage.parent / _OLD)
-    taken = stage if swapped else stage.parent / _OLD
+    moved = stage if swapped else stage.parent / _OLD
     try:
-        check_target(taken, overwrite=True)
-        check(taken)
+        check_target(moved, overwrite=True)
+        check(moved)
+        if not swapped:
+            stage.rename(path)
     except BaseException:
         if swapped:
             _exchange(stage, path)
         else:
-            taken.rename(path)
+            moved.rename(path)
         raise
-    if not swapped:
-        stage.rename(path)
 
 
 def _rename(new: Path, path: Path) -> None:
-    """Rename a folder to where nothing is.
+    """Rename a folder to a path that must not exist.
 
     Raises:
-        FileExistsError: something is there.
+        FileExistsError: it exists.
     """
     if _renameat2(new, path, 1):  # RENAME_NOREPLACE
         return
@@ -224,12 +200,12 @@ def _rename(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders at once; False where the system cannot."""
+    """Exchange two folders atomically; False where the system cannot."""
     return _renameat2(one, other, 2)  # RENAME_EXCHANGE
 
 
 def _renameat2(old: Path, new: Path, flags: int) -> bool:
-    """Linux's rename with flags (linux/fs.h, fcntl.h); False where it is not there or failed."""
+    """Linux's rename with flags (linux/fs.h, fcntl.h); False where it is missing or failed."""
     if sys.platform != "linux":
         return False
     here = -100  # AT_FDCWD
@@ -238,9 +214,11 @@ def _renameat2(old: Path, new: Path, flags: int) -> bool:
 
 
 def _sync(path: Path) -> None:
-    if sys.platform == "win32" and path.is_dir():
-        return  # Windows cannot open a folder to flush it
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk. Windows flushes only through handles that may write, and opens no folder."""
+    windows = sys.platform == "win32"
+    if windows and (path.is_dir() or not os.access(path, os.W_OK)):
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

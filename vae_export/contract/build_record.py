@@ -1,11 +1,7 @@
-"""Builds: what was made from a bundle for one target, where it lies, and whether it may run here.
+"""The record of a build, `build.json`: its graphs, the options and the machine that it was built with.
 
-`build.json` is a sealed record (see `records`) and the only record of an engine. A build lies in the user's own
-cache, `builds/<digest of the bundle's manifest>/<slot>/`, or where it was asked to be. A slot is the target's name for
-float32, and for each other precision the target's name with its (`cpu-auto`, `cuda-fp16`): none replaces another. What
-a build in a slot computes in is read from its record. An engine is native code:
-it is opened from the cache, or from a folder that the caller names, never because a bundle brought it along; and
-only after everything that is said here of it was compared with the machine.
+It is a record with a digest (see `records`), and the only description of an engine. What the graphs compute in is read
+from it, never from the folder's name.
 """
 
 from __future__ import annotations
@@ -35,14 +31,14 @@ class ExecutionPlan(Part, frozen=True, kw_only=True):
     Attributes:
         max_batch: the largest batch that this plan runs; null for no limit. `up_to` in the file.
         file: the ONNX file in the build's folder; empty for a graph that is in no build. Several plans may share one.
-        runner: what runs it.
-        precision: what its heavy nodes compute in, but those in `kept`.
-        threads: inside one call; null leaves it to the runner.
-        exact: `batch`, and the sizes of the data's named dimensions, for which OpenVINO compiles the graph once more
-            when it first meets them: it is faster where shapes are known.
-        passes: what was done to the graph: for each pass the number of places that it changed.
+        runner: the package that runs it.
+        precision: of its matrix products and convolutions, except the nodes in `kept`.
+        threads: in one call; null is the runner's default.
+        exact: shapes, as `batch` and the sizes of the data's named dimensions, for which OpenVINO compiles the graph
+            again at their first call: it is faster where shapes are static.
+        passes: the number of changes to the graph, by graph pass.
         kept: nodes of a low-precision graph that stayed in float32, each with the reason.
-        requires: what a processor must have for the graph to be right, by the names of `processor.features`.
+        requires: processor features without which the graph's results are wrong, by the names of `processor.features`.
     """
 
     max_batch: int | None = msgspec.field(default=None, name="up_to")
@@ -73,18 +69,18 @@ class ExecutionPlan(Part, frozen=True, kw_only=True):
 
 
 class Measurement(Part, frozen=True, kw_only=True):
-    """What was measured of one way to run a graph.
+    """A plan for a graph that was considered, its time, and whether it was chosen.
 
     Attributes:
         graph: its name.
         batch: examples in a call.
         runner: what ran it.
         precision: as in `ExecutionPlan`.
-        passes: those that changed the graph.
+        passes: the graph passes that changed it.
         threads: as in `ExecutionPlan`.
         median_us: the median of the turns' medians, in microseconds; null where it was not timed.
         spread: the interquartile range of the turns' medians, as a share of the median.
-        verdict: `chosen`, or why not, in words.
+        verdict: `chosen`, or the reason why not.
     """
 
     graph: str
@@ -106,12 +102,12 @@ class BuiltGraph(Part, frozen=True, kw_only=True):
 
     Attributes:
         file: its engine or ONNX file in the build's folder.
-        onnx_sha256: of the ONNX graph that the engine was made from; for ONNX, of the file.
+        onnx_sha256: of the ONNX graph that the engine was built from; for ONNX, of the file.
         structure: SHA-256 of that graph without the values of its weights.
-        passes: what was done to the graph: for each pass the number of places that it changed.
+        passes: the number of changes to the graph, by graph pass.
         kept: nodes of a low-precision graph that stayed in float32, each with the reason.
-        variants: on the CPU, how it runs, by rising batch; the last one's file is `file`. None: as it is, on ONNX
-            Runtime.
+        variants: on the CPU its plans, by increasing batch; the last one's file is `file`. Empty: `file` runs on ONNX
+            Runtime as it is.
     """
 
     file: str
@@ -132,15 +128,15 @@ class BuiltGraph(Part, frozen=True, kw_only=True):
 
 
 class Engine(Part, frozen=True, kw_only=True):
-    """What made the engines, and what they run on.
+    """What built the TensorRT engines, and what they run on.
 
     Attributes:
         flavour: of TensorRT.
-        version: its exact version; no other reads the engine.
+        version: of TensorRT, exactly; no other version reads the engine.
         capabilities: the compute capabilities that the engine runs on, such as `8.6`.
         platform: operating system and processor, such as `linux x86_64`.
         gpu: the GPU that it was built on; null where there was none.
-        driver: the version of CUDA that its driver had; null where there was none.
+        driver: the CUDA version of that GPU's driver; null where there was none.
     """
 
     flavour: FlavourName
@@ -157,14 +153,14 @@ class Engine(Part, frozen=True, kw_only=True):
 
 
 class Processor(Part, frozen=True, kw_only=True):
-    """What a build for the CPU was measured on.
+    """The processor that a build for the CPU was measured on.
 
     Attributes:
-        model: its name, as the system gives it.
+        model: its name, as the operating system reports it.
         architecture: such as `x86_64` or `aarch64`.
-        features: what it computes by itself, by the names of `processor.features`, sorted.
-        cores: that could be used.
-        threads: of these cores, that could be used.
+        features: its instruction sets, by the names of `processor.features`, sorted.
+        cores: number of cores that could be used.
+        threads: number of hardware threads of these cores that could be used.
     """
 
     model: str
@@ -183,11 +179,11 @@ class Processor(Part, frozen=True, kw_only=True):
 
 
 class Options(Part, frozen=True, kw_only=True):
-    """How a build was asked for.
+    """The options that a build was requested with.
 
     Attributes:
-        precision: what the heavy part of the graphs computes in, as asked for.
-        budget: the precision whose tolerances `auto` is held to.
+        precision: of matrix products and convolutions, as requested.
+        budget: the precision whose tolerances apply to `auto`.
         passes: the graph passes that may be used; null for builds of versions that had none.
         tf32: whether float32 products on a GPU may be rounded to TF32's 10 bits.
         nhwc: whether ONNX Runtime keeps channels last on CUDA.
@@ -205,12 +201,12 @@ class Options(Part, frozen=True, kw_only=True):
 
     @property
     def wanted(self) -> Wanted:
-        """What to ask `load` for to get such a build."""
+        """The precision with which `load` finds such a build."""
         return "tf32" if self.precision == "fp32" and self.tf32 else self.precision
 
     @property
     def tolerance(self) -> str:
-        """The name of the tolerances that a certificate is held to."""
+        """The name, in certificates, of the precision whose tolerances apply."""
         precision = self.budget if self.precision == "auto" else self.precision
         if precision == "fp32":
             return "tf32" if self.tf32 else "float32"
@@ -218,7 +214,7 @@ class Options(Part, frozen=True, kw_only=True):
 
 
 class Build(Part, frozen=True, kw_only=True):
-    """What `build.json` says.
+    """The content of `build.json`.
 
     Attributes:
         format: always `vae_export.build`.
@@ -228,17 +224,17 @@ class Build(Part, frozen=True, kw_only=True):
         manifest: the digest of the bundle's manifest.
         sources: SHA-256 of the bundle's graphs.
         target: what the build is for.
-        created: when it was made, UTC, ISO 8601.
-        options: how it was asked for.
+        created: date and time of the build, UTC, ISO 8601.
+        options: that it was requested with.
         graphs: encoder, decoder, reconstruct; generate for pictures; for ONNX Runtime score, where there is an ELBO.
         engine: of TensorRT; null for ONNX Runtime.
-        tools: versions of the packages that made the build.
-        measurements: on the CPU, every way to run a graph that was measured, and what became of it.
+        tools: versions of the packages that built it.
+        measurements: on the CPU, every plan for a graph that was considered, and whether it was chosen.
         absent: what could not be measured there, and why.
-        processor: on the CPU, what it was measured on; null for builds of versions that did not look.
-        calibrated: of graphs in 8 bits or float16, how many rows of which kind their activations were recorded on:
-            `calibration` data of the bundle, of its golden examples `held_out` data and `decoded` draws from the prior;
-            and of `prior`, the draws that the decoder was given.
+        processor: on the CPU, what it was measured on; null for builds of versions that did not record it.
+        calibrated: of graphs in int8 or float16, how many rows of which kind their activations were recorded on:
+            `calibration` data of the bundle, `held_out` data and `decoded` prior draws of its golden examples, and
+            `prior` draws as the decoder's input.
         files: every file of the build but the record, by its path with forward slashes.
     """
 
@@ -288,30 +284,31 @@ class Build(Part, frozen=True, kw_only=True):
     @property
     def held_to(self) -> dict[str, str]:
         """See `held_to`."""
-        asked = self.options
-        return held_to(self.precisions.items(), asked.budget if asked.precision == "auto" else None)
+        budget = self.options.budget if self.options.precision == "auto" else None
+        return held_to(self.precisions.items(), budget)
 
     @property
     def measured(self) -> bool:
-        """Whether it has a certificate: it ran where it was made."""
+        """Whether it has a certificate: its target was available where it was built."""
         return CERTIFICATE in self.files
 
     @property
     def exact(self) -> bool:
-        """Whether it holds float32's certificate."""
+        """Whether its certificate is one of float32."""
         return self.measured and set(self.held_to.values()) == {TOLERANCE_NAMES["fp32"]}
 
     @property
     def precisions(self) -> dict[str, Precision | Literal["tf32"]]:
-        """What the heavy nodes of each graph compute in, but those that were kept in float32."""
-        asked: Precision | Literal["tf32"] = "tf32" if self.options.wanted == "tf32" else _one(self.options.precision)
+        """The precision of each graph's products and convolutions, except nodes that were kept in float32."""
+        wanted = self.options.wanted
+        uniform: Precision | Literal["tf32"] = "fp32" if wanted == "auto" else wanted  # auto: the CPU's, with variants
         return {
-            name: min((variant.precision for variant in graph.variants), key=_RANK.index) if graph.variants else asked
+            name: min((variant.precision for variant in graph.variants), key=_RANK.index) if graph.variants else uniform
             for name, graph in self.graphs.items()
         }
 
     def in_words(self) -> str:
-        """What the graphs compute in, such as `float32` or `float32 encoder, int8 decoder`."""
+        """The graphs' precisions as text, such as `float32` or `float32 encoder, int8 decoder`."""
         names = {name: TOLERANCE_NAMES.get(kind, kind) for name, kind in self.precisions.items() if name in GRAPHS}
         if len(set(names.values())) == 1:
             return names["decoder"]
@@ -319,28 +316,23 @@ class Build(Part, frozen=True, kw_only=True):
 
 
 def held_to(precisions: Iterable[tuple[str, str]], budget: str | None) -> dict[str, str]:
-    """The precision whose tolerances encoder and decoder are held to, by its name in certificates.
+    """The precisions whose tolerances apply to encoder and decoder, by their names in certificates.
 
     Args:
-        precisions: graphs, fused ones included, and what each computes in.
-        budget: of `auto`: no looser than this; None is no limit.
+        precisions: of each graph, fused ones included.
+        budget: of `auto`: tolerances are no looser than this precision's; None is no limit.
     """
-    pairs, found = list(precisions), {}
+    pairs, names = list(precisions), {}
     for part in GRAPHS:
         kind = min((kind for graph, kind in pairs if part in parts_of(graph)), key=_RANK.index)
         if budget is not None:
             kind = max(kind, budget, key=_RANK.index)
-        found[part] = TOLERANCE_NAMES.get(kind, kind)
-    return found
+        names[part] = TOLERANCE_NAMES.get(kind, kind)
+    return names
 
 
-#: The least exact first.
+#: The least accurate first.
 _RANK: Final[Sequence[str]] = ("int8", "bf16", "fp16", "tf32", "fp32")
-
-
-def _one(asked: Asked) -> Precision:
-    """What all graphs without variants are in: `auto` is the CPU's, whose builds have variants."""
-    return "fp32" if asked == "auto" else asked
 
 
 RECORD_FORMAT = RecordFormat(
@@ -350,28 +342,32 @@ RECORD_FORMAT = RecordFormat(
     file="build.json",
     name="build's record",
     folder="build",
-    made="build",
+    command="build",
     remedy="Build it again (vae-export build)",
 )
 
 
 class BuildFolder(RecordFolder[Build]):
-    """An opened build: its record is verified, and nothing else of it has been read."""
+    """An opened build, as `RecordFolder`.
+
+    An engine is native code: it is opened from the user's own cache, or from a folder that the caller names, never
+    because a bundle contains it; and only after `compatibility` has compared its record with the machine.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the build at `path`.
 
         Raises:
             InputError: there is no folder at `path`.
-            BundleError: its record is missing, damaged, newer than this version or was changed.
+            BundleError: its record is missing, damaged, inconsistent or newer than this version.
         """
         super().__init__(path, RECORD_FORMAT)
 
     def check_source(self, manifest: Manifest) -> None:
-        """Refuse a build of another bundle.
+        """Check that this is a build of a bundle.
 
         Raises:
-            BundleError: it was made from another bundle, or from this one before it was exported again.
+            BundleError: it is a build of another bundle, or of this one before it was exported again.
         """
         if self.record.manifest == manifest.digest:
             names = {"batch", *manifest.model.data.named()}
@@ -392,26 +388,25 @@ class BuildFolder(RecordFolder[Build]):
         )
 
     def graphs(self) -> dict[str, bytes]:
-        """The verified bytes of all graphs; every other file is verified, too.
+        """The verified bytes of all graphs. Every other file is verified, too.
 
         Raises:
-            BundleError: a file is missing or was changed.
+            BundleError: a file is missing or damaged.
         """
-        found = {name: self.read(graph.file) for name, graph in self.record.graphs.items()}
+        contents = {name: self.read(graph.file) for name, graph in self.record.graphs.items()}
         self.check()
-        return found
+        return contents
 
     def variants(self) -> dict[str, list[tuple[ExecutionPlan, bytes]]]:
-        """How each graph of a build for the CPU runs, with its verified bytes, by rising batch.
+        """The plans of each graph of a build for the CPU, by increasing batch, with their graphs' verified bytes.
 
         Raises:
-            BundleError: a file is missing or was changed.
+            BundleError: a file is missing or damaged.
         """
-        chosen = {
+        plans = {
             name: graph.variants or (ExecutionPlan(file=graph.file, runner="onnxruntime"),)
             for name, graph in self.record.graphs.items()
         }
-        named = {variant.file for variants in chosen.values() for variant in variants}
-        contents = {file: self.read(file) for file in sorted(named)}
+        contents = {file: self.read(file) for file in sorted({plan.file for each in plans.values() for plan in each})}
         self.check()
-        return {name: [(v, contents[v.file]) for v in variants] for name, variants in chosen.items()}
+        return {name: [(plan, contents[plan.file]) for plan in each] for name, each in plans.items()}

@@ -1,4 +1,4 @@
-"""Open a bundle, trusting nothing in it, and create one atomically: see `sealed`."""
+"""Open a bundle, whose content is not trusted (see `folders`), and create one atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFEST = RECORD_FORMAT.file
 
 
 class Bundle(folders.RecordFolder[Manifest]):
-    """An opened bundle. Nothing but the manifest has been read; `read` and `check` do the rest.
+    """An opened bundle: its manifest is verified; `read` and `check` verify the other files.
 
     Attributes:
         path: the bundle's folder.
@@ -27,14 +27,17 @@ class Bundle(folders.RecordFolder[Manifest]):
 
         Raises:
             InputError: there is no folder at `path`.
-            BundleError: its manifest is missing, damaged, newer than this version or was changed.
+            BundleError: its manifest is missing, damaged, inconsistent or newer than this version.
         """
         super().__init__(path, RECORD_FORMAT)
 
     @property
     def manifest(self) -> Manifest:
-        """Its verified manifest."""
+        """The verified manifest."""
         return self.record
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}: {self.manifest!r})"
 
     def graph_files(self) -> set[str]:
         """The files that `graphs` reads."""
@@ -42,25 +45,25 @@ class Bundle(folders.RecordFolder[Manifest]):
         return {record.file for record in records} | {record.weights for record in records if record.weights}
 
     def graphs(self) -> tuple[dict[str, bytes], dict[str, Weights]]:
-        """The verified bytes of encoder and decoder, and those of the weights beside them, where there are any.
+        """The verified bytes of encoder and decoder, and their external weights, where there are any, by graph.
 
         Raises:
             BundleError: as `read`.
         """
         records = self.manifest.graphs
-        beside = {name: records[name].weights for name in GRAPHS}
+        external = {name: records[name].weights for name in GRAPHS}
         return (
             {name: self.read(records[name].file) for name in GRAPHS},
-            {name: Weights(PurePosixPath(file).name, self.read(file)) for name, file in beside.items() if file},
+            {name: Weights(PurePosixPath(file).name, self.read(file)) for name, file in external.items() if file},
         )
 
 
 @contextlib.contextmanager
 def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to fill and to end with `write_manifest`. On success it becomes the bundle at `path`.
+    """Yield a new folder to fill, at last with `write_manifest`. On success it becomes the bundle at `path`.
 
     Raises:
-        InputError: something is at `path` and overwrite is false, or what is there is not just a bundle.
+        InputError: as `folders.check_target`.
     """
     check_target(path, overwrite=overwrite)
     with atomic.atomic_folder(
@@ -70,10 +73,10 @@ def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place at which `create` cannot make a bundle. Errors as there."""
+    """As `folders.check_target`, for bundles."""
     folders.check_target(path, RECORD_FORMAT, overwrite=overwrite)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest into the folder of a bundle that is being made."""
+    """Write the manifest into the folder of a bundle that is being written."""
     (folder / MANIFEST).write_bytes(RECORD_FORMAT.encode(manifest))

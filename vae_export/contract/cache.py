@@ -1,4 +1,8 @@
-"""The user's cache of builds: `builds/<digest of the bundle's manifest>/<slot>/`."""
+"""The user's cache of builds: `builds/<digest of the bundle's manifest>/<slot>/`.
+
+A slot is named after the target for float32, and for each other precision after target and precision (`cpu-auto`,
+`cuda-fp16`), so that a build replaces no other.
+"""
 
 from __future__ import annotations
 
@@ -21,41 +25,38 @@ _SLOT = re.compile(
 
 
 def cache() -> Path:
-    """The folder of the user's own cache: VAE_EXPORT_CACHE, or where this system keeps caches."""
-    named = os.environ.get("VAE_EXPORT_CACHE")
-    return Path(named) if named else user_cache_path("vae_export", appauthor=False)
+    """The folder of the user's cache: VAE_EXPORT_CACHE, or the operating system's place for caches."""
+    folder = os.environ.get("VAE_EXPORT_CACHE")
+    return Path(folder) if folder else user_cache_path("vae_export", appauthor=False)
 
 
 def slot(target: str, wanted: Wanted = "fp32") -> str:
-    """The name under which the cache keeps a bundle's build for a target in a precision."""
+    """The name of the slot of a build for a target in a precision."""
     return target if wanted == "fp32" else f"{target}-{wanted}"
 
 
 def cached(manifest: Manifest, name: str) -> Path:
-    """Where the cache keeps a bundle's build of a slot, whether it is there or not."""
+    """The folder of a bundle's build in the cache, by the slot's name; it may not exist."""
     return cache() / "builds" / manifest.digest / name
 
 
 def cached_slots(manifest: Manifest) -> list[str]:
     """The slots in which the cache holds a build of this bundle."""
     folder = cache() / "builds" / manifest.digest
-    found = (
-        sorted(path.name for path in folder.iterdir() if (path / build_record.RECORD_FORMAT.file).is_file())
-        if folder.is_dir()
-        else []
-    )
-    return [name for name in found if _SLOT.fullmatch(name)]
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    record = build_record.RECORD_FORMAT.file
+    return [path.name for path in paths if (path / record).is_file() and _SLOT.fullmatch(path.name)]
 
 
 def slot_target(name: str) -> Target:
-    """The target of a slot that `cached_slots` gave."""
-    found = _SLOT.fullmatch(name)
-    assert found is not None
-    return parse(found[1])
+    """The target of a slot that `cached_slots` returned."""
+    match = _SLOT.fullmatch(name)
+    assert match is not None
+    return parse(match[1])
 
 
 def check_cache() -> Path:
-    """The cache, made if it is missing, that nobody but this user can reach: an engine is native code.
+    """The folder of the user's cache, created if it is missing. Only this user can reach it: an engine is native code.
 
     Raises:
         BackendError: it belongs to another user or is open to others.

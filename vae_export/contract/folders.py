@@ -1,8 +1,7 @@
-"""Folders whose record lists every file: read, trusting nothing in them, and written whole or not at all.
+"""Folders whose record lists every file with its size and SHA-256: bundles and builds.
 
-What is in such a folder may come from a stranger. Only listed files are read; each is read once, checked against
-its size and SHA-256, and the bytes that were checked are the bytes that are used. Links and special files are
-refused.
+The content of such a folder is not trusted. Only listed files are read; each is read once, checked against its size
+and SHA-256, and the bytes that were checked are the bytes that are used. Links and special files are refused.
 """
 
 from __future__ import annotations
@@ -15,49 +14,49 @@ import sys
 import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Final, Generic, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 from vae_export.contract import atomic
 from vae_export.contract.records import File, FolderRecord, RecordFormat
 from vae_export.errors import BundleError, InputError
 
-#: A record larger than this is not read.
+#: Bytes: a larger record is not read.
 _RECORD_LIMIT = 16 << 20
+#: Bytes that are read at once.
 _PIECE = 16 << 20
-#: Whether an open file keeps its content when the folder is replaced; on Windows it would keep it from being replaced.
-_HOLDS: Final = sys.platform != "win32"
 
 T = TypeVar("T", bound=FolderRecord)
 
 
 class RecordFolder(Generic[T]):
-    """An opened folder. Nothing but its record has been read; `read` and `check` do the rest.
+    """An opened folder: its record is verified; `read` and `check` verify its files.
 
-    Its files are held open for as long as it lives, so that a folder that is replaced meanwhile stays what it was.
+    Its files are held open (except on Windows), so that a folder that is replaced on disk stays readable as it was.
 
     Attributes:
         path: the folder.
         record: its verified record.
     """
 
-    def __init__(self, path: str | os.PathLike[str], seal: RecordFormat[T]) -> None:
+    def __init__(self, path: str | os.PathLike[str], format: RecordFormat[T]) -> None:
         """Open the folder at `path` and check its record.
 
         Args:
             path: the folder.
-            seal: the format of its record.
+            format: of its record.
 
         Raises:
             InputError: there is no folder at `path`.
-            BundleError: its record is missing, damaged, newer than this version or was changed.
+            BundleError: its record is missing, damaged, inconsistent or newer than this version.
         """
         self.path = Path(path)
-        self._seal = seal
+        self._format = format
         self._kept: dict[str, bytes] = {}
         if not self.path.is_dir():
-            found = "is a file" if self.path.exists() else "does not exist"
+            problem = "is a file" if self.path.exists() else "does not exist"
             raise InputError(
-                f"{self.path} {found}; expected the folder of a {seal.folder} (vae-export {seal.made} makes one)"
+                f"{self.path} {problem}; expected the folder of a {format.folder} "
+                f"(vae-export {format.command} makes one)"
             )
         self._open: dict[str, BinaryIO] = {}
         weakref.finalize(self, _close, self._open)
@@ -68,10 +67,10 @@ class RecordFolder(Generic[T]):
         """The verified content of a listed file.
 
         Raises:
-            BundleError: the file is not listed, missing, not a plain file, or its content was changed.
+            BundleError: the file is not listed, missing, not a regular file, or damaged.
         """
         if name not in self.record.files:
-            raise BundleError(f"{self.path}: {name} is not listed in the {self._seal.name} and is not read")
+            raise BundleError(f"{self.path}: {name} is not listed in the {self._format.name} and is not read")
         if name in self._kept:
             return self._kept.pop(name)
         content = self._content(name, self.record.files[name])
@@ -82,7 +81,7 @@ class RecordFolder(Generic[T]):
         """Verify every listed file that was not read yet.
 
         Args:
-            keep: files whose content stays in memory until `read` takes it, so that they are read once.
+            keep: files whose content stays in memory until `read` returns it, so that they are read once.
 
         Raises:
             BundleError: as `read`.
@@ -95,9 +94,9 @@ class RecordFolder(Generic[T]):
                     self._kept[name] = content
 
     def _open_all(self) -> T:
-        """The record, and with it every file that it lists, open: what replaces the folder later changes neither.
+        """Read the record and open every file that it lists.
 
-        A folder that is replaced meanwhile loses files, so that the one that is at the path then is opened.
+        A folder that is replaced meanwhile loses its files: then the one that is at the path now is opened.
         """
         while True:
             with _held(self.path) as folder:
@@ -106,10 +105,10 @@ class RecordFolder(Generic[T]):
             _close(self._open)
 
     def _try_open(self, folder: os.stat_result) -> T | None:
-        """The record, its files open; None if another folder came to be at the path."""
+        """Read the record and open its files; None if another folder is at the path by then."""
         try:
-            record = self._seal.decode(self._content(self._seal.file, None))
-            if _HOLDS:
+            record = self._format.decode(self._content(self._format.file, None))
+            if sys.platform != "win32":  # there an open file would keep the folder from being replaced
                 for name in record.files:
                     with contextlib.suppress(BundleError):  # `read` says why
                         self._open[name] = self._opened(name)
@@ -122,7 +121,7 @@ class RecordFolder(Generic[T]):
         return not self.path.is_dir() or os.path.samestat(folder, self.path.stat())
 
     def _opened(self, name: str) -> BinaryIO:
-        """A file of the folder, open.
+        """Open a file of the folder.
 
         Raises:
             BundleError: it or a folder on the way is a link, or it cannot be opened.
@@ -133,20 +132,20 @@ class RecordFolder(Generic[T]):
                 break
             if part.is_symlink():
                 raise BundleError(
-                    f"{path}: {part.name} is a symbolic link. Copy the {self._seal.folder} with its files instead"
+                    f"{path}: {part.name} is a symbolic link. Copy the {self._format.folder} with its files instead"
                 )
         try:
             return open(path, "rb", buffering=0, opener=_opener)
         except OSError as error:
-            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._seal.remedy}") from None
+            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._format.remedy}") from None
 
     def unlisted(self) -> list[str]:
         """Files in the folder that the record does not list. They are never read."""
-        found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir())
-        return sorted(set(found) - set(self.record.files) - {self._seal.file})
+        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
+        return sorted(present - set(self.record.files) - {self._format.file})
 
     def _content(self, name: str, expected: File | None, *, keep: bool = True) -> bytes:
-        """A file's content, checked; with `keep` false it is only checked, piece by piece."""
+        """A file's verified content; with `keep` false it is verified piece by piece, and empty bytes are returned."""
         path = self.path.joinpath(*PurePosixPath(name).parts)
         digest, pieces = hashlib.sha256(), []
         held = self._open.get(name)
@@ -160,28 +159,28 @@ class RecordFolder(Generic[T]):
                     if keep:
                         pieces.append(piece)
         except OSError as error:
-            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._seal.remedy}") from None
+            raise BundleError(f"{path}: cannot be read: {error.strerror}. {self._format.remedy}") from None
         if expected and (left != 1 or digest.hexdigest() != expected.sha256):
             raise BundleError(
-                f"{path}: its SHA-256 is not the one in the {self._seal.name}: it was damaged or changed. "
-                f"{self._seal.remedy}"
+                f"{path}: its SHA-256 is not the one in the {self._format.name}: it was damaged or changed. "
+                f"{self._format.remedy}"
             )
         return b"".join(pieces)
 
     def _check_status(self, path: Path, status: os.stat_result, expected: File | None) -> int:
-        """Refuse what is not a plain file of the expected size. Gives the largest size that may be read."""
+        """Raise for what is not a regular file of the expected size; return the largest size that may be read."""
         if not stat.S_ISREG(status.st_mode):
             raise BundleError(f"{path}: is not a plain file")
         if status.st_nlink > 1:
             raise BundleError(
-                f"{path}: is a hard link, so that it can be changed from outside the {self._seal.folder}. "
-                f"Copy the {self._seal.folder} with its content instead"
+                f"{path}: is a hard link, so that it can be changed from outside the {self._format.folder}. "
+                f"Copy the {self._format.folder} with its content instead"
             )
         limit = _RECORD_LIMIT if expected is None else expected.size
         if status.st_size > limit or (expected and status.st_size != limit):
             raise BundleError(
                 f"{path}: has {status.st_size} bytes, expected {'at most ' * (expected is None)}{limit}. "
-                f"It is truncated or was changed. {self._seal.remedy}"
+                f"It is truncated or was changed. {self._format.remedy}"
             )
         return limit
 
@@ -194,8 +193,8 @@ def _close(opened: dict[str, BinaryIO]) -> None:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[os.stat_result]:
-    """What the folder at `path` is; while it is held, no other gets its number."""
-    if not _HOLDS:
+    """The status of the folder at `path`, held open so that no other folder can get its inode number."""
+    if sys.platform == "win32":  # cannot open a folder
         yield path.stat()
         return
     handle = os.open(path, os.O_RDONLY)
@@ -206,27 +205,28 @@ def _held(path: Path) -> Iterator[os.stat_result]:
 
 
 def _opener(path: str, flags: int) -> int:
-    """Open neither a link nor, waiting for somebody to write, a FIFO."""
+    """Open without following a link, and without waiting for the writer of a FIFO."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
-def check_target(path: Path, seal: RecordFormat[T], *, overwrite: bool) -> None:
-    """Refuse a place at which no such folder can be made, or one that holds more than such a folder.
+def check_target(path: Path, format: RecordFormat[T], *, overwrite: bool) -> None:
+    """Check that a folder of this format may be written to `path`.
 
     Raises:
-        InputError: something is at `path` and overwrite is false, or what is there is not just such a folder.
+        InputError: something is at `path` and overwrite is false, or it is not a whole folder of this format, or it
+            holds other files, which would be lost.
     """
     atomic.check_target(path, overwrite=overwrite)
     if path.is_dir() and any(path.iterdir()):
         try:
-            strangers = RecordFolder(path, seal).unlisted()
+            others = RecordFolder(path, format).unlisted()
         except BundleError as error:
             raise InputError(
-                f"{path} exists and is not a whole {seal.folder} ({error}). Remove it yourself, or choose another path"
+                f"{path} exists and is not a whole {format.folder} ({error}). Remove it yourself or choose another path"
             ) from None
-        if strangers:
+        if others:
             raise InputError(
-                f"{path} holds files that are not the {seal.folder}'s: {', '.join(strangers[:5])}. Move them away, or "
+                f"{path} holds files that are not the {format.folder}'s: {', '.join(others[:5])}. Move them away, or "
                 "choose another path"
             )
 

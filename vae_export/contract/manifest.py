@@ -1,6 +1,6 @@
-"""The manifest: what a bundle contains and what its model is. The contract of exporter and runtime.
+"""The manifest of a bundle, `manifest.json`: its files and its model. The contract between exporter and runtime.
 
-`manifest.json` is a sealed record: see `records`.
+It is a record with a digest: see `records`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from vae_export.contract.model import GRAPHS, Cost, Model, Tensor, signature_text
+from vae_export.contract.model import GRAPHS, Cost, Model, Tensor, shape_text, signature_text
 from vae_export.contract.records import File, Part, RecordFormat, check_paths, check_text
 
 FORMAT: Final = "vae_export.bundle"
@@ -16,18 +16,18 @@ VERSION: Final = 1
 
 
 class Tiled(Part, frozen=True, kw_only=True):
-    """How far tiles move what a graph gives, in pixels of the picture: tiled against untiled, measured at the export.
+    """The error of running a graph in tiles, in pixels: tiled against untiled, measured at the export.
 
-    For the decoder these are its own pixels; for the encoder those of the untiled decoder, given the latents that were
-    encoded in tiles and the ones that were not. Pixels are clamped to the data's range.
+    For the decoder these are its own pixels; for the encoder those that the untiled decoder gives for latents encoded
+    in tiles, against those for latents encoded untiled. Pixels are clamped to the data's range.
 
     Attributes:
-        tile: height and width of the tiles, with an overlap of a quarter.
+        tile: height and width of the tiles, which overlap by a quarter.
         size: height and width of the pictures.
         worst: the largest difference, in levels of 255.
-        off1: the share of values off by more than 1 of 255.
-        off2: the share of values off by more than 2 of 255.
-        psnr: dB of the range; 300 where nothing differs.
+        off1: the share of values that differ by more than 1 of 255.
+        off2: the share of values that differ by more than 2 of 255.
+        psnr: peak signal-to-noise ratio, in dB; 300 where nothing differs.
     """
 
     tile: tuple[int, int]
@@ -55,13 +55,13 @@ class Graph(Part, frozen=True, kw_only=True):
     """One ONNX graph.
 
     Attributes:
-        file: its file in the bundle; size and hash are in `Manifest.files`.
+        file: its path in the bundle; size and hash are in `Manifest.files`.
         opset: the version of the standard ONNX operators that it uses.
         inputs: in the graph's order.
         outputs: in the graph's order.
         cost: of one example; null where it was not counted.
-        weights: the file beside it that has its large weights, where one file would be too large; or null.
-        tiled: how far tiles move what it gives; null where it takes none, or where it was not measured.
+        weights: the file beside it with its external weights, where one file would be too large; or null.
+        tiled: the error of running it in tiles; null where it cannot be tiled, or where that was not measured.
     """
 
     file: str
@@ -96,17 +96,17 @@ class GoldenSize(Part, frozen=True, kw_only=True):
 
 
 class Golden(Part, frozen=True, kw_only=True):
-    """The examples of `golden.safetensors`, in its order. Their noise is made again from the seed.
+    """The examples of `golden.safetensors`, in its order. Their noise is generated again from the seed.
 
     Attributes:
         seed: of the noise.
         reference: what computed the results, such as `PyTorch 2.13.0 float64`.
         extremes: rows at the ends of the data's range.
-        held_out: rows of data, best such as the model was not trained on.
-        decoded: rows of decoded prior draws, which stand in where there is too little data.
+        held_out: rows of data, if possible data that the model was not trained on.
+        decoded: rows of decoded prior draws, which take the place of data where there is too little of it.
         prior: draws from the prior.
-        draws: perturbed runs of the reference from which float32's tolerances come; 0 for bundles that have none, whose
-            certificate cannot be measured.
+        draws: perturbed runs of the reference, from which float32's tolerances follow; 0 for bundles without them,
+            whose certificate cannot be measured.
         sizes: further sizes of the data's named dimensions, in the order of the file.
     """
 
@@ -140,7 +140,7 @@ class Origin(Part, frozen=True, kw_only=True):
         kind: `checkpoint` (of our trainer), `diffusers` (a folder) or `module` (a PyTorch module).
         name: the checkpoint folder's or the module class's name.
         weights_sha256: hash of the weights' files, or of a module's tensors by name.
-        data: what the model was trained on, where that is known.
+        data: the model's training data, where that is known.
     """
 
     kind: Literal["checkpoint", "diffusers", "module"]
@@ -153,7 +153,7 @@ class Origin(Part, frozen=True, kw_only=True):
 
 
 class Manifest(Part, frozen=True, kw_only=True):
-    """What `manifest.json` says.
+    """The content of `manifest.json`.
 
     Attributes:
         format: always `vae_export.bundle`.
@@ -165,7 +165,7 @@ class Manifest(Part, frozen=True, kw_only=True):
         graphs: `encoder` (x → posterior) and `decoder` (z → likelihood).
         golden: what `golden.safetensors` holds.
         origin: where the model came from.
-        tools: versions of the packages that made the bundle.
+        tools: versions of the packages that exported the bundle.
         files: every file of the bundle but the manifest, by its path with forward slashes.
     """
 
@@ -194,6 +194,11 @@ class Manifest(Part, frozen=True, kw_only=True):
         if missing:
             raise ValueError(f"files: {', '.join(sorted(missing))} must be listed")
 
+    def __repr__(self) -> str:
+        model = self.model
+        shapes = f"{shape_text(model.data.shape)} → {shape_text(model.latent.shape)}"
+        return f"Manifest({self.name!r}, {model.architecture} {shapes}, {len(self.files)} files)"
+
     def _check_graph(self, name: str) -> None:
         graph = self.graphs[name]
         if graph.file not in self.files:
@@ -218,6 +223,6 @@ RECORD_FORMAT = RecordFormat(
     file="manifest.json",
     name="manifest",
     folder="bundle",
-    made="export",
+    command="export",
     remedy="Export or copy the bundle again",
 )

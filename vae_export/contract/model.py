@@ -9,6 +9,8 @@ from typing import Literal
 from vae_export.contract.records import Part, check_text
 from vae_export.errors import InputError
 
+LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
+PosteriorKind = Literal["diagonal_gaussian", "deterministic"]
 #: The decoder's outputs, in order, for each likelihood p(x|z). `sample` is always the mean of p(x|z).
 DECODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "bernoulli": ("sample", "logits"),
@@ -17,55 +19,35 @@ DECODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "discretized_logistic": ("sample", "location", "log_scale"),
     "none": ("sample",),
 }
-
-
 #: The encoder's outputs, in order, for each posterior q(z|x).
 ENCODER_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "diagonal_gaussian": ("mean", "logvar"),
     "deterministic": ("mean",),
 }
-
-
-#: A height and width to look at a model with, where nobody names one: latents of 8 × 8 for Stable Diffusion.
+#: The height and width of examples where none is given: latents of 8 × 8 for Stable Diffusion.
 EXAMPLE_SIZE = 64
-
-
 #: The outputs of the graph `score`, in order: log p(x|z) at one draw z, KL(q(z|x) || p(z)), and their difference.
 SCORE_OUTPUTS = ("log_likelihood", "kl", "elbo")
-
-
 #: The graphs of a bundle: encoder x → q(z|x), decoder z → p(x|z).
 GRAPHS = ("encoder", "decoder")
-
-
 #: The graphs that only builds have: see `Model.signature`.
 FUSED = ("reconstruct", "generate", "score")
-
-
 #: The largest size of a dimension.
 MAX_SIZE = (1 << 31) - 1
-
-
-#: The largest coefficient of a cost: far above any model, and far enough below what a float can hold.
+#: The largest coefficient of a cost: far above any model's, and far below the largest float64.
 _MAX_COST = 1e24
 
 
 def parts_of(graph: str) -> tuple[str, ...]:
-    """Those of GRAPHS that a graph has in it."""
+    """Which of GRAPHS a graph contains."""
     return {"encoder": ("encoder",), "decoder": ("decoder",), "generate": ("decoder",)}.get(graph, GRAPHS)
-
-
-LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
-
-
-PosteriorKind = Literal["diagonal_gaussian", "deterministic"]
 
 
 class SizeDim(Part, frozen=True, kw_only=True):
     """A dimension of the data that may differ from call to call, such as the height of an image.
 
     Attributes:
-        name: what it is called, such as `height`; unique within the shape.
+        name: such as `height`; unique within the shape.
         multiple_of: every size is a multiple of this, ≥ 1.
         min: the smallest size, ≥ 1.
         max: the largest size, or null where the model sets none.
@@ -116,8 +98,7 @@ class Data(Part, frozen=True, kw_only=True):
 
     Attributes:
         shape: one example's shape without the batch, such as [1, 28, 28]: integers or named dimensions.
-        range: the smallest and the largest value that the model was trained on. uint8 pictures are scaled
-            onto it.
+        range: the smallest and the largest value of the training data. uint8 pictures are scaled to it.
     """
 
     shape: tuple[int | SizeDim, ...]
@@ -140,11 +121,11 @@ class Latent(Part, frozen=True, kw_only=True):
     Attributes:
         shape: one latent's shape without the batch: flat [D] or spatial [C, h, w], integers or dimensions
             that follow the data's.
-        scaling: for latent diffusion: such a pipeline works on (z − shift) · scaling, or, where there are a
-            mean and a deviation, on (z − mean) · scaling / std. The graphs of a bundle never apply it.
+        scaling: for latent diffusion, which works on (z − shift) · scaling or, where there are mean and std, on
+            (z − mean) · scaling / std. The graphs of a bundle never apply it.
         shift: see scaling.
         mean: of each channel, or null; see scaling.
-        std: of each channel, > 0, or null.
+        std: of each channel, > 0, or null; see scaling.
     """
 
     shape: tuple[int | LatentDim, ...]
@@ -167,12 +148,12 @@ class Latent(Part, frozen=True, kw_only=True):
 
     @property
     def scaled(self) -> bool:
-        """Whether a diffusion model works on other values than the encoder's."""
+        """Whether a latent diffusion model works on other values than the encoder's."""
         return self.scaling != 1.0 or self.shift != 0.0 or self.mean is not None
 
     @property
     def formula(self) -> str:
-        """What a diffusion model works on, as a formula of z."""
+        """The values that a latent diffusion model works on, as a formula of z."""
         if self.mean is not None and self.std is not None:
             mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
             return f"(z − mean) · {self.scaling:g} / std, mean ({mean}), std ({std})"
@@ -180,7 +161,7 @@ class Latent(Part, frozen=True, kw_only=True):
 
 
 class Posterior(Part, frozen=True, kw_only=True):
-    """The approximate posterior q(z|x) that the encoder gives.
+    """The approximate posterior q(z|x), whose parameters are the encoder's outputs.
 
     Attributes:
         kind: `diagonal_gaussian` (the graph's outputs: mean, logvar) or `deterministic` (mean).
@@ -195,14 +176,14 @@ class Posterior(Part, frozen=True, kw_only=True):
 
 
 class Likelihood(Part, frozen=True, kw_only=True):
-    """The likelihood p(x|z) that the decoder gives.
+    """The likelihood p(x|z), whose parameters are the decoder's outputs.
 
     Attributes:
         kind: the distribution of each value of x; DECODER_OUTPUTS has the graph's outputs for each.
         variance: the one variance of `gaussian_fixed`, > 0; null for the others.
         logvar_clamp: the limits between which the decoder's graph clamps sample_logvar, or null.
         log_scale_clamp: the limits between which it clamps log_scale, or null.
-        nominal: the model was not trained with this likelihood: it is a convention, and so is the ELBO.
+        nominal: the model was not trained with this likelihood: it and the ELBO are conventions.
     """
 
     kind: LikelihoodKind
@@ -243,14 +224,14 @@ class Model(Part, frozen=True, kw_only=True):
     """The model that the graphs compute.
 
     Attributes:
-        architecture: the model's name, such as `conv`. For people; nothing depends on it.
+        architecture: the model's name, such as `conv`. It is only shown.
         parameters: the number of trained values in encoder and decoder.
         data: the examples x.
         latent: the latents z.
         prior: p(z).
         posterior: q(z|x).
         likelihood: p(x|z).
-        force_upcast: its makers say that it overflows in float16.
+        force_upcast: the model is declared to overflow in float16 (diffusers' field of this name).
     """
 
     architecture: str
@@ -291,7 +272,7 @@ class Model(Part, frozen=True, kw_only=True):
 
     @property
     def has_samples(self) -> bool:
-        """Whether the prior is one that the model was trained with, so that decoded draws from it are samples."""
+        """Whether the model was trained with its prior, so that decoded draws from it are samples."""
         return self.has_elbo and not self.likelihood.nominal
 
     def latent_shape(self, size: Mapping[str, int] | None = None) -> tuple[int, ...]:
@@ -321,9 +302,9 @@ class Model(Part, frozen=True, kw_only=True):
         """A graph's inputs and outputs, in order.
 
         Args:
-            graph: one of GRAPHS, or of those that only builds have: `reconstruct` (x, and eps ~ N(0, I) unless
-                the encoder is deterministic → sample), `generate` (z → image, uint8, channels last) and, where
-                `has_elbo`, `score` (x, eps → SCORE_OUTPUTS, nats of each example, float64).
+            graph: one of GRAPHS, or of FUSED: `reconstruct` (x, and eps ~ N(0, I) unless the encoder is deterministic
+                → sample), `generate` (z → image, uint8, channels last) and, where `has_elbo`, `score` (x, eps →
+                SCORE_OUTPUTS, nats of each example, float64).
         """
         shape = self.data.shape
         data = tuple(dim.name if isinstance(dim, SizeDim) else dim for dim in shape)
@@ -352,7 +333,7 @@ class Model(Part, frozen=True, kw_only=True):
         return {dim.name: size for dim, size in dims if isinstance(dim, SizeDim)}
 
     def tensor_shape(self, tensor: Tensor, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """A graph's input or output in numbers, for a batch of examples of these sizes."""
+        """The shape of a graph's input or output, for a batch of examples of these sizes."""
         latent = [dim for dim in self.latent.shape if isinstance(dim, LatentDim)]
         known = {"batch": batch, **{str(dim): sizes[dim.name] // dim.divided_by for dim in latent}, **sizes}
         return tuple(dim if isinstance(dim, int) else known[dim] for dim in tensor.shape)
@@ -364,14 +345,13 @@ class Model(Part, frozen=True, kw_only=True):
 
 
 class Cost(Part, frozen=True, kw_only=True):
-    """What one example costs in a graph, as a polynomial of its pixels: c0 + c1 · p + c2 · p², p = height · width.
+    """The cost of one example in a graph, as polynomials of its pixels: c0 + c1 · p + c2 · p², p = height · width.
 
     For data without named dimensions it is the constant c0. The square is that of attention.
 
     Attributes:
-        multiply_adds: of convolutions and products.
-        activations: the most bytes of float32 intermediate results that are needed at once, as counted in PyTorch;
-            a backend may need more.
+        multiply_adds: of convolutions and matrix products.
+        activations: peak bytes of float32 intermediate results, as counted in PyTorch; a backend may need more.
     """
 
     multiply_adds: tuple[float, float, float]
@@ -389,11 +369,13 @@ class Cost(Part, frozen=True, kw_only=True):
 
 
 def signature_text(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> str:
-    def end(tensor: Tensor) -> str:
+    """A signature as messages show it: `x (batch, 1, 8, 8) → mean (batch, 20), logvar (batch, 20)`."""
+
+    def text(tensor: Tensor) -> str:
         dtype = f"{tensor.dtype} " * (tensor.dtype != "float32")
         return f"{tensor.name} {dtype}({', '.join(map(str, tensor.shape))})"
 
-    return " → ".join(", ".join(map(end, tensors)) for tensors in (inputs, outputs))
+    return " → ".join(", ".join(map(text, tensors)) for tensors in (inputs, outputs))
 
 
 def _check_clamp(clamp: tuple[float, float] | None, kind: str, owner: str) -> None:

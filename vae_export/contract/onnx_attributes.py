@@ -1,7 +1,7 @@
-"""Which nodes, and which values of attributes of ONNX operators: a backend that meets others may end the process.
+"""Nodes and attribute values of ONNX operators that a backend does not check and that may end the process.
 
-Attributes mean the same in all operators of the standard that have them, so one table by name serves all. Fields of
-onnx.proto3's AttributeProto come in as they lie on the wire.
+Attributes mean the same in all operators of the standard that have them, so one table by name serves all. Arguments
+are the fields of onnx.proto3's AttributeProto as they are encoded.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _RANGES: Final[dict[str, tuple[int, int, int]]] = {
     "transB": (_INT, 0, 1),
 }
 
-#: Where sizes that are only known when they are run do not fit, these read or write beyond their arrays, or abort.
-_UNSAFE: Final = {"DFT", "MaxRoiPool", "ReverseSequence", "RoiAlign", "STFT"}
+#: Operators that read or write out of bounds, or abort, for sizes that are only known at run time.
+UNSAFE: Final = {"DFT", "MaxRoiPool", "ReverseSequence", "RoiAlign", "STFT"}
 
 
 def node_problem(operator: str, inputs: list[str], outputs: list[str]) -> str | None:
@@ -47,11 +47,11 @@ def node_problem(operator: str, inputs: list[str], outputs: list[str]) -> str | 
 
     Args:
         operator: of the standard.
-        inputs: names of its inputs; one that is left out has an empty one.
+        inputs: names of its inputs; empty for one that is left out.
         outputs: likewise.
     """
-    if operator in _UNSAFE:
-        return "it can end the process where sizes do not fit, which cannot be told before. Use other operators"
+    if operator in UNSAFE:
+        return "it can end the process for sizes that are only known at run time. Use other operators"
     if operator == "Split" and "" in outputs:
         return f"of its {len(outputs)} outputs, {outputs.count('')} have no name; expected a name for each"
     if operator == "LayerNormalization" and "" in inputs:
@@ -65,20 +65,20 @@ def problem(name: str, kind: int, number: int | None, numbers: list[int], output
     Args:
         name: of the attribute.
         kind: its AttributeType.
-        number: its whole number as a varint, if it has one.
-        numbers: its list of whole numbers, likewise.
-        outputs: how many the node has.
+        number: its integer as a varint, if it has one.
+        numbers: its list of integers, likewise.
+        outputs: the number of the node's outputs.
     """
     if name not in _RANGES:
         return None
     wanted, low, high = _RANGES[name]
     values = [value - (1 << 64) if value >> 63 else value for value in ([number or 0] if wanted == _INT else numbers)]
     if kind != wanted or (wanted == _INT and numbers) or (wanted == _INTS and number is not None):
-        return f"{name} is of another type; expected {'a whole number' if wanted == _INT else 'whole numbers'}"
+        return f"{name} is of another type; expected {'an integer' if wanted == _INT else 'integers'}"
     if not all(low <= value <= high for value in values):
         return f"{name} is {values[0] if wanted == _INT else values}; expected {low} to {high}"
     if name == "perm" and sorted(values) != list(range(len(values))):
         return f"perm is {values}; expected each of 0 to {len(values) - 1} once"
     if name == "num_outputs" and values[0] != outputs:
-        return f"num_outputs is {values[0]}; it has {outputs} outputs"
+        return f"num_outputs is {values[0]}; the node has {outputs} outputs"
     return None

@@ -1,9 +1,10 @@
-"""Strict records, and the canonical JSON with a digest over itself that seals a folder.
+"""Strict records, and their canonical JSON with a digest.
 
-A sealed record is two-space indented JSON in the order of its fields, ended by a newline. It carries a SHA-256
-over its own bytes, and reading it is strict: unknown fields, other types, another order or other white space are
-refused. What has its default value is not written, so that fields may be added: old records keep their canonical
-bytes, and every released version stays readable. A newer version is refused by name.
+A record with a digest is two-space indented JSON in the order of its fields, ended by a newline. Its digest is the
+SHA-256 of its own bytes (a checksum, not a signature), and reading it is strict: unknown fields, other types, another
+order or other white space are refused. Fields with their default value are not written, so that fields may be added:
+old records keep their canonical bytes, and every released version stays readable. A newer version is refused with a
+message that names it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Part(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """A record that is sealed, or a part of one. What has its default value is not written."""
+    """A record of canonical JSON, or a part of one: fields with their default value are not written."""
 
 
 class File(Part, frozen=True, kw_only=True):
-    """A file of a sealed folder.
+    """A file that a record lists.
 
     Attributes:
         size: in bytes.
@@ -45,8 +46,10 @@ class File(Part, frozen=True, kw_only=True):
 
 
 class FolderRecord(Protocol):
-    """What a record needs to seal a folder: `digest`, the SHA-256 of its own bytes with this field empty, and
-    `files`, every file of the folder but the record, by its path with forward slashes.
+    """A record that lists the files of its folder.
+
+    Its fields include `digest`, the SHA-256 of its own bytes with this field empty, and `files`, every file of the
+    folder but the record itself, by its path with forward slashes.
     """
 
     @property
@@ -65,17 +68,17 @@ T = TypeVar("T", bound=FolderRecord)
 
 @dataclass(frozen=True)
 class RecordFormat(Generic[T]):
-    """A format of sealed records, and its words for messages.
+    """A format of records with a digest, and how messages name it.
 
     Attributes:
         record: the type, whose first fields are `format` and `version`.
-        format: the value of its first.
+        format: the value of its field `format`.
         version: the newest version that is read.
-        file: the record's name in its folder, such as `manifest.json`.
-        name: the record in words, such as `manifest`.
-        folder: the folder in words, such as `bundle`.
-        made: what made it, such as `export`.
-        remedy: what to do about a broken one, such as `Export the model again`.
+        file: the record's file name in its folder, such as `manifest.json`.
+        name: how messages call the record, such as `manifest`.
+        folder: how messages call the folder, such as `bundle`.
+        command: the command that writes it, such as `export`.
+        remedy: what to do about a damaged one, such as `Export the model again`.
     """
 
     record: type[T]
@@ -84,12 +87,12 @@ class RecordFormat(Generic[T]):
     file: str
     name: str
     folder: str
-    made: str
+    command: str
     remedy: str
 
     def encode(self, record: T) -> bytes:
-        """The canonical bytes of a record, its digest filled in."""
-        # A field is left out where it is its default's own object, not where it equals it: as reading gives it.
+        """The canonical bytes of a record, with its digest."""
+        # msgspec leaves a field out where it is the default's own object, not where it equals it: decoding shares it.
         record = msgspec.json.decode(msgspec.json.encode(record), type=self.record)
         return _canonical(record, hashlib.sha256(_canonical(record, "")).hexdigest())
 
@@ -97,7 +100,7 @@ class RecordFormat(Generic[T]):
         """Read a record strictly.
 
         Raises:
-            BundleError: it is no such record, is newer than this version, or was changed after it was written.
+            BundleError: it is not such a record, newer than this version, or damaged or inconsistent.
         """
         try:
             header = msgspec.json.decode(raw, type=_Header)
@@ -116,14 +119,14 @@ class RecordFormat(Generic[T]):
             raise BundleError(f"{self.file}: {_one_line(error)}") from None
         if self.encode(record) != raw:
             raise BundleError(
-                f"{self.file} was changed after the {self.made}: its digest or its form does not match its content. "
+                f"{self.file} was changed after the {self.command}: its digest or its form does not match its content. "
                 f"{self.remedy}"
             )
         return record
 
 
 def _one_line(error: Exception) -> str:
-    """A message with names from the record, which could pass for lines of ours."""
+    """A message on one line: names from the record in it may contain line ends."""
     return str(error).replace("\n", "\\n")
 
 
@@ -142,14 +145,14 @@ def is_sha256(text: str) -> bool:
 
 
 def check_text(*texts: str) -> None:
-    """Refuse what would do more in a terminal than be read."""
+    """Raise ValueError for control characters and other text that is not printable."""
     for text in texts:
         if not text.isprintable():
             raise ValueError(f"printable text expected, got {text!r}")
 
 
 def check_paths(paths: Iterable[str]) -> None:
-    """Refuse what is not a plain relative path with forward slashes."""
+    """Raise ValueError for what is not a plain relative path with forward slashes."""
     for path in paths:
         pure = PurePosixPath(path)
         if (

@@ -15,46 +15,31 @@ from vae_export.contract.records import Part
 from vae_export.errors import InputError
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-
-
-#: What can be asked for: `auto` is the fastest of all that holds.
+#: What a build can be requested in: `auto` is the fastest precision within its tolerances.
 Asked = Literal["auto", "fp32", "fp16", "bf16", "int8"]
-
-
-#: What can be loaded: float32 whose products a GPU may round to TF32's 10 bits, too.
+#: What can be loaded: also float32 whose products a GPU may round to TF32's 10 bits.
 Wanted = Literal["auto", "fp32", "tf32", "fp16", "bf16", "int8"]
-
-
 Runner = Literal["onnxruntime", "openvino"]
-
-
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
-
-
+#: The smallest, middle and largest value.
 Range = tuple[int, int, int]
-
-
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-
-#: The names of a precision in certificates.
+#: The names of precisions in certificates.
 TOLERANCE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
-
-
 TARGET_PATTERN = re.compile(r"cpu|cuda|tensorrt|tensorrt-rtx(?:-sm(\d{1,2})(\d))?")
-
-
 _TARGETS = "cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for a compute capability such as sm89"
+_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a build is for.
+    """The runtime, and the device, that a build is for.
 
     Attributes:
-        name: as it was asked for, such as `tensorrt-rtx-sm89`.
+        name: such as `tensorrt-rtx-sm89`.
         flavour: of TensorRT, or None for ONNX Runtime.
-        capability: the one compute capability that was asked for, such as `8.9`, or None.
+        capability: the compute capability in the name, such as `8.9`, or None.
     """
 
     name: str
@@ -71,22 +56,22 @@ def parse(name: str) -> Target:
     """A target by its name.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: no target has this name.
     """
-    if not isinstance(name, str) or not (found := TARGET_PATTERN.fullmatch(name)):
+    if not isinstance(name, str) or not (match := TARGET_PATTERN.fullmatch(name)):
         raise InputError(f"build: target is {name!r}; expected {_TARGETS}")
     flavour: FlavourName | None = None
     if name.startswith("tensorrt"):
         flavour = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
-    return Target(name, flavour, f"{found[1]}.{found[2]}" if found[1] else None)
+    return Target(name, flavour, f"{match[1]}.{match[2]}" if match[1] else None)
 
 
 class Profile(Part, frozen=True, kw_only=True):
-    """Shapes that an engine takes, fastest at the middle ones: (smallest, middle, largest).
+    """An optimization profile of an engine: the shapes that it takes. It is fastest at the middle ones.
 
     Attributes:
-        batch: of examples.
-        sizes: of the data's named dimensions.
+        batch: smallest, middle and largest number of examples.
+        sizes: likewise of the data's named dimensions.
     """
 
     batch: Range
@@ -106,7 +91,7 @@ class Profile(Part, frozen=True, kw_only=True):
         return low, middle, high
 
     def fits(self, batch: int, sizes: Mapping[str, int]) -> bool:
-        """Whether a batch of examples of these sizes can run, filled up to the smallest batch."""
+        """Whether a batch of examples of these sizes can run, padded to the smallest batch where it is smaller."""
         return batch <= self.batch[2] and all(
             name in sizes and low <= sizes[name] <= high for name, (low, _, high) in self.sizes.items()
         )
@@ -131,13 +116,13 @@ def profiles(
     *,
     static: bool = False,
 ) -> tuple[Profile, ...]:
-    """One profile for each batch size and each size: a batch between two belongs to the larger one.
+    """One profile for each batch size and each size: a batch between two batch sizes belongs to the larger one.
 
     Args:
         model: whose data may have named dimensions.
-        batches: rising or not, each ≥ 1.
+        batches: in any order, each ≥ 1.
         sizes: of the named dimensions; empty for data of fixed size.
-        static: take these batches and sizes only; a smaller batch is filled up.
+        static: take these batches and sizes only; a smaller batch is padded.
 
     Raises:
         InputError: a batch size is below 1, or a size is not one that the model takes.
@@ -151,14 +136,14 @@ def profiles(
     named = model.data.named()
     for size in sizes or [{}]:
         model.latent_shape(size)
-    made = []
+    result = []
     for size in sizes or [{}]:
         ranges = {
             name: (value if static else _smallest(named[name], value), value, value) for name, value in size.items()
         }
         for before, batch in zip([0, *batches], batches, strict=False):
-            made.append(Profile(batch=(batch if static else before + 1, batch, batch), sizes=ranges))
-    return tuple(made)
+            result.append(Profile(batch=(batch if static else before + 1, batch, batch), sizes=ranges))
+    return tuple(result)
 
 
 def _smallest(dim: SizeDim, largest: int) -> int:
@@ -166,7 +151,7 @@ def _smallest(dim: SizeDim, largest: int) -> int:
 
 
 def choose(profiles: Sequence[Profile], batch: int, sizes: Mapping[str, int]) -> tuple[int, int] | None:
-    """The smallest profile that fits: its index, and the batch to run at, which may be larger. None if none does."""
+    """The index of the smallest profile that fits, and the batch to run at, which may be larger; None if none fits."""
     fitting = [(p.volume, index) for index, p in enumerate(profiles) if p.fits(batch, sizes)]
     if not fitting:
         return None
@@ -174,9 +159,6 @@ def choose(profiles: Sequence[Profile], batch: int, sizes: Mapping[str, int]) ->
     return index, max(batch, profiles[index].batch[0])
 
 
-_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
-
-
 def title(flavour: FlavourName) -> str:
-    """A flavour's name in words."""
+    """The product name of a flavour."""
     return _TITLES[flavour]

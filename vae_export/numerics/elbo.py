@@ -20,7 +20,7 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 
 def per_example(terms: Array) -> Float64:
-    """Sum (B, ...) terms over everything but the first axis: (B,) float64."""
+    """Sum terms (B, …) over all axes but the first: (B,) float64."""
     total: Float64 = terms.reshape(len(terms), -1).sum(axis=1, dtype=np.float64)
     return total
 
@@ -31,7 +31,7 @@ def kl_terms(mean: Array, logvar: Array) -> Float64:
     Kingma & Welling 2014, appendix B: ½ (mean² + exp(logvar) − 1 − logvar).
     """
     mean, logvar = np.asarray(mean, np.float64), np.asarray(logvar, np.float64)
-    with np.errstate(over="ignore"):  # a variance above float64's has no finite divergence
+    with np.errstate(over="ignore"):  # a variance above float64's largest has an infinite divergence
         return 0.5 * (mean * mean + (np.expm1(logvar) - logvar))
 
 
@@ -45,7 +45,7 @@ def kl_between_terms(mean_p: Array, logvar_p: Array, mean_q: Array, logvar_q: Ar
     mean_p, mean_q = np.asarray(mean_p, np.float64), np.asarray(mean_q, np.float64)
     log_ratio = np.asarray(logvar_p, np.float64) - np.asarray(logvar_q, np.float64)
     square = (mean_p - mean_q) ** 2
-    with np.errstate(over="ignore", invalid="ignore"):  # a variance below float64's: equal means stay equal
+    with np.errstate(over="ignore", invalid="ignore"):  # below float64's smallest variance, equal means stay equal
         moved = np.where(square == 0.0, 0.0, square * np.exp(-np.asarray(logvar_q, np.float64)))
         terms: Float64 = 0.5 * (np.expm1(log_ratio) - log_ratio + moved)
     return terms
@@ -75,7 +75,7 @@ def monte_carlo_elbo(log_likelihood: Array, z: Array, eps: Array, logvar: Array)
 def importance_weighted_bound(log_weights: Array) -> Float64:
     """Log (1/K Σ_k w_k) from log-weights (K, B): (B,) float64. Burda et al. 2016, eq. 8."""
     weights = np.asarray(log_weights, np.float64)
-    top = np.maximum(weights.max(axis=0), np.finfo(np.float64).min)  # all weights may be 0
+    top = np.maximum(weights.max(axis=0), np.finfo(np.float64).min)  # finite where all weights are 0
     with np.errstate(divide="ignore"):
         bound: Float64 = top + np.log(np.exp(weights - top).mean(axis=0))
     return bound

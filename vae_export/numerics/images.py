@@ -1,41 +1,44 @@
-"""Pictures and arrays: what the command line reads and writes."""
+"""Read and write examples as pictures or arrays, for the command line."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from vae_export.contract.atomic import atomic_file
 from vae_export.contract.model import Data
 from vae_export.errors import InputError
 from vae_export.numerics.pixels import is_picture, to_uint8
 
+if TYPE_CHECKING:  # arrays need no Pillow
+    from PIL import Image
+
 Array = npt.NDArray[Any]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-_TILE = 48  # pixels that a tile of a grid has at least along its shorter side
-_MODES = {1: "L", 3: "RGB"}
-PLAIN_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes that convert without loss of meaning
+_MIN_SIDE = 48  # pixels of the shorter side of a picture in a grid
+PLAIN_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}  # Pillow's modes without transparency and with 8 bits at most
 
 
 def grid(x: Array, value_range: tuple[float, float], columns: int | None = None) -> Image.Image:
-    """Tile pictures (B, C, H, W) row by row, small ones enlarged, with a white line between them.
+    """Arrange pictures in a grid row by row, small ones enlarged, with white lines between them.
 
     Args:
-        x: (B, 1 or 3, H, W).
-        value_range: what is black and what is white.
+        x: (B, 1 or 3, H, W) in value_range, or uint8.
+        value_range: the values of black and of white.
         columns: pictures in a row; None makes the grid about square.
     """
+    from PIL import Image
+
     pixels = to_uint8(x, value_range)
     count, _, height, width = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
-    scale = max(1, -(-_TILE // min(height, width)))
+    scale = max(1, -(-_MIN_SIDE // min(height, width)))
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
     height, width, gap = height * scale, width * scale, max(2, scale // 2)
     rows = -(-count // columns)
@@ -48,7 +51,7 @@ def grid(x: Array, value_range: tuple[float, float], columns: int | None = None)
 
 
 def pairs(above: Array, below: Array, value_range: tuple[float, float], columns: int = 12) -> Image.Image:
-    """A grid of pictures (B, C, H, W) in which each row of `above` stands over its row of `below`."""
+    """A grid of pictures, rows of `above` and of `below` by turns. Arguments as for `grid`."""
     above, below = to_uint8(above, value_range), to_uint8(below, value_range)
     rows = []
     for first in range(0, len(above), columns):
@@ -62,14 +65,13 @@ def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
     """Write examples as a grid of pictures (`.png`) or as an array (`.npy`).
 
     Args:
-        path: the file; its ending says what it becomes.
+        path: the file; its suffix selects the format.
         x: (B, *data) float32, or uint8 pictures.
         data: shape and range.
-        below: for a picture, what to show under each of x (reconstructions); for an array, what to write
-            in place of x.
+        below: reconstructions: for a picture shown under x, for an array written instead of x.
 
     Raises:
-        InputError: another ending, or examples that are no pictures.
+        InputError: as `check_target`.
     """
     check_target(path, data)
     with atomic_file(path) as stage:
@@ -81,10 +83,10 @@ def write(path: Path, x: Array, data: Data, below: Array | None = None) -> None:
 
 
 def check_target(path: Path, data: Data) -> None:
-    """Refuse, before anything is computed, a file that `write` cannot write.
+    """Check, before anything is computed, that `write` can write a file.
 
     Raises:
-        InputError: an ending other than `.png` and `.npy`, or examples that are no pictures.
+        InputError: a suffix other than `.png` and `.npy`, or `.png` for examples that are not pictures.
     """
     if path.suffix.lower() not in (".png", ".npy"):
         raise InputError(f"{path}: expected a file that ends in .png (pictures) or .npy (array)")
@@ -95,26 +97,25 @@ def check_target(path: Path, data: Data) -> None:
 def read(spec: str, data: Data, *, resize: bool = False) -> Array:
     """Read examples: a picture, a folder of pictures, `array.npy`, or `arrays.npz:key`.
 
-    Arrays are given as they are, `.npy` memory-mapped; the runtime checks them. Pictures become uint8 with
-    the bundle's number of channels.
+    Arrays are returned as they are, `.npy` memory-mapped; the runtime checks them. Pictures become uint8 with the
+    number of channels that `data` has.
 
     Args:
-        spec: what to read.
-        data: the shape that is expected.
+        spec: path of a file or folder, with `:key` for `.npz`.
+        data: the expected shape.
         resize: scale pictures of another size to the expected one.
 
     Returns:
         (B, *data) in the file's dtype, or uint8 for pictures.
 
     Raises:
-        InputError: it is missing, damaged, or not of a kind or size that can be read.
+        InputError: it is missing, damaged, or has another format or size.
     """
     name, _, key = spec.rpartition(":")
     path = Path(name) if name.endswith(".npz") else Path(spec)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; expected a picture, a folder, array.npy or arrays.npz:key")
     if not path.is_dir() and not path.is_file():
-        raise InputError(f"{path} is no plain file; expected a picture, a folder, array.npy or arrays.npz:key")
+        problem = "is not a regular file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {problem}; expected a picture, a folder, array.npy or arrays.npz:key")
     if path.suffix == ".npz":
         return _read_npz(path, key if name.endswith(".npz") else "")
     if path.suffix == ".npy":
@@ -125,9 +126,8 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
         if not isinstance(array, np.ndarray):
             raise InputError(f"{path} is not a plain NumPy array; is it an .npz?")
         return array
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = [file for file in files if file.is_file()]
     if not files:
         raise InputError(f"{path} has no pictures in it ({', '.join(sorted(SUFFIXES))})")
     pictures = [_read_picture(file, data, resize) for file in files]
@@ -143,27 +143,27 @@ def read(spec: str, data: Data, *, resize: bool = False) -> Array:
 def _read_npz(path: Path, key: str) -> Array:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = list(arrays)
-            array = np.asarray(arrays[key]) if key in found else None
+            names = list(arrays)
+            if key in names:
+                return np.asarray(arrays[key])
     except Exception as error:  # NumPy's reader raises whatever its parts raise on damaged files
         raise InputError(f"{path} is not a NumPy archive: {error}") from None
-    if array is None:
-        raise InputError(f"{path} has the arrays {', '.join(found) or 'none'}; name one: {path}:KEY")
-    return array
+    raise InputError(f"{path} has the arrays {', '.join(names) or 'none'}; name one: {path}:KEY")
 
 
 def _read_picture(path: Path, data: Data, resize: bool) -> Array:
+    from PIL import Image
+
     if not is_picture(data.shape):
         raise InputError(f"{path}: this bundle's data are no pictures; pass array.npy or arrays.npz:key")
-    colours, height, width = data.shape
-    assert isinstance(colours, int)
+    channels, height, width = data.shape
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 frames, mode = getattr(file, "n_frames", 1), file.mode
                 clear = mode in PLAIN_MODES and "transparency" not in file.info
-                picture = file.convert(_MODES[colours])
+                picture = file.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's readers raise whatever their formats raise on damaged files
         raise InputError(f"{path} is not a picture that can be read: {error}") from None
     if not clear or frames > 1:
@@ -177,4 +177,4 @@ def _read_picture(path: Path, data: Data, resize: bool) -> Array:
             )
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture)
-    return pixels[None] if colours == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

@@ -1,6 +1,6 @@
 """The likelihoods p(x|z) in NumPy: log-probability and sampling, one class for each.
 
-Every class reads the decoder's outputs by the names in `manifest.DECODER_OUTPUTS`, as (B, *data) arrays.
+Every class reads the decoder's outputs by the names in `model.DECODER_OUTPUTS`, as (B, *data) arrays.
 Sums are in float64. The PyTorch counterparts, written independently, are in `trainers/objective.py`.
 """
 
@@ -37,7 +37,7 @@ class Bernoulli:
     """x in [0, 1] with probability σ(logits) of being 1. For grey values the bound is the usual relaxation."""
 
     def log_prob_terms(self, x: Array, outputs: Outputs) -> Float64:
-        """X · l − log(1 + e^l), in the form that overflows for no logit l."""
+        """X · l − log(1 + e^l), in a form that does not overflow for any logit l."""
         logits = np.asarray(outputs["logits"], np.float64)
         return x * logits - np.maximum(logits, 0.0) - np.log1p(np.exp(-np.abs(logits)))
 
@@ -92,7 +92,7 @@ class DiscretizedLogistic:
     def log_prob_terms(self, x: Array, outputs: Outputs) -> Float64:
         """Log of σ((x + ½ step − location) / scale) − σ((x − ½ step − location) / scale)."""
         centered = np.asarray(x, np.float64) - outputs["location"]
-        # Beyond these limits e^x or the product with x would leave float64.
+        # Beyond these limits e^x or the product with x would overflow float64.
         inverse = np.exp(-np.clip(np.asarray(outputs["log_scale"], np.float64), -600.0, 600.0))
         upper, lower = (centered + self._step / 2) * inverse, (centered - self._step / 2) * inverse
         # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l−u)), which does not cancel.
@@ -123,18 +123,18 @@ def of(model: Model) -> Likelihood:
     """The likelihood of a model.
 
     Raises:
-        InputError: the model has none.
+        InputError: the model has no likelihood.
     """
     if model.likelihood.kind not in _KINDS:
         raise InputError(
-            "this model has no likelihood p(x|z), so that it has no ELBO and draws no samples of p(x|z). "
+            "this model has no likelihood p(x|z), and so neither an ELBO nor samples of p(x|z). "
             "Export it again, with the likelihood that it was trained with, if there is one"
         )
     return _KINDS[model.likelihood.kind](model.likelihood, model.data)
 
 
 def sigmoid(value: Array) -> Float64:
-    """1 / (1 + e^−value) in float64, in the form that overflows for no value. Any shape, kept."""
+    """1 / (1 + e^−value), in a form that does not overflow: float64 of the same shape."""
     value = np.asarray(value, np.float64)
     small = np.exp(-np.abs(value))
     result: Float64 = np.where(value >= 0, 1.0, small) / (1.0 + small)
@@ -143,7 +143,7 @@ def sigmoid(value: Array) -> Float64:
 
 def _gaussian_terms(x: Array, mean: Array, logvar: Float64 | np.float64) -> Float64:
     error = np.asarray(x, np.float64) - mean
-    with np.errstate(over="ignore", invalid="ignore"):  # a variance below float64's: no error stays none
+    with np.errstate(over="ignore", invalid="ignore"):  # for a variance below float64's smallest, an error of 0 stays 0
         scaled = np.where(error == 0.0, 0.0, error * error * np.exp(-logvar))
     terms: Float64 = -0.5 * (LOG_2PI + logvar + scaled)
     return terms
@@ -156,7 +156,7 @@ def _gaussian_sample(mean: Array, deviation: Array | np.float32, seed: int, firs
 
 
 def _exp(value: Array) -> Array:
-    """e^value, infinite where the type has no such number."""
+    """e^value, infinite on overflow, without a warning."""
     with np.errstate(over="ignore"):
         result: Array = np.exp(value)
     return result

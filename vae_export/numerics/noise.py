@@ -5,8 +5,8 @@ a keyed bijection from a 256-bit counter to 256 bits. The key is (seed, stream).
 bits are ``example · ⌈size / 8⌉ + block``, its third 64-bit word is the importance draw, its fourth is 0.
 Each block of four 64-bit words gives eight 32-bit halves, low half first.
 
-The address holds no size: examples of different sizes draw from the same words. Use another seed where
-draws of two models must be independent.
+The address has no size: examples of different sizes draw from the same words. Use another seed where draws of two
+models must be independent.
 
 Example ``i`` of seed ``s`` is therefore the same whatever the batch size, the split, the thread, the
 backend or the processor.
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from vae_export.errors import InputError
 
-#: What the numbers are drawn for. Streams of one seed are independent of each other.
+#: Streams, by the purpose of the numbers. Streams of one seed are independent of each other.
 PRIOR: Final = 0
 POSTERIOR: Final = 1
 LIKELIHOOD: Final = 2
@@ -36,8 +36,8 @@ _WORD = 1 << 64
 _MASK = _WORD - 1
 HALVES: Final = 8  # 32-bit halves in one 256-bit block
 
-# Arrays without dimensions: a Python number is made one anew in every operation, which for few numbers costs as much
-# as the operation.
+# Arrays without dimensions: NumPy converts a Python number to one in every operation, which for few numbers costs as
+# much as the operation.
 _HALF, _UNIT, _MINUS_TWO, _TURN = (np.array(value) for value in (0.5, 2.0**-32, -2.0, 2.0 * np.pi))
 
 
@@ -45,7 +45,7 @@ def check_address(seed: int, stream: int, first: int, count: int, size: int, dra
     """The six numbers of an address as Python integers, in this order.
 
     Raises:
-        InputError: one is out of the range that `words` states.
+        InputError: one is out of the range that `words` documents.
     """
     try:
         seed, stream, first, count, size, draw = map(operator.index, (seed, stream, first, count, size, draw))
@@ -89,12 +89,12 @@ def words(seed: int, stream: int, first: int, count: int, size: int, draw: int =
 
 
 class _Local(threading.local):
-    """A generator for each thread: to set one's state takes a tenth of the time that making one takes."""
+    """A generator for each thread: setting its state takes a tenth of the time of constructing one."""
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(0)
         self.state = self.philox.state
-        self.state["buffer_pos"] = 4  # the buffer holds nothing: begin with a new block
+        self.state["buffer_pos"] = 4  # an empty buffer: begin with a new block
 
 
 _local = _Local()
@@ -103,7 +103,7 @@ _local = _Local()
 def _philox(counter: int, seed: int, stream: int) -> np.random.Philox:
     """This thread's generator, as `Philox(counter=counter, key=[seed, stream])` would be."""
     inner = _local.state["state"]
-    # NumPy reads item by item, and Python's integers are there already: arrays would be made for that alone.
+    # NumPy reads them item by item: tuples of Python integers save the construction of arrays.
     numbers = (counter & _MASK, counter >> 64 & _MASK, counter >> 128 & _MASK, counter >> 192)
     inner["counter"] = numbers  # type: ignore[typeddict-item]
     inner["key"] = (seed, stream)  # type: ignore[typeddict-item]
@@ -146,7 +146,7 @@ def normals(seed: int, stream: int, first: int, count: int, size: int, draw: int
 
 
 def permutation(seed: int, stream: int, index: int, n: int, draw: int = 0) -> npt.NDArray[np.intp]:
-    """A random order of ``range(n)``, addressed like every other draw.
+    """A random permutation of ``range(n)``, addressed like every other draw.
 
     Returns:
         (n,) intp. Ties between the underlying 32-bit words keep their order, which biases pairs by 2^-32.
@@ -156,13 +156,13 @@ def permutation(seed: int, stream: int, index: int, n: int, draw: int = 0) -> np
 
 @dataclass(frozen=True)
 class Normals:
-    """Standard normals by their address, to be made where they are needed: on the host or on a GPU.
+    """Standard normals by their address, to be generated where they are needed: on the host or on a GPU.
 
     Attributes:
         seed: as for `normals`.
         stream: as for `normals`.
         first: index of the first example.
-        shape: (count, *example): the examples' shape, in which example i takes the numbers of `normals`.
+        shape: (count, *example), into which the numbers of `normals` are reshaped.
         draw: importance draw.
     """
 
@@ -176,7 +176,7 @@ class Normals:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Normals:
-        """Some of the examples, next to each other."""
+        """A slice of the examples, of step 1."""
         begin, end, step = rows.indices(len(self))
         assert step == 1
         return replace(self, first=self.first + begin, shape=(max(0, end - begin), *self.shape[1:]))

@@ -25,8 +25,9 @@ from vae_export import graph as graphs
 from vae_export import timing
 from vae_export.building import mixed_precision
 from vae_export.certification import tail, verifier
-from vae_export.certification.certificate import Certificate, Check, beyond_half, output_tolerance
+from vae_export.certification.certificate import Certificate, Check, beyond_half
 from vae_export.certification.golden import Reference, stretched
+from vae_export.certification.tolerances import output_tolerance
 from vae_export.contract import build_record
 from vae_export.contract.build_record import ExecutionPlan, Measurement, Options
 from vae_export.contract.model import GRAPHS, Cost, Model, parts_of
