@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import faults
@@ -133,8 +132,7 @@ def prepare(source: Trained, rows: int = _ROWS) -> Case:
         module = wrapper(source.module, source.model).eval()
         graphs[kind], beside, _ = tracing.trace(kind, module, shape, source.model)
         assert beside is None, "models of this size hold their weights themselves"
-    with mock.patch.object(references, "_ROWS", rows):
-        reference = references.compute(source, cost.count(source))
+    reference = references.compute(source, cost.count(source), most=rows)
     return Case(source, graphs, reference)
 
 

@@ -21,7 +21,7 @@ from test_modules import spatial, user
 import vae_export
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, BundleError, InputError
-from vae_export.exporting import tracing
+from vae_export.exporting import sizes
 from vae_export.runtimes import VAE, Settings
 from vae_export.runtimes.backend import planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
@@ -152,7 +152,7 @@ def test_an_export_whose_graph_fails_at_another_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What the trace did not tell, the certificate's other sizes tell."""
-    monkeypatch.setattr(tracing, "_check_every_size", lambda *arguments: None)
+    monkeypatch.setattr(sizes, "check_every_size", lambda *arguments: None)
     function, _ = size_dependent.KINDS["a split into parts of a constant"]
     height, width = (2 * size for size in size_dependent.TRACED)
     decoding = zoo.fill(size_dependent.Decoding(function))

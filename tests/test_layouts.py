@@ -32,7 +32,7 @@ from vae_export.contract.bundle import Bundle
 from vae_export.contract.manifest import Origin
 from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim
 from vae_export.errors import BundleError, InputError, VerificationError
-from vae_export.exporting.layouts import names as passes
+from vae_export.exporting.exporter import export_trained
 from vae_export.exporting.layouts import optimum
 from vae_export.sources.protocol import Trained
 
@@ -88,7 +88,7 @@ def diffusers(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         example_shape=(3, 16, 12),
     )
     folder = tmp_path_factory.mktemp("diffusers")
-    vae_export.export(source, folder / "small.bundle")
+    export_trained(source, folder / "small.bundle", rows=12)
     optimum.optimum(folder / "small.bundle", folder / "onnx")
     return SimpleNamespace(model=model, bundle=folder / "small.bundle", layout=folder / "onnx")
 
@@ -161,7 +161,7 @@ def test_the_names_of_optimum(diffusers: SimpleNamespace) -> None:
         ("sample", ["batch_size", 3, "latent_height * 2", "latent_width * 2"]),
     ]
     written = {p.relative_to(diffusers.layout).as_posix() for p in diffusers.layout.rglob("*") if p.is_file()}
-    assert written == optimum._OPTIMUM
+    assert written == optimum.FILES
     config = (diffusers.bundle / "config.json").read_bytes()
     assert (diffusers.layout / "vae_decoder" / "config.json").read_bytes() == config
 
@@ -216,7 +216,7 @@ def test_a_deterministic_encoder_gives_a_sample(tmp_path: Path) -> None:
         config=zoo.CONFIG,
         example_shape=(1, 6, 8),
     )
-    vae_export.export(source, tmp_path / "tiny.bundle")
+    export_trained(source, tmp_path / "tiny.bundle", rows=12)
     optimum.optimum(tmp_path / "tiny.bundle", tmp_path / "onnx")
     assert names_of(tmp_path / "onnx", "encoder") == [
         ("sample", ["batch_size", 1, "sample_height", 8]),
@@ -257,7 +257,7 @@ def test_what_is_there_is_replaced_on_purpose_only(diffusers: SimpleNamespace, t
 
 
 def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = passes.decoder
+    right = optimum.rename_decoder
 
     def wrong(graph: object, model: Model) -> object:
         changed = right(graph, model)
@@ -265,9 +265,9 @@ def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monke
         weight.const_value = onnx_ir.tensor(weight.const_value.numpy() + 1, name=weight.name)
         return changed
 
-    monkeypatch.setattr(passes, "decoder", wrong)
+    monkeypatch.setattr(optimum, "rename_decoder", wrong)
     with pytest.raises(
-        VerificationError, match=r"the decoder that was written does not give the bits.*Nothing was kept"
+        VerificationError, match=r"the decoder in the new layout does not compute the same bits.*Nothing was wr"
     ):
         optimum.optimum(diffusers.bundle, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

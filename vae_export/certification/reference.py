@@ -27,7 +27,8 @@ from vae_export.trainers.objective import kl_terms, log_prob_of
 
 #: The seed of the golden examples' noise, and of the choice of rows.
 SEED = 2014
-_ROWS = 256  # of data, and of prior draws
+#: The most rows of data, and of draws from the prior.
+ROWS = 256
 _FEWEST = 3
 #: Multiply-adds of encoding and decoding all rows once, above which there are fewer of them.
 _WORK = 3e10
@@ -49,16 +50,17 @@ _FURTHER = 2
 Array = npt.NDArray[Any]
 
 
-def rows(costs: Mapping[str, Cost], sizes: Mapping[str, int], row_bytes: int = 0) -> int:
+def rows(costs: Mapping[str, Cost], sizes: Mapping[str, int], row_bytes: int = 0, most: int = ROWS) -> int:
     """How many rows of data, and as many draws from the prior, a model of these costs is measured on.
 
     Args:
         costs: of its encoder and decoder.
         sizes: of the data's named dimensions.
         row_bytes: that a row of golden examples takes.
+        most: the most rows.
     """
     affordable = min(_WORK / max(_each(costs, sizes), 1), _HELD / max(row_bytes, 1))
-    return min(_ROWS, max(_FEWEST, int(affordable)))
+    return min(most, max(_FEWEST, int(affordable)))
 
 
 def order(count: int) -> npt.NDArray[np.intp]:
@@ -66,7 +68,7 @@ def order(count: int) -> npt.NDArray[np.intp]:
     return noise.permutation(SEED, noise.VERIFIER, 0, count)
 
 
-def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = silent) -> Reference:
+def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = silent, most: int = ROWS) -> Reference:
     """Run the PyTorch model in float64 on held-out data, extremes and prior draws; see `golden`.
 
     The same rows are run perturbed (see `rounding`), which tells how far float32 rounding can move each of them, and in
@@ -79,12 +81,13 @@ def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = sil
         source: the model.
         costs: of its encoder and decoder; they decide how many rows there are, of which sizes.
         progress: told the share of the multiply-adds that are done.
+        most: the most rows of data, and of draws from the prior.
 
     Raises:
         InputError: the model gives what it is not said to give, or fails at a size that it is said to take.
     """
     model = source.model
-    base = _base(source, costs)
+    base = _base(source, costs, most)
     draws = base.draws
     plans, recorded = [base], []
     for sizes in _further_sizes(source, base.sizes):
@@ -160,7 +163,7 @@ def _batch(costs: Mapping[str, Cost], sizes: Mapping[str, int]) -> int:
     return min(64, max(1, _MEMORY // max(bytes_each, 1)))
 
 
-def _base(source: Trained, costs: Mapping[str, Cost]) -> _Plan:
+def _base(source: Trained, costs: Mapping[str, Cost], most: int) -> _Plan:
     """Most rows: of the example's size, or of half of it as often as it takes to afford them."""
     model, sizes = source.model, source.sizes()
     named = model.data.named()
@@ -170,7 +173,7 @@ def _base(source: Trained, costs: Mapping[str, Cost]) -> _Plan:
             break
         sizes = half
     data = model.data_shape(model.latent_shape(sizes))
-    count = rows(costs, sizes, 64 * math.prod(data))  # x, the decoded means, and the outputs for draws from the prior
+    count = rows(costs, sizes, 64 * math.prod(data), most)  # x, decoded means, outputs for prior draws
     held_out = np.zeros((0, *data), np.float32)
     if source.held_out is not None:
         chosen = order(len(source.held_out))[:count]
