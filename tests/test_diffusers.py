@@ -173,7 +173,7 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
     _config(folder, norm_num_groups=4, layers_per_block=2)
     refused(r"the weights lack \d+ of the model's \d+ tensors, such as ")
     _config(folder, layers_per_block=1, use_quant_conv=False)
-    refused("the weights have quant_conv.*, which the model of its config.json lacks")
+    refused("the weights have quant_conv.*, which the model of its config.json does not have")
     _config(folder, use_quant_conv=True, latent_channels=5)
     refused(r"has shape \(.*\); the model of its config.json has \(")
     _config(folder, latent_channels=4, scaling_factor=-1.0)
