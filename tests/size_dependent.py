@@ -85,7 +85,7 @@ def centred(module: nn.Module, h: Tensor) -> Tensor:
     return h - h.mean((2, 3), keepdim=True) + torch.arange(h.shape[3], dtype=h.dtype) / h.shape[3]
 
 
-#: By name the function, and what its refusal says, or None where it is exported and right at every size.
+#: By name: the function, and a pattern of its refusal, or None if it is exported and right at every size.
 KINDS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str | None]] = {
     "a branch": (
         branch,

@@ -1,4 +1,4 @@
-"""Autoencoders in the layout of diffusers: every family goes in, and what runs equals diffusers."""
+"""Autoencoders in the layout of diffusers: every family is exported, and its bundle equals diffusers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = f"{diffusers_folder.WEIGHTS}.safetensors"
 
 @pytest.mark.parametrize("name", zoo_diffusers.CONFIGS)
 def test_every_family(exported: Callable[[str], Any], name: str) -> None:
-    """Its certificate holds, and what runs equals diffusers at other sizes than the traced one."""
+    """Its certificate holds, and its bundle equals diffusers at other sizes than the traced one."""
     bundle, certificate = exported(name)
     assert certificate.passed
     assert certificate.batches == (1, 2, 7)
@@ -92,10 +92,10 @@ def folder(tmp_path: Path) -> Path:
     return zoo_diffusers.write(tmp_path / "m", "kl-sd15")
 
 
-def _same(got: sources.Trained, name: str = "kl-sd15") -> None:
+def _same(source: sources.Trained, name: str = "kl-sd15") -> None:
     """The weights are those of the model, in float32."""
     expected = zoo_diffusers.model(name).state_dict()
-    state = got.module.vae.state_dict()
+    state = source.module.vae.state_dict()
     assert set(state) == set(expected)
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
@@ -145,7 +145,7 @@ def test_float16_weights_are_widened(tmp_path: Path) -> None:
     (folder / WEIGHTS).rename(folder / f"{diffusers_folder.WEIGHTS}.fp16.safetensors")
     module = sources.resolve(folder).module
     expected = zoo_diffusers.model("kl-sd15").half().float()
-    assert all(torch.equal(got, value) for got, value in zip(module.parameters(), expected.parameters(), strict=True))
+    assert all(torch.equal(wide, value) for wide, value in zip(module.parameters(), expected.parameters(), strict=True))
 
 
 def _config(folder: Path, **changed: Any) -> None:
@@ -154,9 +154,9 @@ def _config(folder: Path, **changed: Any) -> None:
 
 
 def test_refused(folder: Path, tmp_path: Path) -> None:
-    def refused(match: str, path: Path = folder, **said: Any) -> None:
+    def refused(match: str, path: Path = folder, **options: Any) -> None:
         with pytest.raises(InputError, match=match):
-            sources.resolve(path, **said)
+            sources.resolve(path, **options)
 
     refused(r"height \(a multiple of 2.*got height = 15", size={"height": 15, "width": 16})
     outside = np.full((1, 3, 64, 64), 2.0, np.float32)
@@ -198,8 +198,8 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_conversion_that_is_told_works(folder: Path, tmp_path: Path) -> None:
-    """What the message says to run makes a folder that is taken."""
+def test_the_suggested_conversion_works(folder: Path, tmp_path: Path) -> None:
+    """The command of the message makes a folder that is accepted."""
     import shlex
     import subprocess
     import sys
@@ -209,8 +209,8 @@ def test_the_conversion_that_is_told_works(folder: Path, tmp_path: Path) -> None
     torch.save(state, folder / f"{diffusers_folder.WEIGHTS}.bin")
     with pytest.raises(InputError) as refused:
         sources.resolve(folder)
-    told = shlex.split(str(refused.value).partition("in its folder: ")[2])
-    subprocess.run([sys.executable, *told[1:]], cwd=folder, check=True)
+    command = shlex.split(str(refused.value).partition("in its folder: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=folder, check=True)
     _same(sources.resolve(folder))
 
 
@@ -265,8 +265,8 @@ def test_linear_attention_equals_both_forms(deep: tuple[sources.Trained, Any, Pa
     with torch.no_grad():
         latent = module.encode(x)[0]
         pairs = [(source.module.encode(x), latent), (source.module.decode(latent), module.decode(latent).sample)]
-    for got, expected in pairs:
-        assert (got - expected).abs().max() <= 2e-4 * expected.abs().max()
+    for ours, expected in pairs:
+        assert (ours - expected).abs().max() <= 2e-4 * expected.abs().max()
 
 
 def test_memory_of_deep_compression_is_linear(deep: tuple[sources.Trained, Any, Path]) -> None:

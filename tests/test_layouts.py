@@ -124,8 +124,8 @@ def names_of(path: Path, part: str) -> list[tuple[str, list[int | str]]]:
     return [dims(value) for value in (*graph.graph.input, *graph.graph.output)]
 
 
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(got, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+def close(result: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(result, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
 @pytest.mark.parametrize("size", [(1, 16, 12), (3, 8, 32)])

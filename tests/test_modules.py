@@ -1,4 +1,4 @@
-"""Modules of users: what is recognized and exported, and what is refused in which words."""
+"""Modules of users: which are recognized and exported, and which are refused, with which messages."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_what_the_manifest_says() -> None:
 
 
 def test_the_example_is_data(tmp_path: Path) -> None:
-    """It is what the bundle is verified on, or, beside held-out data, what a lower precision is chosen by."""
+    """The bundle is verified on it, or, where there is held-out data, a lower precision is chosen by it."""
     x, held_out = zoo.pictures(5, SHAPE), zoo.pictures(40, SHAPE)[5:]
 
     def rows(name: str, **changes: Any) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -319,7 +319,7 @@ def test_a_sigmoid_gives_its_logits_exactly() -> None:
     assert (decode(torch.zeros(1, 3))[1] == 40).all()
 
 
-def test_the_users_module_stays_as_it_is() -> None:
+def test_the_users_module_is_not_changed() -> None:
     source = user(module=zoo.fill(User()).half().train())
     before = {name: tensor.clone() for name, tensor in source.module.state_dict().items()}
     torch.manual_seed(5)
@@ -390,7 +390,7 @@ def decoding(function: Callable[[Tensor, Tensor], Any], likelihood: str = "gauss
     return user("pair", function, likelihood)
 
 
-#: What is refused because of the module: the source, the words, and whether the adapter to write is shown.
+#: Refused sources, a pattern of the message, and whether it shows the adapter to write.
 REFUSED: dict[str, tuple[Callable[[], vae_export.Source], str, bool]] = {
     "no methods": (lambda: user(module=nn.Linear(16, 3)), "Linear has no encode and no decode; expected enc", True),
     "features": (
@@ -629,7 +629,7 @@ REFUSED: dict[str, tuple[Callable[[], vae_export.Source], str, bool]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name: str) -> None:
+def test_refused_sources(name: str) -> None:
     source, words, adapter = REFUSED[name]
     with pytest.raises(InputError, match=f"^export: (?s:.)*{words}") as raised:
         module.resolve(source())
@@ -650,7 +650,7 @@ def test_an_undecided_decoder_is_refused_when_it_is_called() -> None:
         Adapter(User(), "bernoulli").decode(torch.zeros(1, 3))
 
 
-def test_values_that_decide_the_way(tmp_path: Path) -> None:
+def test_branches_on_values(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"could not trace the encoder.*Control flow that depends on values"):
         export_trained(module.resolve(user(module=zoo.fill(Branching()))), tmp_path / "b")
 

@@ -1,4 +1,4 @@
-"""Trained models from elsewhere on the command line: export, inspect, layouts."""
+"""Models of other libraries on the command line: export, inspect, layouts."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def test_a_factory(tmp_path: Path) -> None:
         "    def decode(self, z): return self.b(z)\n"
         "def make(): torch.manual_seed(0); return V()\n"
     )
-    said = ("--shape", "4", "--likelihood", "gaussian_fixed", "--variance", "0.1", "--range", "0,1")
-    done(run("export", "theirs:make", "b", *said))
+    options = ("--shape", "4", "--likelihood", "gaussian_fixed", "--variance", "0.1", "--range", "0,1")
+    done(run("export", "theirs:make", "b", *options))
     manifest = vae_export.Bundle(tmp_path / "b").manifest
     assert manifest.model.likelihood.variance == 0.1
-    assert json.loads(done(run("inspect", "theirs:make", *said, "--json")))["model"]["data"]["shape"] == [4]
-    refused = run("export", "theirs:make", "c", *said[:-1], "zero").exception
+    assert json.loads(done(run("inspect", "theirs:make", *options, "--json")))["model"]["data"]["shape"] == [4]
+    refused = run("export", "theirs:make", "c", *options[:-1], "zero").exception
     assert isinstance(refused, InputError)
     assert "range is 'zero'; expected two numbers" in str(refused)
 

@@ -1,4 +1,4 @@
-"""Really trained, published weights: they load, export, verify and build, and look like what they were trained on."""
+"""Published, trained weights: they load, export, verify and build, and their pictures look right."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_it_exports_and_verifies(bundle: Callable[[str], tuple[Path, Certificate
 
 @pytest.mark.parametrize(("name", "error"), [("btcvae_dsprites", 0.01), ("betaH_chairs", 0.02), ("taef2", 0.05)])
 def test_reconstructions_look_right(bundle: Callable[[str], tuple[Path, Certificate]], name: str, error: float) -> None:
-    """What the weights are for: a wrong order of layers or of latents gives a picture of something else."""
+    """With layers or latents in a wrong order, the pictures would be others."""
     path, _ = bundle(name)
     vae = vae_export.load(path, device="cpu")
     x = trained.load(name).held_out

@@ -145,7 +145,6 @@ def export_trained(
             raise InputError(f"export: {error}") from None
 
     costs = cost.count(source)
-    records = {kind: msgspec.structs.replace(record, cost=costs[kind]) for kind, record in records.items()}
     reference = references.compute(source, costs, progress, rows)
     try:
         backend = open_backend(graphs, model, device="cpu", weights=weights)
@@ -155,7 +154,8 @@ def export_trained(
     except BundleError as error:  # the graphs contradict the model's description
         raise InputError(f"export: {error}") from None
     measured = msgspec.structs.replace(measured, checks=(*measured.checks, *tiles.checks(tiled)))
-    records = {kind: msgspec.structs.replace(record, tiled=tiled.get(kind)) for kind, record in records.items()}
+    for kind, record in records.items():
+        records[kind] = msgspec.structs.replace(record, cost=costs[kind], tiled=tiled.get(kind))
 
     progress("writing the bundle")
     kept = reference.shrunk()

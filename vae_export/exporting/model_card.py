@@ -29,13 +29,7 @@ _COLUMNS = 8
 
 @dataclass(frozen=True)
 class Picture:
-    """The picture at the head of a card.
-
-    Attributes:
-        file: its name in the bundle.
-        caption: a noun phrase in lower case.
-        image: the picture itself.
-    """
+    """The picture at the head of a card: its file name in the bundle, its caption in lower case, and the image."""
 
     file: str
     caption: str

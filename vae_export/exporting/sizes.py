@@ -45,11 +45,7 @@ def trace_error(
             return cause
     messages = "\n".join(str(one) for one in chain)
     if baked := baked_dimensions(messages, named):
-        what = " and ".join(f"{name} {text}" for name, text in baked.items())
-        return InputError(
-            f"export: the {kind} can be traced only as a graph for one size, not for all: {what}. It was traced at "
-            f"{_at(named, traced)}. {_remedy(kind, baked)}"
-        )
+        return _fixed_size(kind, baked, named, traced)
     last = chain[-1]
     summary = f"{type(last).__name__}: {first_lines(str(last))}"
     if _DATA_DEPENDENT.search(messages) or any(_DATA_DEPENDENT.search(type(one).__name__) for one in chain):
@@ -88,6 +84,14 @@ def baked_dimensions(messages: str, named: Mapping[int, str]) -> dict[str, str]:
             text = f"became the constant {fix}" if fix.isdigit() else f"must be {fix.replace('*_', ' * ')}"
             baked.setdefault(plain[match["name"]], text)
     return baked
+
+
+def _fixed_size(kind: str, baked: Mapping[str, str], named: Mapping[int, str], traced: torch.Size) -> InputError:
+    what = " and ".join(f"{dim} {text}" for dim, text in baked.items())
+    return InputError(
+        f"export: the {kind} can be traced only as a graph for one size, not for all: {what}. It was traced at "
+        f"{_at(named, traced)}. {_remedy(kind, baked)}"
+    )
 
 
 def _remedy(kind: str, names: Mapping[str, Any]) -> str:
@@ -147,11 +151,7 @@ def check_every_size(kind: str, program: Any, named: Mapping[int, str], traced: 
         else:
             baked[dim] = "is restricted to multiples"
     if baked:
-        what = " and ".join(f"{dim} {text}" for dim, text in baked.items())
-        raise InputError(
-            f"export: the {kind} was traced as a graph for one size, not for all: {what}. It was traced at "
-            f"{_at(named, traced)}. {_remedy(kind, baked)}"
-        )
+        raise _fixed_size(kind, baked, named, traced)
     if not symbols:
         return
     environment = value.fake_mode.shape_env
@@ -223,14 +223,10 @@ def first_broken(
                 continue
             tried.add(key)
             if condition.xreplace({symbol: sympy.Integer(size) for symbol, size in sizes.items()}) == sympy.false:
-                named = condition.xreplace({symbol: sympy.Symbol(_atom(symbols[symbol])) for symbol in free})
+                atoms = {s: dim if (dim := symbols[s]).isidentifier() else f"({dim})" for s in free}
+                named = condition.xreplace({symbol: sympy.Symbol(atom) for symbol, atom in atoms.items()})
                 return _formula(named), {symbols[symbol]: size for symbol, size in sizes.items()}
     return None
-
-
-def _atom(dim: str) -> str:
-    """A dimension's name as part of a formula."""
-    return dim if dim.isidentifier() else f"({dim})"
 
 
 def _formula(condition: Any) -> str:

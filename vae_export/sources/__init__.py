@@ -14,9 +14,7 @@ from vae_export.sources import checkpoint, diffusers_folder, module
 from vae_export.sources.module import Source
 from vae_export.sources.protocol import Trained
 
-_DIFFUSERS = ("config", "size", "held_out")
 _MODULE = ("example", "likelihood", "data_range")
-_FACTORY = ("shape", "likelihood", "data_range", "variance", "multiple_of")
 
 
 def resolve(source: Any, **options: Any) -> Trained:
@@ -49,7 +47,7 @@ def resolve(source: Any, **options: Any) -> Trained:
         )
     path = Path(source)
     if ":" in str(source) and not path.exists():
-        _check_options("a factory", options, _FACTORY)
+        _check_options("a factory", options, ("shape", "likelihood", "data_range", "variance", "multiple_of"))
         return module.resolve(module.from_factory(str(source), **options))
     if not path.exists():
         raise InputError(
@@ -59,7 +57,7 @@ def resolve(source: Any, **options: Any) -> Trained:
     if checkpoint.is_checkpoint(path) or not (diffusers_folder.is_diffusers(path) or "config" in options):
         _check_options("a checkpoint", options, ())
         return checkpoint.load(path)
-    _check_options("a diffusers autoencoder", options, _DIFFUSERS)
+    _check_options("a diffusers autoencoder", options, ("config", "size", "held_out"))
     if "config" in options:
         options["config"] = Path(options["config"])
     return diffusers_folder.load(path, **options)

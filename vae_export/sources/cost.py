@@ -27,12 +27,10 @@ def count(source: Trained) -> dict[str, Cost]:
     model = source.model
     named = model.data.named()
     base = source.sizes()
-    counted_sizes = [base]
-    if named:
-        counted_sizes = [
-            {name: dim.multiple_of * math.ceil(times * base[name] / dim.multiple_of) for name, dim in named.items()}
-            for times in (1, 2, 3)
-        ]
+    counted_sizes = [
+        {name: dim.multiple_of * math.ceil(times * base[name] / dim.multiple_of) for name, dim in named.items()}
+        for times in ((1, 2, 3) if named else (1,))
+    ]
     counted = [_at(source.module, model, sizes) for sizes in counted_sizes]
     costs = {}
     for graph in ("encoder", "decoder"):
