@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo
 
-import vae_export
-from vae_export import bench
-from vae_export.certification import reference
+from vae_export import bench, sources
+from vae_export.exporting import exporter
 
 # Golden examples of a case: what is timed are calls, not exports.
 _ROWS = 12
@@ -102,8 +100,7 @@ def make(case: Case, folder: Path) -> Made:
     bundle = folder / f"{name}.bundle"
     source: Any = _written(folder / name, name) if case.diffusers else zoo.trainer_model(**case.options)
     if not bundle.exists():
-        with mock.patch.object(reference, "_ROWS", _ROWS):
-            vae_export.export(source, bundle)
+        exporter.export_trained(sources.resolve(source), bundle, rows=_ROWS)
     return Made(source, bundle)
 
 

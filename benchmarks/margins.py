@@ -2,8 +2,8 @@
 
     python benchmarks/margins.py OUT.json [right] [faults] [--rows N] [--only NAME,NAME]
 
-A share is measured ÷ tolerance, the largest over a certificate's checks: at most 0.5 for what is right, on every
-runner, and at least 3 for what is wrong. What was measured before and is not asked for again is kept.
+A share is measured ÷ tolerance, the largest over a certificate's checks: at most 0.5 for right exports, on every
+runner, and at least 3 for faults. Earlier results of other steps and models in the file stay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import faults
@@ -93,7 +92,7 @@ class Eager:
         self.run(graph, inputs, outputs, micro_batch)
 
     def draw(self, mean: Any, logvar: Any, eps: Normals) -> Any:
-        """Never called: see `on_gpu`."""
+        """Never called, as `on_gpu` is False."""
         raise AssertionError("arrays on the GPU are refused before")
 
     def describe(self) -> Mapping[str, Any]:
@@ -101,7 +100,7 @@ class Eager:
         return {"backend": "PyTorch", "version": torch.__version__, "device": "cpu"}
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 @dataclass(frozen=True)
@@ -126,25 +125,24 @@ class Margin:
 
 
 def prepare(source: Trained, rows: int = _ROWS) -> Case:
-    """Trace a model's graphs, as export does, and compute its reference on so many rows."""
+    """Trace a model's graphs, as export does, and compute its reference on at most `rows` rows."""
     graphs = {}
     latent = source.model.latent_shape(source.sizes())
     for kind, wrapper, shape in (("encoder", Encoder, source.example_shape), ("decoder", Decoder, latent)):
         module = wrapper(source.module, source.model).eval()
         graphs[kind], beside, _ = tracing.trace(kind, module, shape, source.model)
         assert beside is None, "models of this size hold their weights themselves"
-    with mock.patch.object(references, "_ROWS", rows):
-        reference = references.compute(source, cost.count(source))
+    reference = references.compute(source, cost.count(source), most=rows)
     return Case(source, graphs, reference)
 
 
 def share(check: Check) -> float:
-    """Measured ÷ tolerance, as a number that JSON has."""
+    """Measured ÷ tolerance, as a finite number for JSON."""
     return min(check.share, _LARGEST)
 
 
 def measure(case: Case, backend: Backend) -> Margin:
-    """The largest share of the certificate that a backend gets."""
+    """The largest share of a backend's certificate."""
     try:
         certificate = verifier.measure(case.source.model, backend, case.reference, "margins")
     finally:
@@ -159,7 +157,7 @@ def onnx_runtime(case: Case, graphs: Mapping[str, bytes] | None = None) -> Backe
 
 
 def openvino(case: Case) -> Backend:
-    """The graphs in OpenVINO in the plainest form that builds give it: with its own group norm."""
+    """The graphs in OpenVINO in the simplest form of CPU builds: with its own group norm."""
     ways = {}
     for name, raw in case.graphs.items():
         read = graph.read(raw)
@@ -178,8 +176,8 @@ RUNNERS: dict[str, Callable[[Case], Backend]] = {
 def planted(case: Case, kind: str) -> Iterator[tuple[str, Margin | None]]:
     """A fault in each graph that has a place for it: the graph's name, and the margin.
 
-    None where the fault changes no bit of what the graph gives for the reference's rows, as a clamp left out does that
-    no example reaches.
+    None where the fault changes no bit of the results for the reference's rows, for instance a missing clamp that no
+    example reaches.
     """
     for name, graphs in faults.plant(case.graphs, kind).items():
         try:
@@ -219,13 +217,13 @@ def _source(name: str) -> Trained:
 
 
 def right_models() -> list[str]:
-    """All that must pass."""
+    """Models whose exports must pass."""
     weights = [] if trained.missing() else list(trained.NAMES)
     return [*zoo.MEMBERS, *odd.EVERYTHING, *zoo_diffusers.CONFIGS, *odd.CONFIGS, *weights]
 
 
 def wrong_models() -> list[str]:
-    """All in which faults are planted."""
+    """Models in which faults are planted."""
     weights = [] if trained.missing() else ["VAE_mnist", "btcvae_celeba"]
     return [*odd.EVERYTHING, "conv-gaussian", "resnet", "kl-sd15", "tiny", "dc", "asymmetric", *weights]
 
@@ -256,8 +254,8 @@ def _group(name: str) -> str:
     return next((kind for kind, names in kinds.items() if name in names), "diffusers, published kinds")
 
 
-def _largest(found: Mapping[str, Any], names: Sequence[str], runner: str) -> str:
-    shares = {name: found[name][runner]["share"] for name in names if runner in found[name]}
+def _largest(margins: Mapping[str, Any], names: Sequence[str], runner: str) -> str:
+    shares = {name: margins[name][runner]["share"] for name in names if runner in margins[name]}
     worst = max(shares, key=shares.__getitem__)
     return f"{shares[worst]:.3g} ({worst})"
 
@@ -288,8 +286,8 @@ def main() -> None:
 
 def _record(record: dict[str, Any], step: str, name: str, case: Case) -> None:
     if step == "right":
-        found = record.setdefault("right", {})[name] = _right(case)
-        print(name, {runner: round(margin["share"], 3) for runner, margin in found.items()}, flush=True)
+        margins = record.setdefault("right", {})[name] = _right(case)
+        print(name, {runner: round(margin["share"], 3) for runner, margin in margins.items()}, flush=True)
         return
     for kind in faults.FAULTS:
         for part, margin in planted(case, kind):
@@ -300,7 +298,7 @@ def _record(record: dict[str, Any], step: str, name: str, case: Case) -> None:
 
 
 def _judge(record: Mapping[str, Any]) -> None:
-    """Say what is on the wrong side."""
+    """Print the margins on the wrong side of their bounds."""
     for name, runners in record.get("right", {}).items():
         for runner, margin in runners.items():
             if not margin["share"] <= RIGHT or math.isnan(margin["share"]):

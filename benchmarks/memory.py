@@ -67,13 +67,12 @@ def _made(name: str, folder: Path) -> tuple[Path, Path]:
     """The model as a folder of diffusers, and its bundle."""
     import zoo_diffusers
 
-    import vae_export
-    from vae_export.certification import reference
+    from vae_export import sources
+    from vae_export.exporting.exporter import export_trained
 
     with mock.patch.dict(zoo_diffusers.ALL, {"dc-eight": zoo_diffusers.CONFIGS["dc"] | DEEP}):
         source = zoo_diffusers.write(folder / name, name, module=zoo_diffusers.fresh(name))
-    with mock.patch.object(reference, "_ROWS", 3):
-        vae_export.export(source, folder / f"{name}.bundle")
+    export_trained(sources.resolve(source), folder / f"{name}.bundle", rows=3)
     return source, folder / f"{name}.bundle"
 
 

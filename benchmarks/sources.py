@@ -1,4 +1,4 @@
-"""Every figure that is promised of trained models from elsewhere, measured and compared with its bound.
+"""The figures of trained models from other libraries that have a bound, measured.
 
 python benchmarks/sources.py out/bench/sources.json [zoo sizes tiles memory full]
 """
@@ -30,7 +30,7 @@ import zoo_diffusers
 _SIZES = ((32, 48), (40, 16), (72, 24))
 _EXPORT = """
 import sys, vae_export
-vae_export.export(sys.argv[1], sys.argv[2], progress=lambda step: print(step, file=sys.stderr, flush=True))
+vae_export.export(sys.argv[1], sys.argv[2], progress=lambda step, share=None: print(step, file=sys.stderr, flush=True))
 """
 _VERIFY = "import sys, vae_export; vae_export.verify(sys.argv[1]).require()"
 _DECODE = """
@@ -38,7 +38,7 @@ import sys
 import numpy as np
 import vae_export
 def peak():
-    # Of this process alone: what getrusage tells counts what it was forked from.
+    # Of this process alone: getrusage includes the process that it was forked from.
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 bundle, side, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -53,16 +53,16 @@ print(before, peak(), x.nbytes)
 
 def bundles(folder: Path) -> dict[str, Path]:
     """Every small autoencoder of diffusers, exported at 16 × 24."""
-    made = {}
+    exported = {}
     for name in zoo_diffusers.CONFIGS:
         source = zoo_diffusers.write(folder / name, name)
-        made[name] = folder / f"{name}.bundle"
-        vae_export.export(source, made[name], size={"height": 16, "width": 24})
-    return made
+        exported[name] = folder / f"{name}.bundle"
+        vae_export.export(source, exported[name], size={"height": 16, "width": 24})
+    return exported
 
 
 def certificates(folder: Path, exported: dict[str, Path]) -> dict[str, Any]:
-    """Of every member of the zoo: the check that is nearest to its budget."""
+    """For every member of the zoo, the check that is nearest to its tolerance."""
     for name, make in zoo.MEMBERS.items():
         exported = {**exported, name: folder / f"{name}.bundle"}
         vae_export.export(make(), exported[name])
@@ -76,7 +76,7 @@ def certificates(folder: Path, exported: dict[str, Path]) -> dict[str, Any]:
 
 
 def sizes(exported: dict[str, Path]) -> dict[str, float]:
-    """AutoencoderKL at sizes other than the traced one: the worst difference to diffusers, of the output's range."""
+    """AutoencoderKL at other sizes than the traced one: worst deviation from diffusers, relative to its range."""
     worst = {}
     for name in (name for name in exported if name.startswith("kl")):
         module, vae = zoo_diffusers.model(name), vae_export.load(exported[name])
@@ -89,15 +89,15 @@ def sizes(exported: dict[str, Path]) -> dict[str, float]:
                     decoded = module.decode(posterior.mean).sample.numpy()
                 ours, z = vae.encode(x), posterior.mean.numpy()
                 pairs = ((ours.mean, z), (ours.logvar, posterior.logvar.numpy()), (vae.decode(z), decoded))
-                for got, expected in pairs:
-                    worst[name] = max(worst[name], float(np.abs(got - expected).max() / np.ptp(expected)))
+                for result, expected in pairs:
+                    worst[name] = max(worst[name], float(np.abs(result - expected).max() / np.ptp(expected)))
     return worst
 
 
 def tiles(exported: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Tiled against diffusers' tiled, at the same settings: the worst difference, of the output's range.
+    """Tiled runs of ours and of diffusers, with the same settings: worst deviation, relative to the output's range.
 
-    Beside it, how far each of the two is from diffusers in float64.
+    Between the two, and of each from diffusers in float64.
     """
     worst: dict[str, dict[str, float]] = {}
     for name in (name for name in exported if name.startswith("kl")):
@@ -118,14 +118,16 @@ def tiles(exported: dict[str, Path]) -> dict[str, dict[str, float]]:
                 ("encode", vae.encode(x.numpy(), tile=tile).mean, mean, right),
                 ("decode", vae.decode(z.numpy(), tile=tile), decoded, decoded_right),
             ):
-                found = worst.setdefault(f"{name}, {verb}", {})
+                figures = worst.setdefault(f"{name}, {verb}", {})
                 pairs = {
                     "difference": (ours, theirs.numpy()),
                     "ours to float64": (ours, reference.numpy()),
                     "diffusers to float64": (theirs.numpy(), reference.numpy()),
                 }
-                for what, (got, expected) in pairs.items():
-                    found[what] = max(found.get(what, 0.0), float(np.abs(got - expected).max() / np.ptp(expected)))
+                for what, (result, expected) in pairs.items():
+                    figures[what] = max(
+                        figures.get(what, 0.0), float(np.abs(result - expected).max() / np.ptp(expected))
+                    )
     return worst
 
 
@@ -133,7 +135,7 @@ def memory(folder: Path) -> dict[str, Any]:
     """Peak memory of a decode in a process of its own: 512² untiled, and 1024² and 2048² in tiles of 512."""
     bundle = folder / "small.bundle"
     vae_export.export(zoo_diffusers.write(folder / "small", "kl-small"), bundle)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for side, tile in ((512, 0), (1024, 512), (2048, 512)):
         began = time.perf_counter()
         done = subprocess.run(
@@ -143,13 +145,15 @@ def memory(folder: Path) -> dict[str, Any]:
             text=True,
         )
         before, peak, output = map(int, done.stdout.split())
-        found[f"{side} in tiles of {tile}" if tile else f"{side} untiled"] = {
+        figures[f"{side} in tiles of {tile}" if tile else f"{side} untiled"] = {
             "loaded_mib": before / 2**20, "peak_mib": peak / 2**20, "output_mib": output / 2**20,
             "without_output_mib": (peak - output) / 2**20, "seconds": time.perf_counter() - began,
         }  # fmt: skip
-    whole = found["512 untiled"]
-    found["ratio_without_outputs"] = found["2048 in tiles of 512"]["without_output_mib"] / whole["without_output_mib"]
-    return found
+    whole = figures["512 untiled"]
+    figures["ratio_without_outputs"] = (
+        figures["2048 in tiles of 512"]["without_output_mib"] / whole["without_output_mib"]
+    )
+    return figures
 
 
 def full(folder: Path) -> dict[str, Any]:
@@ -158,25 +162,25 @@ def full(folder: Path) -> dict[str, Any]:
     make = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import zoo_diffusers; "
     make += "zoo_diffusers.write(pathlib.Path(sys.argv[2]), 'sd15')"
     subprocess.run([sys.executable, "-c", make, str(Path(__file__).parents[1] / "tests"), str(source)], check=True)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for step, code, arguments in (("export", _EXPORT, (source, bundle)), ("verify", _VERIFY, (bundle,))):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 2**30
-        found[step] = {"seconds": time.perf_counter() - began, "peak_gib": peak}
-    found["parameters"] = vae_export.Bundle(bundle).manifest.model.parameters
-    found["certificate"] = vae_export.verify(bundle).to_dict()
-    return found
+        figures[step] = {"seconds": time.perf_counter() - began, "peak_gib": peak}
+    figures["parameters"] = vae_export.Bundle(bundle).manifest.model.parameters
+    figures["certificate"] = vae_export.verify(bundle).to_dict()
+    return figures
 
 
-def main(out: Path, wanted: list[str]) -> None:
-    """Measure what is wanted; what was measured before and is not measured again is kept."""
+def main(out: Path, chosen: list[str]) -> None:
+    """Run some of the steps; results of other steps in the file stay."""
     result = json.loads(out.read_text()) if out.is_file() else {}
     result |= machine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        exported: dict[str, Path] = bundles(folder) if {"zoo", "sizes", "tiles"} & set(wanted) else {}
-        # The full size first: the memory of all children so far is what the system tells.
+        exported: dict[str, Path] = bundles(folder) if {"zoo", "sizes", "tiles"} & set(chosen) else {}
+        # The full size first: the system reports the peak over all child processes so far.
         steps: dict[str, Callable[[], Any]] = {
             "full": lambda: full(folder),
             "zoo": lambda: certificates(folder, exported),
@@ -185,7 +189,7 @@ def main(out: Path, wanted: list[str]) -> None:
             "memory": lambda: memory(folder),
         }
         for step, measure in steps.items():
-            if step in wanted:
+            if step in chosen:
                 result[step] = measure()
                 shown = {key: value for key, value in result[step].items() if key != "certificate"}
                 print(step, json.dumps(shown, indent=2), flush=True)

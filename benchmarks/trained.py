@@ -50,7 +50,7 @@ def _models() -> ModuleType:
 
 
 def compared(vae: vae_export.VAE, exact: vae_export.VAE, x: Array) -> dict[str, float | None]:
-    """What a build costs on real inputs, beside the bundle in float32.
+    """Deviations of a build from the bundle in float32 on real inputs.
 
     Decode: of the pictures decoded from float32's means. Encode: of the mean, in float32's posterior deviations, or in
     deviations of each latent over the inputs where there is no posterior.
@@ -79,7 +79,7 @@ def compared(vae: vae_export.VAE, exact: vae_export.VAE, x: Array) -> dict[str, 
 
 
 def _built(bundle: Path, precision: str, out: Path, seconds: float) -> tuple[vae_export.VAE | None, dict[str, Any]]:
-    """A build in a precision, and what became of it: what runs, or why there is none."""
+    """A build in a precision and what it runs, or None and the reason of the refusal."""
     try:
         built = vae_export.build(
             bundle, "cpu", precision=precision, out=out, batches=(8,), seconds=seconds, overwrite=True
@@ -106,19 +106,19 @@ def picture(x: Array, exact: vae_export.VAE, vaes: Mapping[str, vae_export.VAE],
 def table(record: Mapping[str, Any]) -> list[str]:
     """As Markdown."""
     lines = [
-        "| model | asked for | computes in | PSNR, dB | off by > 1/255 | > 2/255 | worst, levels | mean off, posterior "
+        "| model | requested | computes in | PSNR, dB | off by > 1/255 | > 2/255 | worst, levels | mean off, posterior "
         "deviations, worst |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, model in record["models"].items():
-        for precision, found in model.items():
-            if "refused" in found:
+        for precision, figures in model.items():
+            if "refused" in figures:
                 lines.append(f"| {name} | {precision} | refused |  |  |  |  |  |")
                 continue
-            psnr = "same bits" if found["psnr"] == _SAME else f"{found['psnr']:.1f}"
+            psnr = "same bits" if figures["psnr"] == _SAME else f"{figures['psnr']:.1f}"
             lines.append(
-                f"| {name} | {precision} | {found['runs']['precision']} | {psnr} | {found['off1']:.2%} | "
-                f"{found['off2']:.2%} | {found['worst_levels']:.2f} | {found['encode_worst_sigma']:.2g} |"
+                f"| {name} | {precision} | {figures['runs']['precision']} | {psnr} | {figures['off1']:.2%} | "
+                f"{figures['off2']:.2%} | {figures['worst_levels']:.2f} | {figures['encode_worst_sigma']:.2g} |"
             )
     return lines
 
@@ -132,15 +132,15 @@ def _model(models: ModuleType, name: str, out: Path, precisions: Sequence[str], 
         return {"export": {"refused": str(error)}}
     exact = vae_export.load(bundle, device="cpu")
     x = np.ascontiguousarray(source.held_out[:_MEASURED])
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     vaes = {}
     for precision in precisions:
-        vae, found[precision] = _built(bundle, precision, out / f"{name}.{precision}.build", seconds)
+        vae, figures[precision] = _built(bundle, precision, out / f"{name}.{precision}.build", seconds)
         if vae is not None:
             vaes[precision] = vae
-            found[precision] |= compared(vae, exact, x)
+            figures[precision] |= compared(vae, exact, x)
     picture(x, exact, vaes, out / f"{name}.png")
-    return found
+    return figures
 
 
 def main() -> None:
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--seconds", type=float, default=0.2)
     arguments = parser.parse_args()
-    # `load` of the bundle alone shall take no build that lies in the user's cache.
+    # `load` of the bundle alone must not use a build of the user's cache.
     os.environ["VAE_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="vae_export-trained-")
     models = _models()
     if problem := models.missing():

@@ -33,7 +33,7 @@ def stand_in(folder: Path) -> Path:
 def main(source: Path | None, bundle: Path) -> None:
     """Export, and show the certificate's verdict."""
     with tempfile.TemporaryDirectory() as scratch:
-        size = None if source else {"height": 32, "width": 32}  # to verify at: 64 × 64, or what is said
+        size = None if source else {"height": 32, "width": 32}  # to trace and verify at; the default is 64 × 64
         source = source or stand_in(Path(scratch) / "vae")
         certificate = vae_export.export(source, bundle, size=size, overwrite=True)
     worst = certificate.check("end_to_end.pixel.max").measured

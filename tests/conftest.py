@@ -22,11 +22,12 @@ import pytest
 import zoo
 
 import vae_export
+from vae_export import sources
 from vae_export.building import tensorrt
 from vae_export.building.cpu import search
-from vae_export.certification import reference
 from vae_export.contract import targets
 from vae_export.errors import BackendError
+from vae_export.exporting.exporter import export_trained
 from vae_export.runtimes.gpu import driver, flavours
 from vae_export.sources.protocol import Trained
 from vae_export.trainers.config import ModelConfig, TrainConfig
@@ -76,9 +77,7 @@ def member(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Member]:
         if name not in made:
             path = tmp_path_factory.mktemp(name) / f"{name}.bundle"
             source = zoo.MEMBERS[name]()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(reference, "_ROWS", 80)
-                made[name] = Member(source, path, vae_export.export(source, path))
+            made[name] = Member(source, path, export_trained(source, path, rows=80))
         return made[name]
 
     return get
@@ -95,9 +94,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             source = zoo_diffusers.write(folder / "source", name)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(reference, "_ROWS", 12)
-                certificate = vae_export.export(source, folder / f"{name}.bundle", size={"height": 16, "width": 24})
+            source = sources.resolve(source, size={"height": 16, "width": 24})
+            certificate = export_trained(source, folder / f"{name}.bundle", rows=12)
             made[name] = folder / f"{name}.bundle", certificate
         return made[name]
 

@@ -1,7 +1,7 @@
-"""Faults planted in exported graphs: what a converter, a pass or a person may get wrong, and a certificate must refuse.
+"""Faults planted in exported graphs, such as converters, passes or people make, which a certificate must refuse.
 
-Each kind is a function that changes a graph in place and says whether there was anything to change. Where a fault could
-be in several layers it is in the one in the middle alone, which is harder to see than in all of them.
+Each kind is a function that changes a graph in place and returns whether it did. Of several layers that could have the
+fault only the one in the middle gets it, which is harder to detect than in all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALL = 1e-2  # the largest constant that is an epsilon
 
 
 def plant(graphs: Graphs, kind: str) -> dict[str, dict[str, bytes]]:
-    """The graphs of a model with a fault in one of them, by the name of that one. Empty where there is no place for it.
+    """The graphs of a model with a fault in one of them, by the name of that one. Empty if no graph can have it.
 
     Args:
         graphs: serialized ONNX by name: `encoder` and `decoder`. Weights are in them.
@@ -56,15 +56,15 @@ def _floats(value: onnx_ir.Value | None) -> npt.NDArray[Any] | None:
 
 def _weighted(model: onnx_ir.Model, *, square: bool = False) -> list[tuple[onnx_ir.Node, int]]:
     """Products with constant weights, and which input these are; or those alone whose weights can be transposed."""
-    found = []
+    products = []
     for node in model.graph:
         for index in (0, 1) if node.op_type in _PRODUCTS else ():
             weights = _floats(node.inputs[index])
             if weights is not None and weights.ndim > 1:
                 shape = weights.shape[2:] if node.op_type in _CONVOLUTIONS else weights.shape
                 if not square or shape[0] == shape[1] > 1:
-                    found.append((node, index))
-    return found
+                    products.append((node, index))
+    return products
 
 
 def _change_weights(
@@ -250,9 +250,9 @@ def _through(model: onnx_ir.Model, dtype: np.dtype[Any]) -> bool:
     for node, index in _weighted(model):
         weights = constant(node.inputs[index])
         assert weights is not None
-        lower = weights.astype(dtype).astype(weights.dtype)
-        changed |= not np.array_equal(lower, weights)
-        set_constant(node, index, lower)
+        rounded = weights.astype(dtype).astype(weights.dtype)
+        changed |= not np.array_equal(rounded, weights)
+        set_constant(node, index, rounded)
     return changed
 
 
@@ -346,10 +346,10 @@ def noise_added(model: onnx_ir.Model) -> bool:
     ):  # fmt: skip
         steps.append(make.node(operator, inputs()))
     for step in steps:
-        made = step.producer()
-        assert made is not None
-        graph.remove(made)
-        graph.append(made)
+        producer = step.producer()
+        assert producer is not None
+        graph.remove(producer)
+        graph.append(producer)
     last = steps[-1]
     last.name, last.type, last.shape = name, output.type, output.shape
     graph.outputs[0] = last

@@ -1,7 +1,4 @@
-"""Odd configurations of diffusers' autoencoders, drawn with fixed seeds: what nobody publishes and anybody may train.
-
-And modules of our own in which every kind of fault has a place.
-"""
+"""Unusual configurations of diffusers' autoencoders, drawn with fixed seeds, and modules that can have every fault."""
 
 from __future__ import annotations
 
@@ -125,7 +122,7 @@ class _Attention(nn.Module):
 
 
 class _Norms(nn.Module):
-    """Batch norm, which nothing stands before to be folded into, then group norm; their statistics are of some data."""
+    """Batch norm, which no layer before it can absorb, then group norm; with statistics unlike the initial ones."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -137,7 +134,7 @@ class _Norms(nn.Module):
 
 
 class Everything(nn.Module):
-    """A VAE in which every kind of fault has a place, in the encoder and in the decoder.
+    """A VAE whose encoder and decoder can have every kind of fault.
 
     Both clamps of log-variances are reached on ordinary data.
     """
@@ -183,7 +180,7 @@ EVERYTHING: dict[str, tuple[int, int, int, int, int, int]] = {
 def everything(name: str) -> Trained:
     """The model of a name in EVERYTHING, with weights and statistics that are the same everywhere.
 
-    Weights are independent (He et al., 2015), so that what is wrong in an early layer reaches the results.
+    Weights are independent (He et al., 2015), so that a fault in an early layer reaches the results.
     """
     channels, width, groups, latent, *size = EVERYTHING[name]
     module = Everything(channels, width, groups, latent).eval()

@@ -85,21 +85,21 @@ def centred(module: nn.Module, h: Tensor) -> Tensor:
     return h - h.mean((2, 3), keepdim=True) + torch.arange(h.shape[3], dtype=h.dtype) / h.shape[3]
 
 
-#: By name the function, and what its refusal says, or None where it is exported and right at every size.
+#: By name: the function, and a pattern of its refusal, or None if it is exported and right at every size.
 KINDS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str | None]] = {
     "a branch": (
         branch,
-        r"it takes for granted that \(height/2\)\*\(width/2\) <= 256, and that is not so at .*height/2 4",
+        r"the graph assumes that \(height/2\)\*\(width/2\) <= 256, which is false at .*height/2 4",
     ),
-    "a split into parts of a constant": (split, r"\(width/2\) \+ 3\)//4\) == 3, and that is not so at width/2 4"),
-    "a kernel of a size": (kernel, r"takes for granted that \(Min\(16, \(width/2\)\)//2\) == 6, and that is not so at"),
+    "a split into parts of a constant": (split, r"\(width/2\) \+ 3\)//4\) == 3, which is false at width/2 4"),
+    "a kernel of a size": (kernel, r"assumes that \(Min\(16, \(width/2\)\)//2\) == 6, which is false at"),
     "positions of one size": (embedded, r"decode failed .*It was tried at another size .* because multiple_of is 8"),
     "positions interpolated": (interpolated, None),
-    "int of a half": (halved, r"takes for granted that .*\(height/2\), 2\)\) == 4, .*instead of int\(w / 2\)"),
+    "int of a half": (halved, r"assumes that .*\(height/2\), 2\)\) == 4, .*instead of int\(w / 2\)"),
     "reshape to a constant": (reshaped, r"decode failed .*It was tried at another size .* a number in reshape is"),
-    "pooling to a grid": (pooled, r"takes for granted that \(\(height/2\)//4\) == 2, and that is not so at"),
+    "pooling to a grid": (pooled, r"assumes that \(\(height/2\)//4\) == 2, which is false at"),
     "windows": (windows, None),
-    "len": (length, r"batch was taken for the number 3\. .*write z\.shape\[0\] instead of len\(z\)"),
-    "a loop over rows": (rows, r"height/2 was taken for the number 8\. .*operators over the whole axis instead of a l"),
+    "len": (length, r"batch became the constant 3\. .*write z\.shape\[0\] instead of len\(z\)"),
+    "a loop over rows": (rows, r"height/2 became the constant 8\. .*operators over the whole axis instead of a l"),
     "sums and counts": (centred, None),
 }

@@ -26,6 +26,7 @@ from vae_export import bench, timing
 from vae_export.bench import memory, peers, roof, select
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, InputError, VerificationError
+from vae_export.exporting import exporter
 
 SECONDS = 0.02
 
@@ -402,11 +403,11 @@ def test_memory(member: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 def test_cases_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exports: list[Path] = []
 
-    def export(source: Any, path: Path) -> None:
+    def export(source: Any, path: Path, rows: int) -> None:
         path.mkdir()
         exports.append(path)
 
-    monkeypatch.setattr(vae_export, "export", export)
+    monkeypatch.setattr(exporter, "export_trained", export)
     (tmp_path / "tiny.part").mkdir()  # of a run that was stopped
     for _ in range(2):
         made = cases.make(cases.Case({"model": "mlp", "likelihood": "bernoulli", "widths": (8,)}), tmp_path)

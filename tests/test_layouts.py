@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +22,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import zoo
-from diffusers import AutoencoderKL
+import zoo_diffusers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
@@ -29,68 +30,20 @@ import vae_export
 from vae_export.contract import bundle as bundles
 from vae_export.contract import folders
 from vae_export.contract.bundle import Bundle
-from vae_export.contract.manifest import Origin
 from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim
 from vae_export.errors import BundleError, InputError, VerificationError
-from vae_export.exporting.layouts import names as passes
+from vae_export.exporting.exporter import export_trained
 from vae_export.exporting.layouts import optimum
 from vae_export.sources.protocol import Trained
 
 
-class Wrapped(nn.Module):
-    """A diffusers model under our protocol."""
-
-    def __init__(self, model: AutoencoderKL) -> None:
-        super().__init__()
-        self.model = model
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.model.encode(x).latent_dist
-        return posterior.mean, posterior.logvar
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.model.decode(z).sample
-
-
 @pytest.fixture(scope="session")
-def diffusers(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def diffusers(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A small AutoencoderKL, its bundle, and its layout."""
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.18215,
-    )
-    zoo.fill(model)
-    source = Trained(
-        module=Wrapped(model).eval(),
-        model=Model(
-            architecture="AutoencoderKL",
-            parameters=sum(p.numel() for p in model.parameters()),
-            data=Data(
-                shape=(3, SizeDim(name="height", multiple_of=2), SizeDim(name="width", multiple_of=2)),
-                range=(-1.0, 1.0),
-            ),
-            latent=Latent(
-                shape=(4, LatentDim(name="height", divided_by=2), LatentDim(name="width", divided_by=2)),
-                scaling=0.18215,
-            ),
-            prior="standard_normal",
-            posterior=Posterior(kind="diagonal_gaussian", logvar_clamp=(-30.0, 20.0)),
-            likelihood=Likelihood(kind="gaussian_fixed", variance=1.0, nominal=True),
-        ),
-        origin=Origin(kind="diffusers", name="small"),
-        config=model.to_json_string().encode(),
-        example_shape=(3, 16, 12),
-    )
-    folder = tmp_path_factory.mktemp("diffusers")
-    vae_export.export(source, folder / "small.bundle")
-    optimum.optimum(folder / "small.bundle", folder / "onnx")
-    return SimpleNamespace(model=model, bundle=folder / "small.bundle", layout=folder / "onnx")
+    bundle, _ = exported("kl-sd15")
+    layout = tmp_path_factory.mktemp("layout") / "onnx"
+    optimum.optimum(bundle, layout)
+    return SimpleNamespace(model=zoo_diffusers.model("kl-sd15"), bundle=bundle, layout=layout)
 
 
 class Reader:
@@ -124,8 +77,8 @@ def names_of(path: Path, part: str) -> list[tuple[str, list[int | str]]]:
     return [dims(value) for value in (*graph.graph.input, *graph.graph.output)]
 
 
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(got, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+def close(result: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(result, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
 @pytest.mark.parametrize("size", [(1, 16, 12), (3, 8, 32)])
@@ -161,7 +114,7 @@ def test_the_names_of_optimum(diffusers: SimpleNamespace) -> None:
         ("sample", ["batch_size", 3, "latent_height * 2", "latent_width * 2"]),
     ]
     written = {p.relative_to(diffusers.layout).as_posix() for p in diffusers.layout.rglob("*") if p.is_file()}
-    assert written == optimum._OPTIMUM
+    assert written == optimum.FILES
     config = (diffusers.bundle / "config.json").read_bytes()
     assert (diffusers.layout / "vae_decoder" / "config.json").read_bytes() == config
 
@@ -216,7 +169,7 @@ def test_a_deterministic_encoder_gives_a_sample(tmp_path: Path) -> None:
         config=zoo.CONFIG,
         example_shape=(1, 6, 8),
     )
-    vae_export.export(source, tmp_path / "tiny.bundle")
+    export_trained(source, tmp_path / "tiny.bundle", rows=12)
     optimum.optimum(tmp_path / "tiny.bundle", tmp_path / "onnx")
     assert names_of(tmp_path / "onnx", "encoder") == [
         ("sample", ["batch_size", 1, "sample_height", 8]),
@@ -225,14 +178,11 @@ def test_a_deterministic_encoder_gives_a_sample(tmp_path: Path) -> None:
     assert names_of(tmp_path / "onnx", "decoder")[1] == ("sample", ["batch_size", 1, "latent_height", 8])
 
 
-@pytest.mark.parametrize("name", ["plain", "conv-bernoulli"])
-def test_models_that_are_no_pictures_with_spatial_latents(
-    member: Callable[..., object], tmp_path: Path, name: str
-) -> None:
-    with pytest.raises(
-        InputError, match=r"Optimum's is for pictures.*this model has data \(B, .*Use the bundle itself"
-    ):
-        optimum.optimum(member(name).bundle, tmp_path / "onnx")
+def test_models_that_are_no_pictures_with_spatial_latents(member: Callable[..., Any], tmp_path: Path) -> None:
+    """Vectors as data, or as latents."""
+    for bundle in (member("plain").bundle, Path(__file__).parent / "data" / "v0.5.0" / "flat.bundle"):
+        with pytest.raises(InputError, match=r"Optimum's is for pictures.*has data \(B, .*Use the bundle itself"):
+            optimum.optimum(bundle, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -257,7 +207,7 @@ def test_what_is_there_is_replaced_on_purpose_only(diffusers: SimpleNamespace, t
 
 
 def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = passes.decoder
+    right = optimum.rename_decoder
 
     def wrong(graph: object, model: Model) -> object:
         changed = right(graph, model)
@@ -265,9 +215,9 @@ def test_a_difference_is_found(diffusers: SimpleNamespace, tmp_path: Path, monke
         weight.const_value = onnx_ir.tensor(weight.const_value.numpy() + 1, name=weight.name)
         return changed
 
-    monkeypatch.setattr(passes, "decoder", wrong)
+    monkeypatch.setattr(optimum, "rename_decoder", wrong)
     with pytest.raises(
-        VerificationError, match=r"the decoder that was written does not give the bits.*Nothing was kept"
+        VerificationError, match=r"the decoder in the new layout does not compute the same bits.*Nothing was wr"
     ):
         optimum.optimum(diffusers.bundle, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Trained models from elsewhere on the command line: export, inspect, layouts."""
+"""Models of other libraries on the command line: export, inspect, layouts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from typer.testing import CliRunner
 
 import vae_export
 from vae_export import sources
-from vae_export.certification import reference
 from vae_export.commands.app import app
 from vae_export.errors import InputError
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verbs run in an empty folder, and in this process: loading PyTorch takes longer than they do."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reference, "_ROWS", 12)
 
 
 def run(*arguments: str) -> Result:
@@ -76,29 +74,41 @@ def test_a_factory(tmp_path: Path) -> None:
         "    def decode(self, z): return self.b(z)\n"
         "def make(): torch.manual_seed(0); return V()\n"
     )
-    said = ("--shape", "4", "--likelihood", "gaussian_fixed", "--variance", "0.1", "--range", "0,1")
-    done(run("export", "theirs:make", "b", *said))
+    options = ("--shape", "4", "--likelihood", "gaussian_fixed", "--variance", "0.1", "--range", "0,1")
+    done(run("export", "theirs:make", "b", *options))
     manifest = vae_export.Bundle(tmp_path / "b").manifest
     assert manifest.model.likelihood.variance == 0.1
-    assert json.loads(done(run("inspect", "theirs:make", *said, "--json")))["model"]["data"]["shape"] == [4]
-    refused = run("export", "theirs:make", "c", *said[:-1], "zero").exception
+    assert json.loads(done(run("inspect", "theirs:make", *options, "--json")))["model"]["data"]["shape"] == [4]
+    refused = run("export", "theirs:make", "c", *options[:-1], "zero").exception
     assert isinstance(refused, InputError)
     assert "range is 'zero'; expected two numbers" in str(refused)
 
 
-def test_what_is_said_of_a_source() -> None:
-    """Each kind takes its own, and what is missing is named."""
+def test_options_of_a_source() -> None:
+    """Each kind takes its own, and missing ones are named."""
     module, x = zoo.Plain(), np.zeros((1, 12), np.float32)
-    with pytest.raises(InputError, match=r"a module does not say likelihood, data_range\. Pass them: export\("):
+    with pytest.raises(InputError, match=r"a module needs likelihood, data_range\. Pass them: export\("):
         sources.resolve(module, example=x)
     with pytest.raises(InputError, match=r"got a int; expected a checkpoint's or a diffusers"):
         sources.resolve(3)
-    with pytest.raises(InputError, match=r"a vae_export\.Source says everything itself; got likelihood\. Drop it"):
+    with pytest.raises(InputError, match=r"a vae_export\.Source takes no further options; got likelihood\. Omit it"):
         sources.resolve(vae_export.Source(module, x, "none", (-2, 2)), likelihood="none")
-    with pytest.raises(InputError, match=r"a Trained says everything itself; got config, variance\. Drop them"):
+    with pytest.raises(InputError, match=r"a Trained takes no further options; got config, variance\. Omit them"):
         sources.resolve(zoo.plain(), config="c", variance=1.0)
-    said = sources.resolve(module, example=x, likelihood="none", data_range=(-2, 2), name="mine")
-    assert said.origin.name == "mine"
+    trained = sources.resolve(module, example=x, likelihood="none", data_range=(-2, 2), name="mine")
+    assert trained.origin.name == "mine"
+
+
+def test_repr() -> None:
+    """One line each, whatever the attributes are."""
+    source = vae_export.Source(zoo.Plain(), np.zeros((1, 12), np.float32), "none", (-2, 2))
+    assert repr(source) == "Source(Plain, none, example of shape (1, 12) in (-2, 2))"
+    source = vae_export.Source(zoo.Plain(), [0.0], "none", (-2, 2))  # type: ignore[arg-type] # refused when it is used
+    assert repr(source) == "Source(Plain, none, example a list of 1 (a float) in (-2, 2))"
+    assert repr(zoo.spatial(named=True)) == (
+        "Trained('zoo', spatial, 1,542 parameters, data (B, 3, height, width), latent (B, 4, height/4, width/4), "
+        "gaussian)"
+    )
 
 
 @pytest.mark.commands

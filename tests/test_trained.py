@@ -1,4 +1,4 @@
-"""Really trained, published weights: they load, export, verify and build, and look like what they were trained on."""
+"""Published, trained weights: they load, export, verify and build, and their pictures look right."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import pytest
 import trained
 
 import vae_export
-from vae_export.certification import reference
 from vae_export.certification.certificate import Certificate
+from vae_export.exporting.exporter import export_trained
 
 pytestmark = pytest.mark.skipif(trained.missing() is not None, reason=trained.missing() or "")
 
-_ROWS = 24
+ROWS = 24
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Certificate]]:
     """The bundle of a name and its certificate, on few rows."""
-    made: dict[str, tuple[Path, Certificate]] = {}
+    exported: dict[str, tuple[Path, Certificate]] = {}
 
     def get(name: str) -> tuple[Path, Certificate]:
-        if name not in made:
+        if name not in exported:
             path = tmp_path_factory.mktemp(name) / f"{name}.bundle"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(reference, "_ROWS", _ROWS)
-                made[name] = path, vae_export.export(trained.load(name), path)
-        return made[name]
+            exported[name] = path, export_trained(trained.load(name), path, rows=ROWS)
+        return exported[name]
 
     return get
 
@@ -38,13 +36,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 def test_it_exports_and_verifies(bundle: Callable[[str], tuple[Path, Certificate]], name: str) -> None:
     path, certificate = bundle(name)
     assert certificate.passed
-    assert 8 <= certificate.examples["held_out"] <= _ROWS
+    assert 8 <= certificate.examples["held_out"] <= ROWS
     vae_export.verify(path, device="cpu").require()
 
 
 @pytest.mark.parametrize(("name", "error"), [("btcvae_dsprites", 0.01), ("betaH_chairs", 0.02), ("taef2", 0.05)])
 def test_reconstructions_look_right(bundle: Callable[[str], tuple[Path, Certificate]], name: str, error: float) -> None:
-    """What the weights are for: a wrong order of layers or of latents gives a picture of something else."""
+    """With layers or latents in a wrong order, the pictures would be others."""
     path, _ = bundle(name)
     vae = vae_export.load(path, device="cpu")
     x = trained.load(name).held_out

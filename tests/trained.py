@@ -1,4 +1,4 @@
-"""Really trained, published autoencoders: their architectures, and data to look at them with.
+"""Published, trained autoencoders: their architectures, and data to try them on.
 
 The weights are in `../shared/trained` beside the repository, or in the folder that `VAE_EXPORT_TRAINED` names. They are
 no part of the project: whoever needs them asks `missing` first.
@@ -203,7 +203,7 @@ def taef2() -> Taef2:
     return module.eval()
 
 
-#: Data of a kind: what the certificate is measured on, and what a lower precision is chosen by.
+#: Data to measure the certificate on, and data to choose a lower precision by.
 _Data = tuple[Pictures, Pictures]
 
 
@@ -269,7 +269,7 @@ def faces(module: Disentangled) -> _Data:
 
 
 def chairs(module: Disentangled) -> _Data:
-    """The model's own draws: there are no pictures of its kind here."""
+    """The model's own draws, as no pictures of its kind are at hand."""
     z = noise.normals(64, noise.LIKELIHOOD, 0, 2 * _DRAWS, _LATENT).reshape(-1, _LATENT)
     with torch.no_grad():
         drawn = torch.sigmoid(module.decode(torch.from_numpy(z))).numpy()

@@ -1,4 +1,4 @@
-"""Small models for the tests, with deterministic weights that are made without a random stream."""
+"""Small models for the tests, with deterministic weights that need no random stream."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def spatial(*, named: bool) -> Trained:
 
 
 class Overflow(nn.Module):
-    """Inner values of some 1e5, which float16 has not, and weights behind them that bring them back."""
+    """Inner values of some 1e5, which float16 cannot represent, and weights behind them that scale them back."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ _KL: dict[str, Any] = {
     "sample_size": 32,
 }
 
-#: The published kinds, small: what differs between them is what they were chosen for.
+#: The published kinds, small, chosen for their differences.
 CONFIGS: dict[str, dict[str, Any]] = {
     "kl-sd15": _KL | {"scaling_factor": 0.18215},
     "kl-sdxl": _KL
@@ -128,8 +128,8 @@ def fresh(name: str) -> nn.Module:
     config = ALL[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
-    return made.eval()
+        module: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    return module.eval()
 
 
 def write(folder: Path, name: str, dtype: torch.dtype = torch.float32, module: nn.Module | None = None) -> Path:

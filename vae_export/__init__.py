@@ -25,27 +25,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.6.0"
 
+#: Where each public name is defined.
 _HOMES = {
-    "BackendError": "vae_export.errors",
-    "Built": "vae_export.building.builder",
-    "Bundle": "vae_export.contract.bundle",
-    "BundleError": "vae_export.errors",
-    "Certificate": "vae_export.certification.certificate",
-    "Elbo": "vae_export.runtimes",
-    "InputError": "vae_export.errors",
-    "Manifest": "vae_export.contract.manifest",
-    "Posterior": "vae_export.runtimes",
-    "Source": "vae_export.sources.module",
-    "Tile": "vae_export.runtimes",
-    "TileWarning": "vae_export.errors",
-    "VAE": "vae_export.runtimes",
-    "VaeExportError": "vae_export.errors",
-    "VerificationError": "vae_export.errors",
-    "build": "vae_export.building.builder",
-    "export": "vae_export.exporting.exporter",
-    "load": "vae_export.runtimes",
-    "refit": "vae_export.building.builder",
-    "verify": "vae_export.certification.verifier",
+    name: f"vae_export.{module}"
+    for module, names in {
+        "building.builder": ("Built", "build", "refit"),
+        "certification.certificate": ("Certificate",),
+        "certification.verifier": ("verify",),
+        "contract.bundle": ("Bundle",),
+        "contract.manifest": ("Manifest",),
+        "errors": ("BackendError", "BundleError", "InputError", "TileWarning", "VaeExportError", "VerificationError"),
+        "exporting.exporter": ("export",),
+        "runtimes": ("VAE", "Elbo", "Posterior", "Tile", "load"),
+        "sources.module": ("Source",),
+    }.items()
+    for name in names
 }
 __all__ = [
     "VAE",

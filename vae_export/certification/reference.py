@@ -24,7 +24,9 @@ from vae_export.sources.protocol import Trained
 
 #: The seed of the golden examples' noise, and of the choice of rows.
 SEED = 2014
-_ROWS, _MIN_ROWS = 256, 3  # of data, and of prior draws
+#: The most rows of data, and of draws from the prior.
+ROWS = 256
+_MIN_ROWS = 3
 #: Multiply-adds of encoding and decoding all rows once, above which there are fewer of them.
 _MAX_WORK = 3e10
 #: Multiply-adds of a row, above which most rows are of a smaller size, where sizes are named.
@@ -45,16 +47,17 @@ _FURTHER = 2
 Array = npt.NDArray[Any]
 
 
-def rows(costs: Mapping[str, Cost], sizes: Mapping[str, int], row_bytes: int = 0) -> int:
+def rows(costs: Mapping[str, Cost], sizes: Mapping[str, int], row_bytes: int = 0, most: int = ROWS) -> int:
     """The number of rows of data, and of draws from the prior, that a model of these costs is measured on.
 
     Args:
         costs: of its encoder and decoder.
         sizes: of the data's named dimensions.
         row_bytes: the size of a row of golden examples.
+        most: the most rows.
     """
     affordable = min(_MAX_WORK / max(_each(costs, sizes), 1), _MAX_BYTES / max(row_bytes, 1))
-    return min(_ROWS, max(_MIN_ROWS, int(affordable)))
+    return min(most, max(_MIN_ROWS, int(affordable)))
 
 
 def order(count: int) -> npt.NDArray[np.intp]:
@@ -62,7 +65,7 @@ def order(count: int) -> npt.NDArray[np.intp]:
     return noise.permutation(SEED, noise.VERIFIER, 0, count)
 
 
-def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = silent) -> Reference:
+def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = silent, most: int = ROWS) -> Reference:
     """Run the PyTorch model in float64 on held-out data, extremes and prior draws; see `golden`.
 
     The same rows run perturbed (see `rounding`), to measure how far float32 rounding can move each of them, and in
@@ -75,12 +78,13 @@ def compute(source: Trained, costs: Mapping[str, Cost], progress: Progress = sil
         source: the model.
         costs: of its encoder and decoder, on which the number of rows and their sizes depend.
         progress: called with the share of the multiply-adds that are done.
+        most: the most rows of data, and of draws from the prior.
 
     Raises:
         InputError: the model's outputs contradict its description, or it fails at a size that it declares.
     """
     model = source.model
-    base = _base(source, costs)
+    base = _base(source, costs, most)
     draws = base.draws
     plans, recorded = [base], []
     for sizes in _further_sizes(source, base.sizes):
@@ -156,7 +160,7 @@ def _batch(costs: Mapping[str, Cost], sizes: Mapping[str, int]) -> int:
     return min(64, max(1, _MAX_ACTIVATIONS // max(bytes_each, 1)))
 
 
-def _base(source: Trained, costs: Mapping[str, Cost]) -> _Plan:
+def _base(source: Trained, costs: Mapping[str, Cost], most: int) -> _Plan:
     """The plan of most rows: of the example's size, halved until they are affordable."""
     model, sizes = source.model, source.sizes()
     named = model.data.named()
@@ -166,7 +170,7 @@ def _base(source: Trained, costs: Mapping[str, Cost]) -> _Plan:
             break
         sizes = half
     data = model.data_shape(model.latent_shape(sizes))
-    count = rows(costs, sizes, 64 * math.prod(data))  # x, the decoded means, and the outputs for draws from the prior
+    count = rows(costs, sizes, 64 * math.prod(data), most)  # x, decoded means, outputs for prior draws
     held_out = np.zeros((0, *data), np.float32)
     if source.held_out is not None:
         chosen = order(len(source.held_out))[:count]

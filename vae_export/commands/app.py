@@ -25,7 +25,6 @@ from vae_export.errors import EXPORT_NEEDS, BackendError, BundleError, InputErro
 if TYPE_CHECKING:
     from vae_export.contract.targets import Wanted
     from vae_export.runtimes import VAE
-    from vae_export.sources import Described
 
 
 #: Typer's own or click's, as its version has it.
@@ -268,7 +267,7 @@ def _described(
     data_range: str | None,
     variance: float | None,
     multiple_of: int | None,
-) -> Described:
+) -> dict[str, Any]:
     """What the options say of a source; what is not said is left out."""
     sizes = _sizes("export", size) if size else None
     said: dict[str, Any] = {
@@ -281,7 +280,7 @@ def _described(
         "variance": variance,
         "multiple_of": multiple_of,
     }
-    return cast("Described", {name: value for name, value in said.items() if value is not None})
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _held_out(given: str, sizes: dict[str, int] | None) -> Any:
@@ -518,7 +517,7 @@ def inspect(
             terminal.console().print(table)
 
 
-def _inspect_source(source: str, described: Described, sizes: dict[str, int] | None, *, json: bool) -> None:
+def _inspect_source(source: str, described: dict[str, Any], sizes: dict[str, int] | None, *, json: bool) -> None:
     """What a source is that no bundle was made of yet."""
     for module in ("torch", "msgspec"):
         require(module, "export", "inspect")

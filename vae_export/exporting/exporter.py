@@ -6,14 +6,15 @@ import datetime
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from torch import nn
+from torch import Tensor, nn
 
 from vae_export import sources, versions
 from vae_export.certification import certificate, golden, tiles, verifier
@@ -29,21 +30,14 @@ from vae_export.exporting import model_card, tracing
 from vae_export.numerics import noise
 from vae_export.progress import Progress, silent
 from vae_export.runtimes import VAE, open_backend
-from vae_export.sources import Described, cost
+from vae_export.sources import cost
 from vae_export.sources.module import Source
 from vae_export.sources.protocol import Decoder, Encoder, Trained
 
 _CALIBRATION_ROWS = 512
 _CALIBRATION_LIMIT = 16 << 20
 _TOOLS = (
-    "vae-export",
-    "torch",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "numpy",
+    *("vae-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"),
     "diffusers",
 )
 
@@ -54,35 +48,82 @@ def export(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
-    **described: Unpack[Described],
+    config: str | os.PathLike[str] | None = None,
+    size: Mapping[str, int] | None = None,
+    held_out: Tensor | npt.NDArray[Any] | None = None,
+    example: Tensor | npt.NDArray[Any] | None = None,
+    shape: tuple[int, ...] | None = None,
+    likelihood: str | None = None,
+    data_range: tuple[float, float] | None = None,
+    variance: float | None = None,
+    multiple_of: int | None = None,
+    outputs: str | None = None,
+    nominal: bool | None = None,
+    name: str | None = None,
+    scaling: float | None = None,
+    shift: float | None = None,
+    keep_example: bool | None = None,
 ) -> Certificate:
     """Export a trained model, and prove that the export computes the same.
 
-    The bundle appears at `path` whole, and only if every check of its certificate holds.
+    The bundle appears at `path` complete, and only if every check of its certificate holds. The options from `config`
+    on describe the source; each belongs to some kinds of it and is an error for the others. A checkpoint, a `Source`
+    and a `Trained` take none.
 
     Args:
         source: a checkpoint folder of our trainer; an autoencoder in the layout of diffusers, as a folder or a
-            `.safetensors` file; `package.module:factory`; a PyTorch module with `encode` and `decode`, or a
-            `vae_export.Source` of one.
+            `.safetensors` file; `package.module:factory`, a function which is then called; a PyTorch module with
+            `encode` and `decode`; or a `vae_export.Source` of one.
         path: the bundle's folder.
-        overwrite: replace a bundle that is there.
-        progress: called with the name of each step, and the share of it that is done.
-        described: what the source does not say itself: see `sources.Described`.
+        overwrite: replace a bundle at `path`.
+        progress: called with the name of each step, and the share of it that is done, in [0, 1] or None.
+        config: diffusers: the `config.json` of weights in one file; None: the one beside them.
+        size: diffusers: height and width in pixels to trace and to verify at, such as {"height": 128, "width": 128};
+            None: 64 × 64, or twice the stride if that is more.
+        held_out: diffusers, module: (M, *data) floating-point values in the data's range that the model was not trained
+            on, to verify on; those of diffusers are (M, 3, height, width) in [−1, 1] of that `size`. They are kept in
+            the bundle. None: decoded draws from the prior, or a module's `example`.
+        example: module: (B, *data), B ≥ 1, floating-point values in `data_range`, on which the module is tried.
+        shape: factory of a bare module: (*data), the shape of one example without the batch.
+        likelihood: module, factory: p(x|z): `bernoulli`, `gaussian`, `gaussian_fixed`, `discretized_logistic`, `none`.
+        data_range: module, factory: the smallest and the largest value of the data, such as (0, 1).
+        variance: module, factory: the one variance of `gaussian_fixed`, in squared units of the data.
+        multiple_of: module, factory: in pixels; height and width may be any multiples of it. None: the example's only.
+        outputs: module: `logits` or `probabilities`, what a Bernoulli decoder returns, where that cannot be told.
+        nominal: module: True if it was not trained with this likelihood, so that the ELBO is a convention; None: False.
+        name: module: the model's name; None: the class's.
+        scaling: module: latent diffusion works on (z − shift) · scaling; None: 1.
+        shift: module: see scaling; None: 0.
+        keep_example: module: whether the bundle may keep `example`; None: True.
 
     Returns:
-        The certificate, which the bundle holds as `verification.json`.
+        The certificate, which the bundle has as `verification.json`.
 
     Raises:
-        InputError: the source cannot be read or exported, its graphs would be no pure functions (random
-            operators, loops, custom operators), or something is at `path`.
-        BackendError: ONNX Runtime, or diffusers for its folders, is not installed.
-        VerificationError: the exported graphs differ from the model by more than their budgets.
+        InputError: the source cannot be read or exported, an option is wrong or belongs to another kind of source, its
+            graphs would be no pure functions (random operators, loops, custom operators), or `path` exists.
+        BackendError: ONNX Runtime is not installed, or diffusers for its folders.
+        VerificationError: the exported graphs deviate from the model by more than the tolerances.
     """
     path = Path(path)
     check_flags("export", overwrite=overwrite)
     bundle.check_target(path, overwrite=overwrite)
-    source = sources.resolve(source, **described)
-    _check_size(source)
+    trained = sources.resolve(
+        source, config=config, size=size, held_out=held_out, example=example, shape=shape, likelihood=likelihood,
+        data_range=data_range, variance=variance, multiple_of=multiple_of, outputs=outputs, nominal=nominal, name=name,
+        scaling=scaling, shift=shift, keep_example=keep_example,
+    )  # fmt: skip
+    return export_trained(trained, path, overwrite=overwrite, progress=progress)
+
+
+def export_trained(
+    source: Trained, path: Path, *, rows: int = references.ROWS, overwrite: bool = False, progress: Progress = silent
+) -> Certificate:
+    """Export a model under the protocol, measured on at most `rows` rows of data and as many draws from the prior.
+
+    Other arguments, result and errors: as for `export`.
+    """
+    _check_shapes(source)
     name = re.sub(r"\.bundle$", "", path.resolve().name)
     if not name or not name.isprintable():
         raise InputError(f"export: {path} gives the bundle no printable name. Choose another path")
@@ -104,22 +145,22 @@ def export(
             raise InputError(f"export: {error}") from None
 
     costs = cost.count(source)
-    records = {kind: msgspec.structs.replace(record, cost=costs[kind]) for kind, record in records.items()}
-    reference = references.compute(source, costs, progress)
+    reference = references.compute(source, costs, progress, rows)
     try:
         backend = open_backend(graphs, model, device="cpu", weights=weights)
         measured = verifier.measure(model, backend, reference, name, progress=progress)
         measured.require()
         tiled = tiles.measure_tiles(model, backend, reference.tensors["x"][golden.EXTREMES :], costs)
-    except BundleError as error:  # the graphs are not what the model is said to be
+    except BundleError as error:  # the graphs contradict the model's description
         raise InputError(f"export: {error}") from None
     measured = msgspec.structs.replace(measured, checks=(*measured.checks, *tiles.checks(tiled)))
-    records = {kind: msgspec.structs.replace(record, tiled=tiled.get(kind)) for kind, record in records.items()}
+    for kind, record in records.items():
+        records[kind] = msgspec.structs.replace(record, cost=costs[kind], tiled=tiled.get(kind))
 
     progress("writing the bundle")
     kept = reference.shrunk()
-    rows = golden.encode(kept)
-    golden.decode(rows, kept.record, model)
+    rows_kept = golden.encode(kept)
+    golden.decode(rows_kept, kept.record, model)
     vae = VAE(model, backend, micro_batch=min(64, kept.record.prior))
     with bundle.create(path, overwrite=overwrite) as folder:
         for kind, graph in graphs.items():
@@ -129,7 +170,7 @@ def export(
             if kind in weights:
                 (file.parent / tracing.WEIGHTS).write_bytes(weights[kind].data)
         (folder / "config.json").write_bytes(source.config)
-        (folder / golden.FILE).write_bytes(rows)
+        (folder / golden.FILE).write_bytes(rows_kept)
         (folder / golden.CALIBRATION_FILE).write_bytes(_calibration(source, reference.record.held_out))
         (folder / "verification.json").write_bytes(certificate.encode(measured))
         held_out = kept.tensors["x"][golden.EXTREMES :][: kept.record.held_out]
@@ -161,7 +202,7 @@ def export(
     return measured
 
 
-def _check_size(source: Trained) -> None:
+def _check_shapes(source: Trained) -> None:
     shape = source.model.data.shape
     fits = len(shape) == len(source.example_shape) and all(
         dim.allows(size) if isinstance(dim, SizeDim) else dim == size
@@ -173,16 +214,16 @@ def _check_size(source: Trained) -> None:
         rows = getattr(source, name)
         if rows is not None and (len(rows) == 0 or rows.shape[1:] != source.example_shape):
             raise InputError(
-                f"export: {name} has shape {rows.shape}; expected one row or more of {source.example_shape}"
+                f"export: {name} has shape {rows.shape}; expected at least one row of shape {source.example_shape}"
             )
 
 
 def _calibration(source: Trained, used: int) -> bytes:
-    """Examples to choose a lower precision by: the source's, or what the certificate leaves of held-out data.
+    """Examples to choose a lower precision by: the source's, or the held-out rows that are no golden examples.
 
     Args:
         source: the model.
-        used: rows of its held-out data that are golden examples.
+        used: the number of held-out rows that are golden examples.
     """
     rows: npt.NDArray[np.float32] = np.zeros((0, *source.example_shape), np.float32)
     order: npt.NDArray[np.intp] = np.zeros(0, np.intp)

@@ -29,13 +29,7 @@ _COLUMNS = 8
 
 @dataclass(frozen=True)
 class Picture:
-    """The picture at the head of a card.
-
-    Attributes:
-        file: its name in the bundle.
-        caption: what it shows.
-        image: its pixels.
-    """
+    """The picture at the head of a card: its file name in the bundle, its caption in lower case, and the image."""
 
     file: str
     caption: str
@@ -43,11 +37,10 @@ class Picture:
 
 
 def picture(vae: VAE, held_out: npt.NDArray[np.float32], sizes: Mapping[str, int], rows: int = _ROWS) -> Picture | None:
-    """What a model does, as a picture that says no more than is true.
+    """Samples from the prior, or data above their reconstructions.
 
-    Samples from the prior are shown of models that were trained to have them. A deterministic encoder, or a likelihood
-    that is only a convention, has latents of no known distribution: decoded noise would show nothing of such a model,
-    so data stand above their reconstructions.
+    Samples are shown only of models that were trained to have them. With a deterministic encoder, or a likelihood that
+    is only a convention, the latents have no known distribution, and decoded noise would not represent the model.
 
     Args:
         vae: the exported model.
@@ -56,7 +49,7 @@ def picture(vae: VAE, held_out: npt.NDArray[np.float32], sizes: Mapping[str, int
         rows: the most examples that are shown.
 
     Returns:
-        None where the data are no pictures, or where reconstructions would be shown and there are no data.
+        None if the data are no pictures, or if there are neither samples nor data to show.
     """
     model = vae.model
     if not is_picture(model.data.shape):
@@ -85,12 +78,12 @@ def write(
 
     Args:
         name: of the bundle's folder.
-        model: what it computes.
-        origin: where it came from.
+        model: its shapes, range, posterior and likelihood.
+        origin: the source of the model.
         certificate: of the export.
-        training: how it was trained, where that is known.
+        training: figures and pictures of the training, where they are known.
         sizes: of the data's named dimensions, for the example.
-        picture: the one at its head, which the caller writes beside it.
+        picture: the one at the head of the card, which the caller writes beside it.
     """
     limits = {
         "posterior logvar": model.posterior.logvar_clamp,
@@ -132,15 +125,15 @@ A variational autoencoder as a verified bundle of `vae_export`.
 {_trained(training) if training else ""}
 ## Certificate
 
-Measured at the export, worst over batches of {", ".join(map(str, certificate.batches))}. S is the sum of the
-absolute terms of log p(x|z) and KL. `vae-export verify` measures it again on your machine.
+Measured at the export, worst over batches of {", ".join(map(str, certificate.batches))}.
+`vae-export verify` measures it again on your machine.
 
-{_table(("graph", "quantity", "got", "allowed", "PyTorch float32"), checks)}
+{_table(("graph", "quantity", "measured", "tolerance", "PyTorch float32"), checks)}
 """
 
 
 def _example(name: str, model: Model, sizes: Mapping[str, int]) -> str:
-    """How the bundle is used, as a program that runs in the folder beside it."""
+    """A program that uses the bundle, to be run in the folder that contains it."""
     load = f"vae = vae_export.load({json.dumps(name, ensure_ascii=False)})"
     if model.has_samples:
         size = f", size={json.dumps(dict(sizes))}" if sizes else ""
@@ -173,6 +166,6 @@ On test data that the model was not trained on, in PyTorch:
 
 
 def _table(headings: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    """A Markdown table. Bars are escaped, in code as well: there, too, a bar would end the cell."""
+    """A Markdown table. Bars are escaped, also in code, where they would end the cell as well."""
     lines = [headings, tuple("---" for _ in headings), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -1,72 +1,45 @@
-"""Trained models from somewhere, under one protocol."""
+"""Sources of trained models, under one protocol."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from vae_export.errors import InputError
 from vae_export.sources import checkpoint, diffusers_folder, module
 from vae_export.sources.module import Source
 from vae_export.sources.protocol import Trained
-from vae_export.trainers import config as configs
+
+_MODULE = ("example", "likelihood", "data_range")
 
 
-class Described(TypedDict, total=False):
-    """What may be said of a source beside its name. Each kind of source takes its own, and refuses the others.
-
-    A diffusers autoencoder takes `config`, `size` and `held_out`; a PyTorch module all that `vae_export.Source` has
-    beside the module; a factory that returns a bare module `shape`, `likelihood`, `data_range`, `variance` and
-    `multiple_of`. A checkpoint says everything itself.
-    """
-
-    config: str | os.PathLike[str] | None
-    size: Mapping[str, int] | None
-    held_out: npt.NDArray[np.float32] | None
-    example: Any
-    shape: tuple[int, ...] | None
-    likelihood: str | None
-    data_range: tuple[float, float] | None
-    variance: float | None
-    multiple_of: int | None
-    outputs: str | None
-    nominal: bool
-    name: str | None
-    scaling: float
-    shift: float
-    keep_example: bool
-
-
-def resolve(source: Any, **described: Any) -> Trained:
-    """A source, whatever its kind, under the protocol. Arguments: as for `export`.
+def resolve(source: Any, **options: Any) -> Trained:
+    """A source of any kind under the protocol. Arguments: as for `export`; None is the same as no argument.
 
     Raises:
-        InputError: there is no such source, it cannot be read, or what is said of it does not belong to its kind.
+        InputError: there is no such source, it cannot be read, or an option does not belong to its kind.
         BackendError: a package that it needs is not installed.
     """
-    said = {name: value for name, value in described.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     if isinstance(source, Trained):
-        _only("a Trained", said, ())
+        _check_options("a Trained", options, ())
         return source
     if isinstance(source, Source):
-        _only("a vae_export.Source", said, ())
+        _check_options("a vae_export.Source", options, ())
         return module.resolve(source)
     if isinstance(source, nn.Module):
-        needed = ("example", "likelihood", "data_range")
-        _only("a module", said, (*needed, *_OF_MODULES))
-        missing = [name for name in needed if name not in said]
+        _check_options("a module", options, tuple(Source.__dataclass_fields__)[1:])
+        missing = [name for name in _MODULE if name not in options]
         if missing:
             raise InputError(
-                f"export: a module does not say {', '.join(missing)}. Pass them: "
+                f"export: a module needs {', '.join(missing)}. Pass them: "
                 "export(module, path, example=x, likelihood='bernoulli', data_range=(0, 1))"
             )
-        return module.resolve(Source(source, **said))
+        return module.resolve(Source(source, **options))
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             f"export: got a {type(source).__name__}; expected a checkpoint's or a diffusers autoencoder's folder, "
@@ -74,27 +47,23 @@ def resolve(source: Any, **described: Any) -> Trained:
         )
     path = Path(source)
     if ":" in str(source) and not path.exists():
-        _only("a factory", said, _OF_FACTORIES)
-        return module.resolve(module.from_factory(str(source), **said))
+        _check_options("a factory", options, ("shape", "likelihood", "data_range", "variance", "multiple_of"))
+        return module.resolve(module.from_factory(str(source), **options))
     if not path.exists():
         raise InputError(
             f"export: {path} does not exist; expected a checkpoint's or a diffusers autoencoder's folder, a "
             ".safetensors file, or package.module:factory"
         )
-    if configs.is_checkpoint(path) or not (diffusers_folder.is_diffusers(path) or "config" in said):
-        _only("a checkpoint", said, ())
+    if checkpoint.is_checkpoint(path) or not (diffusers_folder.is_diffusers(path) or "config" in options):
+        _check_options("a checkpoint", options, ())
         return checkpoint.load(path)
-    _only("a diffusers autoencoder", said, ("config", "size", "held_out"))
-    if "config" in said:
-        said["config"] = Path(said["config"])
-    return diffusers_folder.load(path, **said)
+    _check_options("a diffusers autoencoder", options, ("config", "size", "held_out"))
+    if "config" in options:
+        options["config"] = Path(options["config"])
+    return diffusers_folder.load(path, **options)
 
 
-_OF_MODULES = ("held_out", "variance", "multiple_of", "outputs", "nominal", "name", "scaling", "shift", "keep_example")
-_OF_FACTORIES = ("shape", "likelihood", "data_range", "variance", "multiple_of")
-
-
-def _only(kind: str, said: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    if other := sorted(set(said) - set(known)):
-        takes = f"takes {', '.join(known)}" if known else "says everything itself"
-        raise InputError(f"export: {kind} {takes}; got {', '.join(other)}. Drop {'it' if len(other) == 1 else 'them'}")
+def _check_options(kind: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    if other := sorted(set(options) - set(known)):
+        takes = f"takes {', '.join(known)}" if known else "takes no further options"
+        raise InputError(f"export: {kind} {takes}; got {', '.join(other)}. Omit {'it' if len(other) == 1 else 'them'}")

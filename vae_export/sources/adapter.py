@@ -1,9 +1,9 @@
-"""A user's own module as the protocol wants it: what its `encode` and `decode` return, recognized.
+"""A user's own module under the protocol: recognizes what its `encode` and `decode` return.
 
-What is recognized, besides tensors and tuples of them in the protocol's order: mappings and named tuples by their
-keys, objects by their attributes (also diffusers' `latent_dist` and `sample`), the distributions `Normal` and
-`Bernoulli` of PyTorch, alone or in `Independent`, and pythae's models by their `encoder` and `decoder`. What could
-mean two things is refused: exporting the wrong one of them would pass every later check.
+Recognized are tensors and tuples of them in the protocol's order, mappings and named tuples by their keys, objects by
+their attributes (also diffusers' `latent_dist` and `sample`), the distributions `Normal` and `Bernoulli` of PyTorch,
+alone or in `Independent`, and pythae's models by their `encoder` and `decoder`. What could mean two things is refused:
+an export of the wrong one of them would pass every later check.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from torch.overrides import TorchFunctionMode
 from vae_export.contract.model import DECODER_OUTPUTS, LikelihoodKind
 from vae_export.errors import InputError
 
-#: What a single tensor of a Bernoulli decoder holds.
+#: The meaning of a Bernoulli decoder's single tensor.
 Outputs = Literal["logits", "probabilities"]
 
-#: Probabilities are kept this far from 0 and 1 where their logits have to be computed from them.
+#: Probabilities are clamped to [EPS, 1 − EPS] where their logits have to be computed from them.
 EPS = 1e-6
 
 _Names = Mapping[str, tuple[str, ...]]
-#: What a key or an attribute of what `encode` and `decode` return may be called. The ways to give a variance are in
-#: the order in which they are used where there are several of them.
-_SPREAD: _Names = {
+#: Keys and attributes by which the results of `encode` and `decode` are recognized. Of several forms of the variance
+#: the first is used.
+_VARIANCE: _Names = {
     "logvar": ("logvar", "log_var", "log_variance", "log_covariance", "logvariance"),
     "log_std": ("log_std", "logstd", "log_sigma", "log_scale"),
     "std": ("std", "stddev", "scale", "sigma"),
     "variance": ("variance", "var"),
 }
-_ENCODED: _Names = {"mean": ("mean", "mu", "loc", "embedding"), **_SPREAD}
+_ENCODED: _Names = {"mean": ("mean", "mu", "loc", "embedding"), **_VARIANCE}
 _DECODED: _Names = {
     "mean": ("sample", "reconstruction", "recon_x", "x_hat", "x_recon", "mean", "mu", "loc"),
     "probabilities": ("probabilities", "probs"),
     "logits": ("logits",),
-    **_SPREAD,
+    **_VARIANCE,
 }
 _LOGISTIC: _Names = {
     "sample": ("sample", "mean", "reconstruction"),
     "location": ("location", "loc"),
     "log_scale": ("log_scale",),
 }
-#: What the tensors of a tuple are, by their place.
-_PLACES: Mapping[str, tuple[str, ...]] = {
+#: The roles of a tuple's tensors, in order.
+_POSITIONS: Mapping[str, tuple[str, ...]] = {
     "bernoulli": ("probabilities", "logits"),
     "gaussian": ("mean", "logvar"),
     "gaussian_fixed": ("mean",),
     "discretized_logistic": ("sample", "location", "log_scale"),
     "none": ("mean",),
 }
-#: What must be among it, whatever its form.
-_NEEDED = {**_PLACES, "gaussian": ("mean",)}
+#: Roles that must be present, whatever the form.
+_REQUIRED = {**_POSITIONS, "gaussian": ("mean",)}
 _DISCRETE = (
     distributions.Categorical,
     distributions.OneHotCategorical,
@@ -67,9 +67,9 @@ _DISCRETE = (
 
 
 def advice(likelihood: str) -> str:
-    """The adapter that a user has to write around a module that is not recognized."""
+    """For messages: the adapter that a user has to write around a module that is not recognized."""
     return (
-        "Wrap it in five lines that say what is what, and give that as the module:\n\n"
+        "Wrap it in an adapter of five lines that returns plain tensors, and export that:\n\n"
         "class Adapted(torch.nn.Module):\n"
         "    def __init__(self, vae):\n"
         "        super().__init__(); self.vae = vae\n"
@@ -80,19 +80,19 @@ def advice(likelihood: str) -> str:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a call returned, recognized.
+    """The recognized results of a call.
 
     Attributes:
-        tensors: by what they are: `mean`, `logvar`, `log_std`, `std`, `variance`, `probabilities`, `logits`, or
-            `sample`, `location` and `log_scale`.
-        named: whether the module says what they are; otherwise it was told from their place.
+        tensors: by role: `mean`, `logvar`, `log_std`, `std`, `variance`, `probabilities`, `logits`, or `sample`,
+            `location` and `log_scale`.
+        named: whether the module names the roles; otherwise they follow from the order.
     """
 
     tensors: Mapping[str, Tensor]
     named: bool
 
     def logvar(self) -> Tensor | None:
-        """The log-variance, from whichever way the module gives it, or None."""
+        """The log-variance, computed from any form of it, or None."""
         tensors = self.tensors
         if "logvar" in tensors:
             return tensors["logvar"]
@@ -106,19 +106,19 @@ class Parts:
 class Adapter(nn.Module):
     """A user's module with the protocol's `encode` and `decode`.
 
-    Where a Bernoulli decoder gives probabilities, their logits are what its last sigmoid was given. Without a sigmoid
-    at its end they are computed as log(p / (1 − p)) with p kept `EPS` away from 0 and 1; `sample` is the sigmoid of the
+    Where a Bernoulli decoder returns probabilities, their logits are the input of its last sigmoid. Without a sigmoid
+    at its end they are computed as log(p / (1 − p)) with p clamped to [EPS, 1 − EPS]; `sample` is the sigmoid of the
     logits in either case.
 
     Args:
         module: has `encode(x)` and `decode(z)`, or is like pythae's models, which have modules `encoder` and `decoder`
             that return mappings.
-        likelihood: p(x|z), which says what `decode` must return.
-        outputs: what a single tensor of a Bernoulli decoder holds. Without it, only a decoder that ends in a sigmoid
-            or that names its outputs is understood.
+        likelihood: p(x|z), which determines what `decode` must return.
+        outputs: the meaning of a Bernoulli decoder's single tensor. Without it, the decoder must end in a sigmoid or
+            name its outputs.
 
     Raises:
-        InputError: it has neither pair, or they need more than one argument.
+        InputError: the module has neither pair, or they need more than one argument.
     """
 
     def __init__(self, module: nn.Module, likelihood: LikelihoodKind, outputs: Outputs | None = None) -> None:
@@ -126,9 +126,9 @@ class Adapter(nn.Module):
         self.module = module
         self.likelihood = likelihood
         self.outputs = outputs
-        #: The names of the module's own methods, or of the modules that stand in for them.
+        #: The names of the module's own methods, or of its submodules in their place.
         self.names = {"encode": "encode", "decode": "decode"}
-        #: Whether mappings are expected: a bare `encoder` may return anything, features for instance.
+        #: Whether mappings are required: a bare `encoder` may return anything, features for instance.
         self.mappings = False
         if not all(callable(getattr(module, name, None)) for name in self.names):
             if not all(isinstance(getattr(module, name, None), nn.Module) for name in ("encoder", "decoder")):
@@ -144,13 +144,13 @@ class Adapter(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, *data) → mean, and logvar unless the encoder is deterministic, of (B, *latent) each."""
-        parts = self.encoded(x)
+        parts = self.encode_parts(x)
         logvar = parts.logvar()
         return (parts.tensors["mean"],) if logvar is None else (parts.tensors["mean"], logvar)
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
         """(B, *latent) → (B, *data) each of `DECODER_OUTPUTS[likelihood]`."""
-        parts = self.decoded(z)
+        parts = self.decode_parts(z)
         tensors = dict(parts.tensors)
         if self.likelihood == "bernoulli":
             if "mean" in tensors and len(tensors) == 1:
@@ -163,13 +163,13 @@ class Adapter(nn.Module):
             logvar = parts.logvar()
             assert logvar is not None
             return tensors["mean"], logvar
-        return tuple(tensors[name] for name in _PLACES[self.likelihood])
+        return tuple(tensors[name] for name in _POSITIONS[self.likelihood])
 
-    def encoded(self, x: Tensor) -> Parts:
-        """What the module's own `encode` gives.
+    def encode_parts(self, x: Tensor) -> Parts:
+        """The recognized results of the module's own `encode`.
 
         Raises:
-            InputError: what it returns is not recognized, or could be more than one thing.
+            InputError: the result is not recognized, or could mean more than one thing.
         """
         with _unvalidated():
             value = getattr(self.module, self.names["encode"])(x)
@@ -178,81 +178,82 @@ class Adapter(nn.Module):
             raise self._unknown("encode", value, "a mean in it")
         return parts
 
-    def decoded(self, z: Tensor) -> Parts:
-        """What the module's own `decode` gives. A Bernoulli's `mean` alone may be logits, too: see `settle`.
+    def decode_parts(self, z: Tensor) -> Parts:
+        """The recognized results of the module's own `decode`. A Bernoulli's `mean` alone may be logits, too: see
+        `decide_outputs`.
 
         Raises:
-            InputError: what it returns is not recognized, could be more than one thing, or does not belong to the
-                likelihood.
+            InputError: the result is not recognized, could mean more than one thing, or does not fit the likelihood.
         """
         call = getattr(self.module, self.names["decode"])
         bernoulli = self.likelihood == "bernoulli"
         with _unvalidated(), _Sigmoids() if bernoulli else contextlib.nullcontext() as sigmoids:
             value = call(z)
         roles = _LOGISTIC if self.likelihood == "discretized_logistic" else _DECODED
-        parts = self._read("decode", value, roles, _PLACES[self.likelihood])
+        parts = self._read("decode", value, roles, _POSITIONS[self.likelihood])
         tensors = dict(parts.tensors)
         if bernoulli and "logits" not in tensors:
-            given = tensors.get("probabilities", tensors.get("mean"))
-            if given is not None and sigmoids and (logits := sigmoids.logits(given)) is not None:
+            result = tensors.get("probabilities", tensors.get("mean"))
+            if result is not None and sigmoids and (logits := sigmoids.logits(result)) is not None:
                 if self.outputs == "logits":
                     raise InputError(
-                        f'export: outputs is "logits", and {self.called("decode")} ends in a sigmoid: what it returns '
-                        'are probabilities. Give outputs="probabilities", or leave outputs away'
+                        f'export: outputs is "logits", and {self.label("decode")} ends in a sigmoid, so it returns '
+                        'probabilities. Pass outputs="probabilities", or omit outputs'
                     )
-                tensors = {"probabilities": given, "logits": logits}
+                tensors = {"probabilities": result, "logits": logits}
         if bernoulli and self.outputs is not None and set(tensors) == {"mean"}:
             tensors = {self.outputs: tensors["mean"]}
-        spread = any(name in tensors for name in _SPREAD)
-        wanted = [{"mean"}, {"probabilities"}, {"logits"}] if bernoulli else [set(_NEEDED[self.likelihood])]
-        if not any(names <= set(tensors) for names in wanted) or spread != (self.likelihood == "gaussian"):
-            raise self._wrong(value)
+        has_variance = any(name in tensors for name in _VARIANCE)
+        accepted = [{"mean"}, {"probabilities"}, {"logits"}] if bernoulli else [set(_REQUIRED[self.likelihood])]
+        if not any(names <= set(tensors) for names in accepted) or has_variance != (self.likelihood == "gaussian"):
+            raise self._mismatch(value)
         return Parts(tensors, parts.named)
 
-    def settle(self, z: Tensor) -> None:
-        """Find out from an example what a Bernoulli decoder's single tensor holds, where it leaves that open.
+    def decide_outputs(self, z: Tensor) -> None:
+        """Set `outputs` from an example, where a Bernoulli decoder returns a single tensor that has no name.
 
         Raises:
-            InputError: the example could be logits as well as probabilities.
+            InputError: the example's values could be logits as well as probabilities.
         """
-        parts = self.decoded(z)
+        parts = self.decode_parts(z)
         if self.likelihood == "bernoulli" and set(parts.tensors) == {"mean"}:
             values = parts.tensors["mean"]
             if values.min() >= 0 and values.max() <= 1:
                 raise self._undecided(values)
             self.outputs = "logits"
 
-    def called(self, method: str) -> str:
-        """The module's own method, as messages call it."""
+    def label(self, method: str) -> str:
+        """The name of the module's own method, for messages."""
         return f"{type(self.module).__name__}.{self.names[method]}"
 
-    def _wrong(self, value: Any) -> InputError:
+    def _mismatch(self, value: Any) -> InputError:
         """The outputs of `decode` are not those of the likelihood."""
         hint = {
             "gaussian": "Return the log-variance beside the mean; if the model has one variance for all, "
-            'give likelihood="gaussian_fixed" and that variance. ',
-            "gaussian_fixed": 'If the decoder gives a variance for each value, give likelihood="gaussian". ',
-            "none": "Return the reconstruction alone, or give the likelihood that belongs to what is returned. ",
+            'pass likelihood="gaussian_fixed" and that variance. ',
+            "gaussian_fixed": 'If the decoder gives a variance for each value, pass likelihood="gaussian". ',
+            "none": "Return the reconstruction alone, or pass the likelihood of these outputs. ",
         }.get(self.likelihood, "")
         return InputError(
-            f"export: {self.called('decode')} returned {shown(value)}; likelihood {self.likelihood!r} needs "
+            f"export: {self.label('decode')} returned {describe(value)}; likelihood {self.likelihood!r} needs "
             f"{', '.join(DECODER_OUTPUTS[self.likelihood])}. {hint}{advice(self.likelihood)}"
         )
 
     def _undecided(self, value: Tensor) -> InputError:
         return InputError(
-            f"export: {self.called('decode')} returned {shown(value)} with no sigmoid at its end, which a Bernoulli "
-            'likelihood can read as logits or as probabilities. Give outputs="logits" or outputs="probabilities"'
+            f"export: {self.label('decode')} returned {describe(value)} with no sigmoid at its end, which a Bernoulli "
+            'likelihood can read as logits or as probabilities. Pass outputs="logits" or outputs="probabilities"'
         )
 
-    def _read(self, method: str, value: Any, roles: _Names, places: tuple[str, ...]) -> Parts:
-        """Tell what was returned by its type, its names or its places."""
+    def _read(self, method: str, value: Any, roles: _Names, positions: tuple[str, ...]) -> Parts:
+        """Recognize a result by its type, its names or its order."""
         original = value
         if self.mappings and not isinstance(value, Mapping):
             raise InputError(
                 f"export: {type(self.module).__name__} has no encode and decode, and its {self.names[method]} returned "
-                f"{shown(value)}; expected a mapping with {'embedding' if method == 'encode' else 'reconstruction'}, "
-                f"as pythae's models return. {advice(self.likelihood)}"
+                f"{describe(value)}; expected a mapping with "
+                f"{'embedding' if method == 'encode' else 'reconstruction'}, as pythae's models return. "
+                f"{advice(self.likelihood)}"
             )
         while True:
             if isinstance(value, (tuple, list)) and len(value) == 1:
@@ -265,36 +266,36 @@ class Adapter(nn.Module):
                 value = value.latent_dist
             else:
                 break
-        found: dict[str, Tensor]
+        tensors: dict[str, Tensor]
         named = True
         if isinstance(value, Tensor):
-            # One tensor of a Bernoulli may be logits: the caller finds out.
-            found, named = {"mean" if "mean" in roles else places[0]: value}, False
+            # One tensor of a Bernoulli may be logits: the caller decides.
+            tensors, named = {"mean" if "mean" in roles else positions[0]: value}, False
         elif isinstance(value, distributions.Distribution):
-            found = self._distribution(method, value)
+            tensors = self._distribution(method, value)
         elif isinstance(value, Mapping):
-            found = self._by_name(method, value, roles)
+            tensors = self._by_name(method, value, roles)
         elif isinstance(value, tuple) and hasattr(value, "_fields") and _known(value._fields, roles):
-            found = self._by_name(method, dict(zip(value._fields, value, strict=True)), roles)
+            tensors = self._by_name(method, dict(zip(value._fields, value, strict=True)), roles)
         elif isinstance(value, (tuple, list)):
-            found, named = self._by_place(method, value, places), False
+            tensors, named = self._by_position(method, value, positions), False
         else:
             known = [name for names in roles.values() for name in names]
             attributes = {name: getattr(value, name, None) for name in known}
-            found = self._by_name(method, {k: v for k, v in attributes.items() if isinstance(v, Tensor)}, roles)
+            tensors = self._by_name(method, {k: v for k, v in attributes.items() if isinstance(v, Tensor)}, roles)
             # A tensor may stand in more attributes than can be listed here, a variance for instance.
-            if method == "encode" and not any(name in found for name in _SPREAD):
+            if method == "encode" and not any(name in tensors for name in _VARIANCE):
                 raise self._unknown(method, original, "mean and logvar, std or variance in it")
-        if not found:
+        if not tensors:
             raise self._unknown(method, original, " or ".join(next(iter(roles.values()))) + " in it")
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 discrete = ": discrete latents are not supported" if method == "encode" else ""
                 raise InputError(
-                    f"export: {self.called(method)} gave a {name} of {str(tensor.dtype).removeprefix('torch.')}"
+                    f"export: {self.label(method)} gave a {name} of {str(tensor.dtype).removeprefix('torch.')}"
                     f"{discrete}; expected floating-point values"
                 )
-        return Parts(found, named)
+        return Parts(tensors, named)
 
     def _distribution(self, method: str, value: distributions.Distribution) -> dict[str, Tensor]:
         """A Normal's or a Bernoulli's parameters."""
@@ -302,16 +303,16 @@ class Adapter(nn.Module):
         if isinstance(value, distributions.Normal):
             return {"mean": value.loc, "std": value.scale}
         if isinstance(value, distributions.Bernoulli) and method == "decode":
-            # Each computes the other from itself, with limits that depend on the precision: take what was given.
+            # Either is computed from the other with clamps that depend on the precision: take the original.
             return {"logits": value.logits} if "logits" in vars(value) else {"probabilities": value.probs}
         discrete = method == "encode" and isinstance(value, (*_DISCRETE, distributions.Bernoulli))
         why = "discrete latents are not supported" if discrete else "it is not supported"
         expected = "a Normal, alone or in Independent" if method == "encode" else "a Normal or a Bernoulli"
-        raise InputError(f"export: {self.called(method)} returned a distribution {kind}: {why}; expected {expected}")
+        raise InputError(f"export: {self.label(method)} returned a distribution {kind}: {why}; expected {expected}")
 
     def _by_name(self, method: str, value: Mapping[Any, Any], roles: _Names) -> dict[str, Tensor]:
-        """What is recognized by its key; one name for each role."""
-        found: dict[str, Tensor] = {}
+        """Tensors whose keys are known; one key for each role."""
+        tensors: dict[str, Tensor] = {}
         for role, names in roles.items():
             candidates = {name: value[name] for name in names if isinstance(value.get(name), Tensor)}
             first = next(iter(candidates.values()), None)
@@ -319,42 +320,42 @@ class Adapter(nn.Module):
                 continue
             if any(candidate is not first for candidate in candidates.values()):
                 raise self._ambiguous(method, value, f"{' and '.join(candidates)} are each a candidate for {role}")
-            found[role] = first
+            tensors[role] = first
         others = [key for key, item in value.items() if isinstance(item, Tensor) and not _known([key], roles)]
-        if method == "encode" and "mean" in found and len(found) == 1 and others:
+        if method == "encode" and "mean" in tensors and len(tensors) == 1 and others:
             raise self._ambiguous(method, value, f"{', '.join(map(str, others))} may be a variance or something else")
-        return found
+        return tensors
 
-    def _by_place(self, method: str, value: Sequence[Any], places: tuple[str, ...]) -> dict[str, Tensor]:
+    def _by_position(self, method: str, value: Sequence[Any], positions: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors in the protocol's order."""
         if not value or not all(isinstance(item, Tensor) for item in value):
             raise self._unknown(method, value, "tensors in it")
-        if len(value) > len(places):
+        if len(value) > len(positions):
             if method == "decode":
-                raise self._wrong(value)
+                raise self._mismatch(value)
             raise self._ambiguous(method, value, "which of them are the mean and the log-variance cannot be told")
-        return dict(zip(places, value, strict=False))
+        return dict(zip(positions, value, strict=False))
 
-    def _unknown(self, method: str, value: Any, wanted: str) -> InputError:
+    def _unknown(self, method: str, value: Any, expected: str) -> InputError:
         return InputError(
-            f"export: {self.called(method)} returned {shown(value)}; expected {wanted}. {advice(self.likelihood)}"
+            f"export: {self.label(method)} returned {describe(value)}; expected {expected}. {advice(self.likelihood)}"
         )
 
     def _ambiguous(self, method: str, value: Any, why: str) -> InputError:
         return InputError(
-            f"export: {self.called(method)} returned {shown(value)}, which is ambiguous: {why}. "
+            f"export: {self.label(method)} returned {describe(value)}, which is ambiguous: {why}. "
             f"{advice(self.likelihood)}"
         )
 
 
-def shown(value: Any) -> str:
-    """What something is, for a message: its type, and its tensors by name or place."""
+def describe(value: Any) -> str:
+    """For messages: an object's type, and its tensors by name or position."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(str, value)) or '(none)'}"
     if isinstance(value, (tuple, list)):
-        items = ", ".join(shown(item) for item in value)
+        items = ", ".join(describe(item) for item in value)
         return f"a {type(value).__name__} of {len(value)}" + f" ({items})" * bool(value)
     attributes = [name for name in vars(value) if not name.startswith("_")] if hasattr(value, "__dict__") else []
     return f"a {type(value).__name__}" + f" with the attributes {', '.join(attributes)}" * bool(attributes)
@@ -365,7 +366,7 @@ def _known(names: Iterable[Any], roles: _Names) -> bool:
 
 
 def _check_arguments(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
-    """Refuse what needs more than x or z: a class label, for instance."""
+    """Refuse methods with further arguments, a class label for instance."""
     target = function.forward if isinstance(function, nn.Module) else function
     required = [
         name
@@ -383,7 +384,7 @@ def _check_arguments(module: nn.Module, method: str, function: Callable[..., Any
 
 @contextlib.contextmanager
 def _unvalidated() -> Iterator[None]:
-    """Distributions do not check their arguments: they would branch on values, which no trace can hold."""
+    """Distributions do not check their arguments: such a branch on values cannot be traced."""
     default = distributions.Distribution._validate_args
     distributions.Distribution.set_default_validate_args(False)
     try:
@@ -393,9 +394,9 @@ def _unvalidated() -> Iterator[None]:
 
 
 class _Sigmoids(TorchFunctionMode):
-    """Notes what each sigmoid was given, and follows its result through changes of shape.
+    """Records the input of each sigmoid, and follows its output through changes of shape.
 
-    log(p / (1 − p)) of a float32 probability near 1 has few correct digits; what the sigmoid was given has all.
+    log(p / (1 − p)) of a float32 probability near 1 has few correct digits; the sigmoid's input has all.
     """
 
     _SIGMOIDS = (torch.sigmoid, torch.special.expit, Tensor.sigmoid, torch.nn.functional.sigmoid)
@@ -407,21 +408,21 @@ class _Sigmoids(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Results and logits; the results are kept, so that no other tensor can get the id of one.
-        self._noted: dict[int, tuple[Tensor, Tensor]] = {}
+        #: Outputs and logits by the output's id; the outputs are kept, so that no other tensor can get the id of one.
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in self._SIGMOIDS:
-            self._noted[id(result)] = (result, args[0])
+            self._known[id(result)] = (result, args[0])
         elif func in self._SHAPES and (logits := self.logits(args[0])) is not None:
-            self._noted[id(result)] = (result, func(logits, *args[1:], **kwargs))
+            self._known[id(result)] = (result, func(logits, *args[1:], **kwargs))
         elif func is torch.broadcast_tensors and len(args) == 1 and (logits := self.logits(args[0])) is not None:
-            self._noted[id(result[0])] = (result[0], logits)  # as Bernoulli does with its only parameter
+            self._known[id(result[0])] = (result[0], logits)  # as Bernoulli does with its only parameter
         return result
 
     def logits(self, probabilities: Tensor) -> Tensor | None:
-        """What the sigmoid was given whose result this is, or None where it is none's."""
-        noted = self._noted.get(id(probabilities))
-        return noted[1] if noted else None
+        """The input of the sigmoid whose output this is, or None."""
+        known = self._known.get(id(probabilities))
+        return known[1] if known else None

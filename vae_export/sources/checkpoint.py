@@ -15,12 +15,13 @@ from vae_export.errors import BackendError, InputError
 from vae_export.sources.protocol import Trained, Training
 from vae_export.trainers import checkpoint, datasets
 from vae_export.trainers import config as configs
+from vae_export.trainers.config import is_checkpoint as is_checkpoint
 
 _ROWS = 1024
 
 
 def load(path: Path) -> Trained:
-    """Read a checkpoint, and its data set again for held-out examples, where that can still be had.
+    """Read a checkpoint, and its data set for held-out examples, where that is still available and unchanged.
 
     Raises:
         InputError: there is no checkpoint at `path`, or its files do not fit each other.
@@ -32,8 +33,8 @@ def load(path: Path) -> Trained:
         if config.model.likelihood == "discretized_logistic":
             dataset = dataset.quantized()
         if config.split and dataset.split.fingerprint != config.split.fingerprint:
-            dataset = None  # it has changed: what would be held out now may have been trained on
-    except (BackendError, InputError):  # what has it is not on this machine: the certificate will say so
+            dataset = None  # it has changed: rows held out now may have been trained on
+    except (BackendError, InputError):  # the data are not on this machine: the certificate records that
         dataset = None
     clamp = config.model.logvar_clamp if config.model.posterior == "diagonal_gaussian" else None
     return Trained(
@@ -62,7 +63,7 @@ def load(path: Path) -> Trained:
 
 
 def _training(path: Path, config: configs.CheckpointConfig) -> Training | None:
-    """The figures and pictures that the run has left."""
+    """Figures and pictures of the run."""
     result = config.result
     if result is None:
         return None
@@ -88,5 +89,5 @@ def _training(path: Path, config: configs.CheckpointConfig) -> Training | None:
 
 
 def _rows(part: datasets.Subset) -> npt.NDArray[np.float32]:
-    """As many as an export can make use of."""
+    """The first rows, as many as an export can use."""
     return part.read(np.arange(min(len(part), _ROWS)))

@@ -1,6 +1,6 @@
 """A trained autoencoder in the layout of diffusers as a source: a folder, or one file of weights with its config.
 
-Nothing is fetched, and nothing is unpickled.
+Nothing is downloaded, and no pickle is read.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _CONVERT = (
     "s.save_file(torch.load('{name}', weights_only=True, map_location='cpu'), '{stem}.safetensors')\""
 )
 
-#: What all of them are trained on.
+#: The range of the data that all of them are trained on.
 _RANGE = (-1.0, 1.0)
-#: diffusers clamps the log-variance to these limits (its DiagonalGaussianDistribution).
-_CLAMP = (-30.0, 20.0)
-#: Of the largest, how far rounding may bring the forms of AutoencoderDC's attention apart: its sums may be near 0.
-_LINEAR = 1e-3
-#: What is told of classes that are no autoencoders of pictures with a Gaussian or no posterior.
+#: To which diffusers' DiagonalGaussianDistribution clamps the log-variance.
+_LOGVAR_CLAMP = (-30.0, 20.0)
+#: Largest deviation between the forms of AutoencoderDC's attention, relative to max|reference|: sums may be near 0.
+_ATTENTION_TOLERANCE = 1e-3
+#: Classes that are no autoencoders of pictures with a Gaussian or no posterior, and why.
 _REFUSED = {
     "VQModel": "its latents are discrete",
     "ConsistencyDecoderVAE": "its decoder draws random numbers",
@@ -47,7 +47,7 @@ _REFUSED = {
 _VIDEO = re.compile(
     r"Autoencoder(KL)?(Wan|HunyuanVideo|CogVideoX|LTX\w*|Mochi|Magvit|Cosmos|QwenImage|TemporalDecoder)"
 )
-#: Names of the middle attention's weights in older files, and what they are called now.
+#: Names of the middle attention's weights: in older files, and today.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -70,24 +70,23 @@ def load(
     Args:
         path: the folder, one that has it in `vae/`, or a `.safetensors` file.
         config: its `config.json`, where that is not beside the weights.
-        size: height and width to trace and to verify at; 64 × 64, or the smallest above.
+        size: height and width to trace and to verify at, in pixels; None: 64 × 64, or twice the stride if that is more.
         held_out: (M, 3, height, width) float32 pictures in [−1, 1] of that size, for the certificate.
 
     Raises:
-        InputError: what is there is not such an autoencoder, its weights are pickled, missing or do not fit, or the
-            size is none of the model's.
+        InputError: there is no such autoencoder, its weights are pickled, missing or do not fit, or the model does not
+            take the size.
         BackendError: diffusers is not installed.
     """
     folder, settings = _settings(path, config)
     kind = str(settings["_class_name"])
-    _check_kind(folder, kind)
+    _check_class(folder, kind)
     library = require("diffusers", "diffusers", "export")
     files = [path] if path.is_file() else _weight_files(folder)
-    module = _build(getattr(library, kind), settings, folder)
-    _fill(module, files, folder)
-    settings = {**dict(module.config), **settings}  # with the defaults of what it leaves out
-    family = _FAMILIES[kind]
-    adapted = family(module)
+    module = _from_config(getattr(library, kind), settings, folder)
+    _load_weights(module, files, folder)
+    settings = {**dict(module.config), **settings}  # with the defaults of missing keys
+    adapted = _FAMILIES[kind](module)
     stride, channels = adapted.stride, int(settings["in_channels"])
     example = {name: max(EXAMPLE_SIZE, 2 * stride) for name in ("height", "width")} | dict(size or {})
     model = Model(
@@ -115,9 +114,10 @@ def load(
 
 
 class _Family(nn.Module):
-    """One of diffusers' classes under the protocol."""
+    """A class of diffusers under the protocol."""
 
     posterior: Any = "deterministic"
+    widths = "block_out_channels"  # of the configuration: one a level
     logvar_clamp: tuple[float, float] | None = None
     likelihood = Likelihood(kind="none")
 
@@ -127,8 +127,8 @@ class _Family(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels to a latent, along each side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        """Pixels per latent, along each side."""
+        return int(2 ** (len(self.vae.config[self.widths]) - 1))
 
     def encode(self, x: Tensor) -> Any:
         """(B, C, H, W) → (B, c, h, w), one or two."""
@@ -140,12 +140,12 @@ class _Family(nn.Module):
 
 
 class _Gaussian(_Family):
-    """AutoencoderKL and AsymmetricAutoencoderKL. They are trained with a perceptual loss and a critic beside the
-    squared error: a unit variance is a convention.
+    """AutoencoderKL and AsymmetricAutoencoderKL. They are trained with a perceptual and an adversarial loss beside the
+    squared error, so the unit variance is a convention.
     """
 
     posterior = "diagonal_gaussian"
-    logvar_clamp = _CLAMP
+    logvar_clamp = _LOGVAR_CLAMP
     likelihood = Likelihood(kind="gaussian_fixed", variance=1.0, nominal=True)
 
     def encode(self, x: Tensor) -> Any:
@@ -154,22 +154,18 @@ class _Gaussian(_Family):
 
 
 class _Asymmetric(_Gaussian):
-    @property
-    def stride(self) -> int:
-        return int(2 ** (len(self.vae.config.down_block_out_channels) - 1))
+    widths = "down_block_out_channels"
 
 
 class _Tiny(_Family):
-    @property
-    def stride(self) -> int:
-        return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
+    widths = "encoder_block_out_channels"
 
 
 class _DeepCompression(_Family):
-    """AutoencoderDC, whose attention takes another form where the image is small: see `_LinearAttention`.
+    """AutoencoderDC, whose attention has another form for small images: see `_LinearAttention`.
 
-    Attention leaves channels last in memory. Where PyTorch then halves or doubles a picture by a view, it notes which
-    sizes need a copy, and a trace would hold for these sizes alone; in the usual order none needs one.
+    Attention leaves channels last in memory. Where PyTorch then halves or doubles a picture by a view, it guards on the
+    sizes that need a copy, and a trace would hold for these sizes alone; with contiguous inputs none needs one.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -195,13 +191,13 @@ class _DeepCompression(_Family):
 class _LinearAttention:
     """The attention of AutoencoderDC in its linear form, v (kᵀ q) as (v kᵀ) q, at every size.
 
-    diffusers takes the quadratic form where height · width ≤ attention_head_dim. In exact arithmetic the two are equal,
-    the epsilon in the divisor included; a graph can hold one of them, and the quadratic one's memory grows with the
-    square of the pixels.
+    diffusers uses the quadratic form where height · width ≤ attention_head_dim. In exact arithmetic both are equal, the
+    epsilon in the divisor included; a graph can hold one of them, and the memory of the quadratic form grows with the
+    square of the number of pixels.
     """
 
     def __call__(self, attention: Any, hidden_states: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W); as diffusers' SanaMultiscaleAttnProcessor2_0, in the type of the input."""
+        """(B, C, H, W) → (B, C, H, W), as diffusers' SanaMultiscaleAttnProcessor2_0, in the input's dtype."""
         x = hidden_states
         batch, _, height, width = x.shape
         last = x.movedim(1, -1)
@@ -221,7 +217,7 @@ class _LinearAttention:
 
 
 def _check_linear(name: str, attention: Any) -> None:
-    """Hold the linear form against what this version of diffusers computes, on both sides of its switch.
+    """Compare the linear form with the installed diffusers, at sizes on both sides of its switch.
 
     Raises:
         InputError: they differ.
@@ -230,11 +226,11 @@ def _check_linear(name: str, attention: Any) -> None:
     with torch.no_grad():
         for side in (1, math.isqrt(attention.attention_head_dim) + 1):
             x = torch.sin(torch.arange(channels * side * side, dtype=torch.float32)).reshape(1, channels, side, side)
-            expected, got = attention(x), _LinearAttention()(attention, x)
-            if not (got - expected).abs().max() <= _LINEAR * expected.abs().max():
+            expected, linear = attention(x), _LinearAttention()(attention, x)
+            if not (linear - expected).abs().max() <= _ATTENTION_TOLERANCE * expected.abs().max():
                 raise InputError(
-                    f"export: the installed diffusers computes {name} of AutoencoderDC otherwise than is known here. "
-                    "Install the version that vae-export[diffusers] asks for"
+                    f"export: the installed diffusers computes {name} of AutoencoderDC differently from the versions "
+                    "that are supported. Install the version that vae-export[diffusers] requires"
                 )
 
 
@@ -247,7 +243,7 @@ _FAMILIES: Mapping[str, type[_Family]] = {
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The folder's configuration; empty where there is none that can be read."""
+    """The folder's configuration; empty if there is none or it cannot be read."""
     try:
         value = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError):
@@ -258,8 +254,8 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _settings(path: Path, config: Path | None) -> tuple[Path, dict[str, Any]]:
     """The folder that has the weights, and its configuration."""
     if path.is_file():
-        place = config or path.parent / CONFIG
-        if not place.is_file():
+        file = config or path.parent / CONFIG
+        if not file.is_file():
             raise InputError(
                 f"export: {path} is a file of weights, and there is no {CONFIG} beside it. Pass the autoencoder's "
                 "configuration with --config"
@@ -267,19 +263,19 @@ def _settings(path: Path, config: Path | None) -> tuple[Path, dict[str, Any]]:
         folder = path.parent
     else:
         folder = path if config or (path / CONFIG).is_file() else path / "vae"
-        place = config or folder / CONFIG
+        file = config or folder / CONFIG
     try:
-        settings = json.loads(place.read_bytes())
+        settings = json.loads(file.read_bytes())
     except OSError as error:
-        raise InputError(f"export: {place} cannot be read: {error.strerror}") from None
+        raise InputError(f"export: {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"export: {place} is not JSON: {error}") from None
+        raise InputError(f"export: {file} is not JSON: {error}") from None
     if not isinstance(settings, dict) or "_class_name" not in settings:
-        raise InputError(f"export: {place} names no _class_name; expected the configuration of a diffusers autoencoder")
+        raise InputError(f"export: {file} has no _class_name; expected the configuration of a diffusers autoencoder")
     return folder, settings
 
 
-def _check_kind(folder: Path, kind: str) -> None:
+def _check_class(folder: Path, kind: str) -> None:
     if kind in _FAMILIES:
         return
     reason = _REFUSED.get(kind) or ("it is for video, which is not supported" if _VIDEO.match(kind) else None)
@@ -288,7 +284,7 @@ def _check_kind(folder: Path, kind: str) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights: one, or the shards of an index; full precision before float16."""
+    """The files of weights: one, or the shards of an index; those in full precision come before those in float16."""
     for suffix in ("", ".fp16"):
         index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
         single = folder / f"{WEIGHTS}{suffix}.safetensors"
@@ -300,17 +296,19 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickles:
         name, stem = pickles[0].name, pickles[0].stem
         raise InputError(
-            f"export: {pickles[0]} is a pickle, which can run any code when it is read, and is not read. If you trust "
-            f"it, convert it in its folder: {_CONVERT.format(name=name, stem=stem)}"
+            f"export: {pickles[0]} is a pickle, which can run any code when it is read, so it is refused. If you "
+            f"trust it, convert it in its folder: {_CONVERT.format(name=name, stem=stem)}"
         )
-    raise InputError(f"export: {folder} has no {WEIGHTS}.safetensors, nor an index of its parts, nor a .fp16 one")
+    raise InputError(
+        f"export: {folder} has no {WEIGHTS}.safetensors, no index of its parts, and no .fp16 variant of them"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"export: {index} is no index of weights: it has no weight_map of names to files") from None
+        raise InputError(f"export: {index} is no index of weights: expected a weight_map of names to files") from None
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise InputError(f"export: {index} names {outside[0]!r}; expected files of its own folder")
@@ -321,24 +319,26 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _build(kind: Any, settings: Mapping[str, Any], folder: Path) -> Any:
+def _from_config(kind: Any, settings: Mapping[str, Any], folder: Path) -> Any:
     try:
         module = kind.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
-    except Exception as error:  # diffusers raises what its parts raise for a configuration that does not fit
+    except Exception as error:  # what diffusers' layers raise for a wrong configuration
         raise InputError(
             f"export: diffusers cannot make a {kind.__name__} from {folder / CONFIG}: {type(error).__name__}: {error}"
         ) from None
     return module.float().eval()
 
 
-def _fill(module: nn.Module, files: list[Path], folder: Path) -> None:
-    """Every weight from the files, each once; none left at its initial value."""
+def _load_weights(module: nn.Module, files: list[Path], folder: Path) -> None:
+    """Load every weight of the model from the files."""
     state, missing = module.state_dict(), set(module.state_dict())
     with torch.no_grad():
         for name, value in _tensors(files):
-            name = _new_name(name)
+            name = _current_name(name)
             if name not in state:
-                raise InputError(f"export: {folder}: the weights have {name}, which the model of its {CONFIG} has not")
+                raise InputError(
+                    f"export: {folder}: the weights have {name}, which the model of its {CONFIG} does not have"
+                )
             target = state[name]
             if value.numel() != target.numel() or (value.shape != target.shape and value.squeeze().ndim != target.ndim):
                 raise InputError(
@@ -358,13 +358,13 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             with safetensors.safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 — it is no mapping
+                for name in opened.keys():  # noqa: SIM118 — not a mapping
                     yield name, opened.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise InputError(f"export: {file} is not a safetensors file: {error}") from None
 
 
-def _new_name(name: str) -> str:
+def _current_name(name: str) -> str:
     parts = name.rsplit(".", 2)
     if len(parts) == 3 and ".attentions." in name and parts[1] in _OLD_NAMES:
         parts[1] = _OLD_NAMES[parts[1]]
@@ -378,8 +378,8 @@ def _latent(settings: Mapping[str, Any], stride: int, folder: Path) -> Latent:
         LatentDim(name="width", divided_by=stride),
     )
     per_channel = {
-        ours: tuple(float(value) for value in settings[theirs]) if settings.get(theirs) else None
-        for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
+        name: tuple(float(value) for value in settings[key]) if settings.get(key) else None
+        for name, key in (("mean", "latents_mean"), ("std", "latents_std"))
     }
     try:
         return Latent(
@@ -393,7 +393,7 @@ def _latent(settings: Mapping[str, Any], stride: int, folder: Path) -> Latent:
 
 
 def _digest(files: list[Path]) -> str:
-    """SHA-256 of the weights' files, one after the other."""
+    """SHA-256 of the concatenated files."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

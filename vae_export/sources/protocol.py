@@ -1,4 +1,4 @@
-"""What every trained model looks like to the exporter."""
+"""The protocol between sources of trained models and the exporter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from vae_export.contract.manifest import Origin
-from vae_export.contract.model import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, SizeDim
+from vae_export.contract.model import DECODER_OUTPUTS, ENCODER_OUTPUTS, Model, SizeDim, shape_text
 from vae_export.errors import InputError
 
 
@@ -20,8 +20,8 @@ class Training:
     """How a model was trained, for its card.
 
     Attributes:
-        figures: what was measured, and its value with the unit, in words.
-        pictures: by file name, what each shows and its bytes.
+        figures: by quantity, its value with the unit, as text.
+        pictures: by file name, the caption and the bytes.
     """
 
     figures: Mapping[str, str]
@@ -30,20 +30,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model and what the manifest says of it. A new kind of source is one file that returns this.
+    """A trained model and what the manifest records of it. A new kind of source is one file that returns this.
 
     Attributes:
         module: has `encode(x)`, which returns the tensors of `ENCODER_OUTPUTS[posterior]` in order, and
             `decode(z)`, those of `DECODER_OUTPUTS[likelihood]`; a single one may come without a tuple. It
             draws no random numbers and is in evaluation mode, on the CPU, in float32.
-        model: the facts.
-        origin: where it came from.
+        model: the shapes, the range of the data, the prior, the posterior and the likelihood.
+        origin: the kind and name of the source, and the digest of its weights.
         config: the source's own configuration, as JSON; it is kept in the bundle.
-        example_shape: (*data): a size to trace and to verify at; of named dimensions, too.
-        held_out: (M, *data) float32, data to verify on, best such as the model was not trained on, or None.
-        calibration: (N, *data) float32, other data, such as it was trained on, to choose a lower precision by; what is
-            not needed of held_out if None.
-        training: how it was trained, where that is known.
+        example_shape: (*data): the shape to trace and to verify at, with a size for each named dimension.
+        held_out: (M, *data) float32 in the data's range, to verify on, at best not used in training; or None.
+        calibration: (N, *data) float32, other data, such as the model was trained on, to choose a lower precision by;
+            None: the rows of held_out that the certificate does not need.
+        training: figures and pictures of the training, where they are known.
     """
 
     module: nn.Module
@@ -54,6 +54,13 @@ class Trained:
     held_out: npt.NDArray[np.float32] | None = None
     calibration: npt.NDArray[np.float32] | None = None
     training: Training | None = None
+
+    def __repr__(self) -> str:
+        model = self.model
+        return (
+            f"Trained({self.origin.name!r}, {model.architecture}, {model.parameters:,} parameters, "
+            f"data {shape_text(model.data.shape)}, latent {shape_text(model.latent.shape)}, {model.likelihood.kind})"
+        )
 
     def sizes(self) -> dict[str, int]:
         """The named dimensions' sizes in `example_shape`."""
