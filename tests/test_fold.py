@@ -100,7 +100,7 @@ def test_large_weights_are_folded() -> None:
 
 
 def test_what_stays() -> None:
-    """Values that vary, outputs, constants that a caller may replace, random numbers, and shapes that are not known."""
+    """Values that vary, outputs, constants that a caller may replace, random numbers, integers, and unknown shapes."""
     net = Net(("batch", 3))
     fixed = net.constant(3)
     output = net.add("Neg", fixed)
@@ -108,6 +108,7 @@ def test_what_stays() -> None:
     net.inputs.append(helper.make_tensor_value_info(replaced, TensorProto.FLOAT, [3]))
     net.add("Add", net.add("Neg", replaced), "x")
     net.add("Add", net.value, net.add("RandomNormalLike", fixed))
+    net.add("Add", net.value, net.add("Cast", net.add("Cast", fixed, to=TensorProto.INT32), to=TensorProto.FLOAT))
     raw = net.raw(net.value, output)
     assert applied(raw, "fold") == (rewritten(raw), {"fold": 0})
     net = Net(("batch", 3))

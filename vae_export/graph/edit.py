@@ -13,9 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
-#: The types in which passes compute weights.
-FLOATING = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE}
-
 
 def constant(value: onnx_ir.Value | None) -> npt.NDArray[Any] | None:
     """The array of a constant: an initializer that is not an input, or the output of a Constant node. Else None."""

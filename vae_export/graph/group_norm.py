@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
-from vae_export.graph.edit import FLOATING, constant, only_user
+from vae_export.graph.edit import constant, only_user
 
-Floats = npt.NDArray[np.float64]
+_FLOATING = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE}
+_Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _match_exported(norm: onnx_ir.Node) -> GroupNorm | None:
     if norm.domain or norm.op_type != "InstanceNormalization":
         return None
     grouped, scale, shift = norm.inputs[0], constant(norm.inputs[1]), constant(norm.inputs[2])
-    if grouped is None or grouped.dtype not in FLOATING or scale is None or shift is None:
+    if grouped is None or grouped.dtype not in _FLOATING or scale is None or shift is None:
         return None
     into, back = grouped.producer(), only_user(norm.outputs[0])
     if into is None or only_user(grouped) is not norm or back is None or back.op_type != "Reshape":
@@ -107,7 +108,7 @@ def _restores(back: onnx_ir.Node, data: onnx_ir.Value) -> bool:
     )
 
 
-def _by_channel(value: onnx_ir.Value | None, channels: int, rank: int) -> Floats | None:
+def _by_channel(value: onnx_ir.Value | None, channels: int, rank: int) -> _Floats | None:
     """A constant operand as one number a channel, (channels,); None if it is not that or changes the result's shape."""
     array = constant(value)
     if array is None or array.ndim > rank:
@@ -118,7 +119,7 @@ def _by_channel(value: onnx_ir.Value | None, channels: int, rank: int) -> Floats
     return np.broadcast_to(array.reshape(-1).astype(np.float64), (channels,))
 
 
-def _rounded(array: Floats, kind: np.dtype[Any]) -> npt.NDArray[Any] | None:
+def _rounded(array: _Floats, kind: np.dtype[Any]) -> npt.NDArray[Any] | None:
     """The array in another type; None if that overflows, or leaves nothing but subnormal numbers."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         result = array.astype(kind)
@@ -148,7 +149,7 @@ def _match_exact(last: onnx_ir.Node) -> GroupNorm | None:
     if centred is None or factor is None or with_epsilon is None:
         return None
     data = centred.inputs[0]
-    if data is None or data.dtype not in FLOATING or data.shape is None or len(data.shape) < 3:
+    if data is None or data.dtype not in _FLOATING or data.shape is None or len(data.shape) < 3:
         return None
     scale, shift = constant(factor.inputs[0]), constant(last.inputs[1])
     epsilon, channels, rank = constant(with_epsilon.inputs[1]), data.shape[1], len(data.shape)
