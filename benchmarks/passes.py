@@ -1,4 +1,4 @@
-"""What each graph pass buys: decoders and encoders with passes and without, on both runners, in turns: recorded.
+"""Records what each graph pass saves: decoders and encoders with passes and without, on both runners, in turns.
 
     python benchmarks/passes.py OUT.json [--work DIR] [--seconds S]
 
@@ -31,17 +31,15 @@ from vae_export.runtimes.backend import PlannedGraph
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 
 CASES = {"conv64": (1, 8), "resnet64": (1, 8), "tiny": (1,), "kl-small": (1,), "sd15": (1,)}
-BASIC = tuple(name for name in rewrites.PASSES if name not in rewrites.FORMS)
-#: What is compared with the graph as it is.
+#: The choices of passes that are compared with the graph as it is.
 CHOICES = {
-    "all that fold": BASIC,
-    "group_norm": ("group_norm",),
+    "fold": ("fold",),
     "channel_norm": ("channel_norm",),
     "upsampling": ("upsampling",),
     "upsampling, phases": ("upsampling", "phases"),
     "upsampling, channel_norm": ("upsampling", "channel_norm"),
     "winograd": ("winograd",),
-    "all but group_norm, phases": tuple(name for name in rewrites.PASSES if name not in ("group_norm", "phases")),
+    "all but phases": tuple(name for name in rewrites.PASSES if name != "phases"),
 }
 
 
@@ -50,18 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Record what graph passes buy.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, help="keep sources and bundles there")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each choice")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds of measuring for each choice")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        work = asked.work or Path(temporary)
+        work = options.work or Path(temporary)
         rows = [
             row
             for name, batches in CASES.items()
             for batch in batches
             for graph_name in ("decoder", "encoder")
-            for row in measured(name, cases.CASES[name], graph_name, batch, work, asked.seconds)
+            for row in measured(name, cases.CASES[name], graph_name, batch, work, options.seconds)
         ]
-    with atomic.atomic_file(asked.out) as stage:
+    with atomic.atomic_file(options.out) as stage:
         stage.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -81,8 +79,8 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
     calls, opened = {}, []
     for runner in ("onnxruntime", "openvino"):
         for choice, (content, _) in variants.items():
-            way = PlannedGraph(content, ExecutionPlan(file="", runner=runner, exact=({"batch": batch, **case.sizes},)))
-            backend = CpuBackend({graph_name: [way]}, model, Settings())
+            plan = PlannedGraph(content, ExecutionPlan(file="", runner=runner, exact=({"batch": batch, **case.sizes},)))
+            backend = CpuBackend({graph_name: [plan]}, model, Settings())
             opened.append(backend)
 
             def call(backend: CpuBackend = backend) -> Any:
@@ -94,7 +92,7 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
     for backend in opened:
         backend.close()
     rows = []
-    for key, found in times.items():
+    for key, took in times.items():
         runner, _, choice = key.partition(": ")
         rows.append(
             {
@@ -104,9 +102,9 @@ def measured(name: str, case: Case, graph_name: str, batch: int, work: Path, sec
                 "runner": runner,
                 "passes": choice,
                 "changed": variants[choice][1],
-                "median_us": found.median * 1e6,
-                "spread": found.spread,
-                "share_of_none": found.median / times[f"{runner}: none"].median,
+                "median_us": took.median * 1e6,
+                "spread": took.spread,
+                "share_of_none": took.median / times[f"{runner}: none"].median,
             }
         )
         print(rows[-1], flush=True)

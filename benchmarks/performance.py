@@ -27,12 +27,10 @@ from machine import machine
 
 import vae_export
 from vae_export import bench
-from vae_export import graph as graphs
 from vae_export.contract import atomic
 from vae_export.contract.build_record import BuildFolder
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import VaeExportError
-from vae_export.graph import rewrites
 
 VERBS = ("decode", "encode")
 SCALING, TWICE = "scaling", "twice"
@@ -186,9 +184,7 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
     del proto.graph.value_info[:]  # shapes that vary
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    read = graphs.read(proto.SerializeToString())
-    rewrites.optimize(read, ["fold"])  # sizes that are computed in the graph are constants now
-    typed = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(graphs.write(read)), data_prop=True)
+    typed = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     graph = typed.graph
     known = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir
 
 from vae_export.graph import read, write
-from vae_export.graph.edit import Maker, add_constant, constant, drop, integer, ints, set_constant, text
+from vae_export.graph.edit import Maker, add_constant, constant, integer, ints, only_user, replace, text
 
 Graphs = Mapping[str, bytes]
 Fault = Callable[[onnx_ir.Model], bool]
@@ -387,3 +387,32 @@ FAULTS: dict[str, Fault] = {
     "noise added": noise_added,
     "zeroed channel": zero_channel,
 }
+
+
+def drop(node: onnx_ir.Node, instead: onnx_ir.Value) -> None:
+    """Take a node with one output away; as `replace`."""
+    graph = node.graph
+    assert graph is not None
+    replace(node.outputs[0], instead)
+    graph.remove(node, safe=True)
+
+
+def set_constant(node: onnx_ir.Node, index: int, array: npt.NDArray[Any]) -> None:
+    """Give a node's input a constant. An initializer that only this node uses stays, with another value.
+
+    Args:
+        node: a node of the main graph.
+        index: which of its inputs; those up to it are made where it has fewer.
+        array: the new value, in the type that the graph shall have.
+    """
+    graph = node.graph
+    assert isinstance(graph, onnx_ir.Graph)
+    old = node.inputs[index] if index < len(node.inputs) else None
+    if old is not None and old.is_initializer() and not old.is_graph_input() and only_user(old) is node:
+        tensor = onnx_ir.tensor(array, name=old.name)
+        old.const_value, old.shape, old.type = tensor, onnx_ir.Shape(array.shape), onnx_ir.TensorType(tensor.dtype)
+        return
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    name = f"{node.outputs[0].name}.{index}" if old is None else f"{old.name}.folded"
+    node.replace_input_with(index, add_constant(graph, name, array))

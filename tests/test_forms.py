@@ -143,12 +143,10 @@ def test_winograd_is_exact(batch: int, height: int, width: int, bias: bool) -> N
     before = _model([helper.make_node("Conv", ["x", *weights], ["y"], pads=[1] * 4)], 2, 2, weights)
     x = _values(batch, 2, height, width)
     read = graph.read(before)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "CHANNELS", 2)
-        assert winograd.apply(read) == 1
-        after = graph.write(read)
-        onnx.checker.check_model(onnx.ModelProto.FromString(after), full_check=True)
-        assert winograd.apply(read) == 0
+    assert winograd.apply(read, channels=2) == 1
+    after = graph.write(read)
+    onnx.checker.check_model(onnx.ModelProto.FromString(after), full_check=True)
+    assert winograd.apply(read, channels=2) == 0
     assert graph.write(read) == after
     np.testing.assert_array_equal(_run(after, x), _run(before, x))
 
@@ -163,24 +161,21 @@ def test_winograd_is_exact(batch: int, height: int, width: int, bias: bool) -> N
         ({}, winograd.CHANNELS - 1),
     ],
 )
-def test_what_winograd_leaves(changed: dict[str, Any], channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if changed:
-        monkeypatch.setattr(winograd, "CHANNELS", 2)
+def test_what_winograd_leaves(changed: dict[str, Any], channels: int) -> None:
     weights = {"w": _values(channels, channels // changed.get("group", 1), 3, 3)}
     attributes = {"pads": [1] * 4, **changed}
     before = _model([helper.make_node("Conv", ["x", "w"], ["y"], **attributes)], channels, 2, weights)
     read = graph.read(before)
-    assert winograd.apply(read) == 0
+    assert winograd.apply(read, channels=2 if changed else winograd.CHANNELS) == 0
     assert graph.write(read) == graph.write(graph.read(before))
 
 
-def test_winograd_leaves_old_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "CHANNELS", 2)
+def test_winograd_leaves_old_operators() -> None:
     before = _model([helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)], 2, 2, {"w": _values(2, 2, 3, 3)})
     for version, count in ((14, 0), (15, 1)):
         proto = onnx.ModelProto.FromString(before)
         proto.opset_import[0].version = version
-        assert winograd.apply(graph.read(proto.SerializeToString())) == count
+        assert winograd.apply(graph.read(proto.SerializeToString()), channels=2) == count
 
 
 def test_winograd_multiplies_less() -> None:

@@ -15,8 +15,8 @@ import pytest
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import Net, evaluated, feeds, ran
 from onnx import numpy_helper
-from test_passes import Net, evaluated, feeds, ran
 
 import vae_export
 from vae_export import graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ from test_onnx_reader import field
 
 import vae_export
 from vae_export import bench
+from vae_export import graph as graphs
 from vae_export.contract import onnx_guard
 from vae_export.contract.bundle import Bundle
 from vae_export.contract.onnx_guard import Weights
 from vae_export.errors import BundleError, InputError
+from vae_export.exporting import tracing
 from vae_export.exporting.layouts import optimum
 from vae_export.graph import weights
 
@@ -34,7 +37,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory, member: Callable[..., object
     """The same model with its weights in its graphs, and beside them."""
     path = tmp_path_factory.mktemp("apart") / "spatial-named.bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "LIMIT", LIMIT)
+        patch.setattr(tracing, "apart", partial(weights.apart, limit=LIMIT))
         vae_export.export(zoo.MEMBERS["spatial-named"](), path)
     return SimpleNamespace(bundle=path, inline=member("spatial-named").bundle)
 
@@ -76,12 +79,13 @@ def test_builds_and_layouts_have_the_same_weights(
     ):
         np.testing.assert_array_equal(ours.encode(x).mean, theirs.encode(x).mean)
     optimum.optimum(apart.bundle, tmp_path / "inline")
-    monkeypatch.setattr(weights, "LIMIT", LIMIT)
+    monkeypatch.setattr(weights, "apart", partial(weights.apart, limit=LIMIT))
     optimum.optimum(apart.bundle, tmp_path / "onnx")
     optimum.optimum(apart.bundle, tmp_path / "onnx", overwrite=True)
     for part in ("vae_encoder", "vae_decoder"):
         assert (tmp_path / "onnx" / part / DATA).is_file()
         assert not (tmp_path / "inline" / part / DATA).exists()
+    monkeypatch.setattr(graphs, "write", partial(graphs.write, limit=LIMIT))
     with pytest.raises(
         InputError, match=r"the graph .* has [\d,]+ bytes of weights; one file can have up to 2,000\. Build in fp16"
     ):

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 BATCHES = (1, 8, 64)
 #: Rows on which half precision is evaluated on behalf of a device, and how many at once.
 _ROWS, _BATCH = 24, 8
-_TOOLS = (*("vae-export", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),)
+_TOOLS = (*("vae-export", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def build(
         {"static": static, "refittable": refittable},
         len(sizes),
     )
-    for module in ("onnx", "onnx_ir", "onnxscript"):
+    for module in ("onnx", "onnx_ir"):
         require(module, _extra(wanted), "build")
     from vae_export.graph import rewrites as known_passes
 
@@ -227,7 +227,7 @@ def _make(
     measured_at: _MeasuredAt | None = None,
 ) -> Built:
     manifest, model = bundle.manifest, bundle.manifest.model
-    for module in ("onnx", "onnx_ir", "onnxscript"):
+    for module in ("onnx", "onnx_ir"):
         require(module, _extra(target), "build")
     if out is None:
         cache.check_cache()

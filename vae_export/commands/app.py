@@ -385,7 +385,7 @@ def build(
 
     console = terminal.console()
     if passes == "list":
-        for module in ("onnx", "onnx_ir", "onnxscript"):
+        for module in ("onnx", "onnx_ir"):
             require(module, "build", "build")
         from vae_export.graph import rewrites as known
 

@@ -1,4 +1,4 @@
-"""ONNX → ONNX: one pass a file. None needs PyTorch; all need the packages onnx and onnx-ir."""
+"""ONNX → ONNX. Nothing here needs PyTorch; everything needs the packages onnx and onnx-ir."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from vae_export.graph import weights
 
 
 def read(model: bytes, arrays: Mapping[str, npt.NDArray[Any]] | None = None) -> onnx_ir.Model:
-    """A serialized ModelProto as a graph that can be changed, with its weights in it.
+    """Parse a serialized ModelProto into a graph that can be changed and holds all its weights.
 
     Args:
-        model: its bytes.
-        arrays: the weights that lie beside it: what `onnx_reader.check_operators` gave.
+        model: the ModelProto's bytes.
+        arrays: by name, the weights stored in another file, as `onnx_guard.check_operators` returns them.
     """
     graph: onnx_ir.Model = onnx_ir.from_proto(onnx.ModelProto.FromString(model))
     weights.inline(graph, arrays or {})
     return graph
 
 
-def write(model: onnx_ir.Model) -> bytes:
-    """The bytes of a graph, the same for the same graph.
+def write(model: onnx_ir.Model, limit: int = weights.LIMIT) -> bytes:
+    """Serialize a graph as a ModelProto; equal graphs give equal bytes.
+
+    Args:
+        model: the graph.
+        limit: the most bytes of weights that one file may have.
 
     Raises:
-        InputError: it has more weights than one file can have.
+        InputError: the graph has more weights than that.
     """
-    if (found := weights.size(model)) > weights.LIMIT:
+    if (size := weights.size(model)) > limit:
         raise InputError(
-            f"the graph {model.graph.name} has {found:,} bytes of weights; one file can have up to {weights.LIMIT:,}. "
+            f"the graph {model.graph.name} has {size:,} bytes of weights; one file can have up to {limit:,}. "
             "Build in fp16, which halves them, or use the bundle without a build: it keeps them beside its graphs"
         )
     raw: bytes = onnx_ir.to_proto(model).SerializeToString(deterministic=True)

@@ -1,7 +1,7 @@
-"""What passes have in common: constants that are read and made, and values that take the place of others.
+"""Helpers of passes: read attributes and constants, add nodes, replace values, remove what is unused.
 
-Requires: nodes of the main graph. What inner graphs (of If, Loop and Scan) use counts as used.
-Ensures: a constant that somebody else uses as well, or that whoever runs the graph may replace, is never changed.
+Requires: nodes of the main graph. A value that an inner graph (of If, Loop or Scan) uses counts as used.
+Ensures: no existing constant is changed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
-Floats = npt.NDArray[np.float64]
-
-#: The types whose arithmetic is folded.
-FLOATING = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE}
-
 
 def constant(value: onnx_ir.Value | None) -> npt.NDArray[Any] | None:
-    """The array of a value that never changes: an initializer that is no input, or what a Constant node gives."""
+    """The array of a constant: an initializer that is not an input, or the output of a Constant node. Else None."""
     if value is None or value.is_graph_input():
         return None
     tensor = onnx_ir.convenience.get_const_tensor(value)
@@ -28,7 +23,7 @@ def constant(value: onnx_ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def add_constant(graph: onnx_ir.Graph, name: str, array: npt.NDArray[Any] | np.generic) -> onnx_ir.Value:
-    """A new initializer, of this name where it is free."""
+    """A new initializer; a number is appended to its name if another value has that name."""
     name, array = _free_name(graph, name), np.asarray(array)
     tensor = onnx_ir.tensor(array, name=name)
     value = onnx_ir.Value(
@@ -38,29 +33,8 @@ def add_constant(graph: onnx_ir.Graph, name: str, array: npt.NDArray[Any] | np.g
     return value
 
 
-def set_constant(node: onnx_ir.Node, index: int, array: npt.NDArray[Any]) -> None:
-    """Give a node's input a constant. An initializer that only this node uses stays, with another value.
-
-    Args:
-        node: a node of the main graph.
-        index: which of its inputs; those up to it are made where it has fewer.
-        array: the new value, in the type that the graph shall have.
-    """
-    graph = node.graph
-    assert isinstance(graph, onnx_ir.Graph)
-    old = node.inputs[index] if index < len(node.inputs) else None
-    if old is not None and old.is_initializer() and not old.is_graph_input() and only_user(old) is node:
-        tensor = onnx_ir.tensor(array, name=old.name)
-        old.const_value, old.shape, old.type = tensor, onnx_ir.Shape(array.shape), onnx_ir.TensorType(tensor.dtype)
-        return
-    if index >= len(node.inputs):
-        node.resize_inputs(index + 1)
-    name = f"{node.outputs[0].name}.{index}" if old is None else f"{old.name}.folded"
-    node.replace_input_with(index, add_constant(graph, name, array))
-
-
 def only_user(value: onnx_ir.Value) -> onnx_ir.Node | None:
-    """The node of the same graph that is the only one to use a value, once; None where the graph gives it out."""
+    """The node that alone uses a value, once, in the same graph; None for an output of the graph."""
     uses = tuple(value.uses())
     if len(uses) != 1 or value.is_graph_output():
         return None
@@ -71,43 +45,11 @@ def only_user(value: onnx_ir.Value) -> onnx_ir.Node | None:
 
 
 def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
-    """Everybody who used one value uses another one, that only nodes use which are about to go.
-
-    Where the graph gives the old one out, the new one gets its name, type and shape.
-    """
+    """Replace all uses of a value by another one; as an output of the graph, with the old name, type and shape."""
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}.before"
         new.name, new.type, new.shape = name, old.type, old.shape
     onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-
-
-def drop(node: onnx_ir.Node, instead: onnx_ir.Value) -> None:
-    """Take a node with one output away; as `replace`."""
-    graph = node.graph
-    assert graph is not None
-    replace(node.outputs[0], instead)
-    graph.remove(node, safe=True)
-
-
-def new_node(
-    graph: onnx_ir.Graph, operator: str, inputs: list[onnx_ir.Value | None], like: onnx_ir.Value, **attributes: Any
-) -> onnx_ir.Node:
-    """A node that is not in the graph yet, with one output of another value's type and shape."""
-    name = _free_name(graph, f"{like.name}.{operator.lower()}")
-    node = onnx_ir.node(operator, inputs, attributes, name=f"{name}.node")
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, like.type, like.shape
-    return node
-
-
-def rounded(array: Floats, dtype: onnx_ir.DataType) -> npt.NDArray[Any] | None:
-    """Float64 in the type of a graph, rounded once; None where that type has no such numbers, or only roughly."""
-    kind = dtype.numpy()
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        result = array.astype(kind)
-    largest = np.abs(array).max(initial=0.0)
-    # Below the normal numbers the steps between them grow against the numbers: harmless beside a larger one.
-    coarse = 0.0 < largest < np.finfo(kind).smallest_normal
-    return None if coarse or not np.isfinite(result).all() else result
 
 
 def _free_name(graph: onnx_ir.Graph, name: str) -> str:
@@ -120,31 +62,33 @@ def _free_name(graph: onnx_ir.Graph, name: str) -> str:
 
 
 def rewrite(model: onnx_ir.Model, operator: str, change: Callable[[onnx_ir.Graph, onnx_ir.Node], bool]) -> int:
-    """Offer every node of an operator to a function that rewrites it, or leaves it and returns False.
+    """Call `change` on every node of an operator; return the number of calls that returned True.
 
-    Returns:
-        How many were rewritten.
+    Args:
+        model: the graph, changed in place.
+        operator: the nodes' operator.
+        change: rewrites a node and returns True, or leaves it and returns False.
     """
     return sum(change(model.graph, node) for node in list(model.graph) if node.op_type == operator)
 
 
 def ints(node: onnx_ir.Node, name: str, default: Sequence[int]) -> list[int]:
-    """An attribute of integers."""
+    """The value of an attribute of integers."""
     return list(node.attributes[name].as_ints()) if name in node.attributes else list(default)
 
 
 def integer(node: onnx_ir.Node, name: str, default: int) -> int:
-    """An attribute of one integer."""
+    """The value of an attribute of one integer."""
     return int(node.attributes[name].as_int()) if name in node.attributes else default
 
 
 def text(node: onnx_ir.Node, name: str, default: str) -> str:
-    """An attribute of text."""
+    """The value of a text attribute."""
     return str(node.attributes[name].as_string()) if name in node.attributes else default
 
 
 def pads(node: onnx_ir.Node, rank: int) -> list[int] | None:
-    """The zeros before each spatial dimension and then those behind; None where they depend on the image's size."""
+    """Padding before each spatial dimension, then after each; None if it depends on the image's size (SAME)."""
     automatic = text(node, "auto_pad", "NOTSET")
     if automatic == "VALID":
         return [0] * (2 * rank)
@@ -152,7 +96,7 @@ def pads(node: onnx_ir.Node, rank: int) -> list[int] | None:
 
 
 def remove_if_unused(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """Remove a node of which nothing is used."""
+    """Remove a node if none of its outputs is used, and its inputs that nothing else uses."""
     if not any(value.uses() or value.is_graph_output() for value in node.outputs):
         taken = list(node.inputs)
         graph.remove(node, safe=True)
@@ -160,7 +104,7 @@ def remove_if_unused(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 
 
 def replace_node(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
-    """Put a node where another one is, its only output in the place of the other's, under the other's name."""
+    """Replace a node by another one; each has one output, and the new one takes the old one's name."""
     if new.graph is None:
         graph.insert_before(old, new)
     (before,), (after,) = old.outputs, new.outputs
@@ -174,24 +118,24 @@ def replace_node(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> 
 
 
 def drop_unused(graph: onnx_ir.Graph, values: Sequence[onnx_ir.Value | None]) -> None:
-    """Remove those of some values that are initializers which nobody uses any more."""
+    """Remove those of some values that are unused initializers."""
     for value in values:
         if value is not None and value.is_initializer() and not value.is_graph_input() and not value.uses():
             graph.initializers.pop(str(value.name), None)
 
 
 class Maker:
-    """Makes nodes before a given one, whose names begin with a prefix."""
+    """Inserts nodes before a given one, and constants; all their names begin with a prefix."""
 
     def __init__(self, graph: onnx_ir.Graph, before: onnx_ir.Node, prefix: str) -> None:
-        """Begin; no name in the graph begins with the prefix and a dot."""
+        """`prefix` and a dot must begin no name in the graph."""
         self._graph = graph
         self._before = before
         self._prefix = prefix
         self._count = 0
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> onnx_ir.Value:
-        """An initializer; one that was made under this name before is taken again."""
+        """An initializer; the same one if this name was used before."""
         label = f"{self._prefix}.{name}"
         known = self._graph.initializers.get(label)
         return known if known is not None else add_constant(self._graph, label, array)
@@ -203,17 +147,17 @@ class Maker:
         attributes: Mapping[str, Any] | None = None,
         dtype: onnx_ir.DataType = onnx_ir.DataType.FLOAT,
     ) -> onnx_ir.Value:
-        """A node with one output of this type."""
+        """Insert a node; return its only output, of this type."""
         self._count += 1
-        made = onnx_ir.node(operator, inputs, attributes or {}, name=f"{self._prefix}.{self._count}.{operator}")
-        (value,) = made.outputs
+        node = onnx_ir.node(operator, inputs, attributes or {}, name=f"{self._prefix}.{self._count}.{operator}")
+        (value,) = node.outputs
         value.name, value.type = f"{self._prefix}.{self._count}", onnx_ir.TensorType(dtype)
-        self._graph.insert_before(self._before, made)
+        self._graph.insert_before(self._before, node)
         return value
 
 
 def name_nodes(model: onnx_ir.Model) -> None:
-    """Give nodes that have no name of their own one that is the same at every run."""
+    """Give nodes without a unique name one that is the same at every run."""
     taken: set[str] = set()
     for number, node in enumerate(model.graph):
         if not node.name or node.name in taken:

@@ -1,4 +1,4 @@
-"""What of a graph stays when its weights change."""
+"""Weight-independent fingerprint of a graph."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _FLOATING = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.
 
 
 def digest(model: bytes) -> str:
-    """SHA-256 of a serialized graph without the values of its floating-point weights.
+    """SHA-256, in hexadecimal, of a serialized graph without the values of its floating-point weights.
 
-    Two graphs with the same one are the same architecture: an engine of one can take the weights of the other.
+    Graphs with equal digests have one architecture: an engine of one can be refitted with the weights of the other.
     """
     proto = onnx.ModelProto.FromString(model)
     for tensor in proto.graph.initializer:

@@ -2,8 +2,8 @@
 the ELBO and its parts).
 
 Requires: an encoder and a decoder whose inputs and outputs are float32 and named as in `Model.signature`.
-Ensures: inputs and outputs as in `Model.signature`; what joins the two is computed in float32, and what is summed for
-an example in float64, whatever the precision inside of them; no output that is not asked for is computed.
+Ensures: inputs and outputs as in `Model.signature`; float32 between the two graphs and float64 in sums over an example,
+whatever the precision inside of them. Nothing is computed that the outputs do not need.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vae_export.graph.nodes import Formula, node
 def reconstruct(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
     """x, eps → the mean of p(x|z) at z = mean + exp(½ logvar) · eps (Kingma & Welling 2014, section 2.4).
 
-    A deterministic encoder has no eps: z is its mean. Both models are used up.
+    Without a posterior variance there is no eps: z is the mean. Consumes both graphs.
     """
     inputs, outputs = model.signature("reconstruct")
     prefix_inner(encoder, "encoder")
     prefix_inner(decoder, "decoder")
     graph = encoder.graph
-    ends = {value.name: value for value in graph.outputs}
-    z = _draw(graph, ends, inputs[1]) if "logvar" in ends else ends["mean"]
+    posterior = {value.name: value for value in graph.outputs}
+    z = _draw(graph, posterior, inputs[1]) if "logvar" in posterior else posterior["mean"]
     graph.outputs.clear()
     return finish(_follow(encoder, decoder, {"z": z}), "reconstruct", outputs)
 
@@ -38,20 +38,20 @@ def reconstruct(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) ->
 def score(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
     """x, eps → log p(x|z) at that z, KL(q(z|x) || p(z)), and the ELBO, their difference: Kingma & Welling 2014, eq. 7.
 
-    Nats of each example, (batch,) float64. The KL is the closed form of appendix B. Both models are used up.
+    In nats, (batch,) float64. The KL is the closed form of appendix B. Consumes both graphs.
     """
     inputs, outputs = model.signature("score")
     prefix_inner(encoder, "encoder")
     prefix_inner(decoder, "decoder")
     graph = encoder.graph
-    ends = {value.name: value for value in graph.outputs}
+    posterior = {value.name: value for value in graph.outputs}
     parameters = {str(value.name): value for value in decoder.graph.outputs}
-    z = _draw(graph, ends, inputs[1])
+    z = _draw(graph, posterior, inputs[1])
     graph.outputs.clear()
     _follow(encoder, decoder, {"z": z})
     f = Formula(graph, "score")
-    mean, logvar = f.double(ends["mean"]), f.double(ends["logvar"])
-    # Never negative, but for the rounding of exp(v) − 1 − v where v is small.
+    mean, logvar = f.double(posterior["mean"]), f.double(posterior["logvar"])
+    # exp(v) − 1 − v ≥ 0; for small v its rounding may be negative.
     excess = f("Max", f("Sub", f("Sub", f("Exp", logvar), 1.0), logvar), 0.0)
     kl_terms = f("Mul", f("Add", f("Mul", mean, mean), excess), 0.5)
     log_prob = log_prob_terms(f, graph.inputs[0], parameters, model)
@@ -63,9 +63,9 @@ def score(encoder: onnx_ir.Model, decoder: onnx_ir.Model, model: Model) -> onnx_
 
 
 def generate(decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
-    """Z → images (batch, H, W, C) uint8: `pixels.to_uint8` of the mean of p(x|z). The model is used up.
+    """Z → images (batch, H, W, C) uint8: `pixels.to_uint8` of the mean of p(x|z). Consumes the graph.
 
-    The cast to uint8 is the last node, as TensorRT wants it.
+    The cast to uint8 is the last node, as TensorRT requires.
     """
     _, outputs = model.signature("generate")
     prefix_inner(decoder, "decoder")
@@ -84,35 +84,35 @@ def generate(decoder: onnx_ir.Model, model: Model) -> onnx_ir.Model:
     return finish(decoder, "generate", outputs)
 
 
-def _draw(graph: onnx_ir.Graph, ends: Mapping[str | None, onnx_ir.Value], noise: Tensor) -> onnx_ir.Value:
-    """Append z = mean + exp(½ logvar) · eps behind an encoder that gets eps as an input."""
+def _draw(graph: onnx_ir.Graph, posterior: Mapping[str | None, onnx_ir.Value], noise: Tensor) -> onnx_ir.Value:
+    """Append z = mean + exp(½ logvar) · eps to an encoder, and eps to its inputs."""
     eps = _value(noise)
     graph.inputs.append(eps)
     half = add_constant(graph, "draw.half", np.float32(0.5))
-    scaled = node(graph, "Mul", [ends["logvar"], half], "draw.scaled")
+    scaled = node(graph, "Mul", [posterior["logvar"], half], "draw.scaled")
     std = node(graph, "Exp", [scaled], "draw.std")
     moved = node(graph, "Mul", [std, eps], "draw.moved")
-    return node(graph, "Add", [ends["mean"], moved], "draw.z")
+    return node(graph, "Add", [posterior["mean"], moved], "draw.z")
 
 
 def prefix_inner(model: onnx_ir.Model, prefix: str) -> None:
-    """Put a prefix before every inner name, so that two graphs can be joined. Ends keep theirs.
+    """Prefix every inner name, so that two graphs can be joined; inputs and outputs keep theirs.
 
-    Inner shapes go: both graphs may call sizes that differ by one name, and whoever opens a graph infers them again.
+    Inner shapes are dropped: both graphs may use one name for different sizes, and runtimes infer shapes again.
     """
-    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    signature = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     for inner in model.graph.all_nodes():
-        if inner.name:  # a name is optional, and given twice it is an error
+        if inner.name:  # names are optional and must be unique
             inner.name = f"{prefix}.{inner.name}"
         for value in inner.outputs:
-            if id(value) not in ends:
+            if id(value) not in signature:
                 value.name, value.shape = f"{prefix}.{value.name}", None
     for value in list(model.graph.initializers.values()):
         value.name = f"{prefix}.{value.name}"
 
 
 def _follow(first: onnx_ir.Model, second: onnx_ir.Model, join: Mapping[str, onnx_ir.Value]) -> onnx_ir.Model:
-    """Put the second model's nodes behind the first's; `join` says what the second's inputs become."""
+    """Append the second graph's nodes to the first; `join` maps the second's inputs to values of the first."""
     for value in second.graph.inputs:
         assert value.name is not None
         onnx_ir.convenience.replace_all_uses_with(value, join[value.name])
@@ -128,12 +128,12 @@ def _follow(first: onnx_ir.Model, second: onnx_ir.Model, join: Mapping[str, onnx
 
 
 def finish(model: onnx_ir.Model, name: str, outputs: tuple[Tensor, ...]) -> onnx_ir.Model:
-    """Name the graph, set its outputs, and drop what they do not need."""
-    found = {value.name: value for node in model.graph for value in node.outputs}
+    """Name the graph, set its outputs, and remove what they do not need."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.name = name
     model.graph.outputs.clear()
     for tensor in outputs:
-        value = found[tensor.name]
+        value = values[tensor.name]
         value.shape, value.dtype = onnx_ir.Shape(tensor.shape), onnx_ir.DataType.from_numpy(np.dtype(tensor.dtype))
         model.graph.outputs.append(value)
     RemoveUnusedNodesPass()(model)

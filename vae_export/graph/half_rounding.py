@@ -1,11 +1,11 @@
-"""Evaluate a graph in half precision as hardware does that rounds every value between two nodes.
+"""16 bits as hardware computes them: a graph in half precision as one in float32 that rounds every value.
 
-ONNX Runtime on the CPU computes most nodes of float16 in float32 and leaves out the roundings between them, so that it
-finds what a GPU rounds, or overflows. Here each value that the graph has in float16 or bfloat16 is computed in float32
-and rounded by a pair of casts: what is beyond the range becomes infinite. Sums inside of a convolution, a product or a
+ONNX Runtime on the CPU computes most float16 nodes in float32 and omits the roundings between them: it neither rounds
+nor overflows where a GPU does. Here each value that is float16 or bfloat16 in the graph is computed in float32 and
+rounded by a pair of casts; beyond the range it becomes infinite. Sums within a convolution, a matrix product or a
 reduction are in float32, as on GPUs, and their results are rounded.
 
-Requires: a graph as `precision.lower` gives it, or one whose nodes each compute in one type.
+Requires: a graph as `half.to_half` returns it, or one whose nodes each compute in one type.
 Ensures: no node computes in half precision; inputs and outputs keep names, types and shapes.
 """
 
@@ -17,22 +17,18 @@ from onnx_ir import DataType
 from vae_export.graph.half import infer_types
 
 _HALVES = {DataType.FLOAT16, DataType.BFLOAT16}
-#: What gives numbers that it was given, which are rounded already.
+#: Operators whose outputs are among the numbers of their inputs, or their negatives, and so need no rounding.
 _MOVES = {
     *("Reshape", "Transpose", "Concat", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Gather", "Flatten"),
     *("Identity", "DepthToSpace", "SpaceToDepth", "Pad", "Tile", "Relu", "Max", "Min", "MaxPool", "Neg", "Abs"),
     *("Clip", "Where"),
 }
-#: An attribute says what type these give.
+#: Operators whose output type is an attribute.
 _TYPED = {"Cast", "Constant", "ConstantOfShape", "EyeLike"}
 
 
 def apply(model: onnx_ir.Model) -> int:
-    """Rewrite a graph, in place.
-
-    Returns:
-        How many values are rounded.
-    """
+    """Apply in place; return the number of values that are rounded."""
     infer_types(model)
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -43,8 +39,8 @@ def apply(model: onnx_ir.Model) -> int:
     rounded = 0
     for node in list(graph):
         for value in node.outputs:
-            low = value.dtype
-            if low not in _HALVES:
+            half = value.dtype
+            if half not in _HALVES:
                 continue
             rounded += node.op_type not in _MOVES
             if node.op_type in _TYPED:
@@ -52,15 +48,15 @@ def apply(model: onnx_ir.Model) -> int:
                 continue
             value.type = onnx_ir.TensorType(DataType.FLOAT)
             if node.op_type not in _MOVES:
-                half = _cast_behind(graph, node, value, low)
-                cast = half.producer()
+                rounded_value = _cast_behind(graph, node, value, half)
+                cast = rounded_value.producer()
                 assert cast is not None
-                _cast_behind(graph, cast, half, DataType.FLOAT)
+                _cast_behind(graph, cast, rounded_value, DataType.FLOAT)
     return rounded
 
 
 def _cast_behind(graph: onnx_ir.Graph, node: onnx_ir.Node, value: onnx_ir.Value, to: DataType) -> onnx_ir.Value:
-    """What uses a node's value uses it in another type."""
+    """Cast a node's output to another type for all its users; return the Cast's output."""
     cast = onnx_ir.node("Cast", [value], {"to": to}, name=f"{value.name}.{to.name.lower()}.cast")
     (result,) = cast.outputs
     result.name, result.shape, result.type = f"{value.name}.{to.name.lower()}", value.shape, onnx_ir.TensorType(to)

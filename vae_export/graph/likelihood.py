@@ -1,8 +1,8 @@
-"""The terms of log p(x|z) as nodes: what `likelihoods` computes in NumPy.
+"""The terms of log p(x|z) as nodes: what `numerics.likelihoods` computes in NumPy.
 
-Requires: x and the decoder's outputs in float32, named as in `manifest.DECODER_OUTPUTS`.
-Ensures: one value for each of x, in nats. Each is off by a few roundings of itself, not of what it is a difference of:
-in float32 where no step cancels or leaves float32's range, in float64 otherwise.
+Requires: x and the decoder's outputs in float32, named as in `contract.model.DECODER_OUTPUTS`.
+Ensures: one term for each value of x, in nats, with a relative error of a few roundings: computed in float32 where no
+step cancels or leaves float32's range, in float64 otherwise.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from vae_export.graph.nodes import Formula
 from vae_export.numerics.elbo import LOG_2PI
 from vae_export.numerics.likelihoods import DiscretizedLogistic
 
-_Ends = Mapping[str, onnx_ir.Value]
+_Parameters = Mapping[str, onnx_ir.Value]
 _Value = onnx_ir.Value
 
 
-def log_prob_terms(f: Formula, x: _Value, ends: _Ends, model: Model) -> _Value:
+def log_prob_terms(f: Formula, x: _Value, parameters: _Parameters, model: Model) -> _Value:
     """Append log p(x|z) for each value of x: (batch, *data), float32 or float64.
 
     Args:
-        f: where to.
-        x: the data.
-        ends: the decoder's outputs by name.
-        model: whose likelihood it is, which is not `none`.
+        f: appends to the graph.
+        x: the data, (batch, *data) float32.
+        parameters: the decoder's outputs by name.
+        model: the model, with a likelihood other than `none`.
     """
-    return _KINDS[model.likelihood.kind](f, x, ends, model)
+    return _KINDS[model.likelihood.kind](f, x, parameters, model)
 
 
-def _bernoulli(f: Formula, x: _Value, ends: _Ends, model: Model) -> _Value:
+def _bernoulli(f: Formula, x: _Value, parameters: _Parameters, model: Model) -> _Value:
     """The term x · l − log(1 + e^l) as (x − 1) max(l, 0) − x max(−l, 0) − log(1 + e^−|l|).
 
-    No part has another sign and one of the first two is 0, so that float32 does. For small u the rounded w = 1 + u
-    has lost most of u, which is given back to first order: log(1 + u) = log(w + r) = log w + r / w + O(r²), where
+    All parts have one sign and one of the first two is 0, so float32 suffices. For small u the rounded w = 1 + u has
+    lost most of u, which is corrected to first order: log(1 + u) = log(w + r) = log w + r / w + O(r²), where
     r = u − (w − 1) is exact.
     """
-    logits = ends["logits"]
+    logits = parameters["logits"]
     negated = f("Neg", logits)
     missed = f("Sub", f("Mul", f("Sub", x, 1.0), f("Relu", logits)), f("Mul", x, f("Relu", negated)))
     u = f("Exp", f("Min", logits, negated))
@@ -50,27 +50,27 @@ def _bernoulli(f: Formula, x: _Value, ends: _Ends, model: Model) -> _Value:
     return f("Sub", missed, log1p)
 
 
-def _gaussian(f: Formula, x: _Value, ends: _Ends, model: Model) -> _Value:
+def _gaussian(f: Formula, x: _Value, parameters: _Parameters, model: Model) -> _Value:
     """−½ (log 2π + logvar + (x − mean)² / variance).
 
     In float64: the logarithm and the square may have opposite signs, and exp(−logvar) leaves float32's range early.
     """
-    logvar = f.double(ends["sample_logvar"])
-    error = f("Sub", f.double(x), f.double(ends["sample"]))
+    logvar = f.double(parameters["sample_logvar"])
+    error = f("Sub", f.double(x), f.double(parameters["sample"]))
     square = f("Mul", f("Mul", error, error), f("Exp", f("Neg", logvar)))
     return f("Mul", f("Add", f("Add", logvar, LOG_2PI), square), -0.5)
 
 
-def _gaussian_fixed(f: Formula, x: _Value, ends: _Ends, model: Model) -> _Value:
+def _gaussian_fixed(f: Formula, x: _Value, parameters: _Parameters, model: Model) -> _Value:
     """−½ (log 2π + log variance + (x − mean)² / variance), in float64 for the signs of its parts."""
     variance = model.likelihood.variance
     assert variance is not None  # the manifest's own check
-    error = f("Sub", f.double(x), f.double(ends["sample"]))
+    error = f("Sub", f.double(x), f.double(parameters["sample"]))
     square = f("Mul", f("Mul", error, error), 1.0 / variance)
     return f("Mul", f("Add", square, LOG_2PI + math.log(variance)), -0.5)
 
 
-def _discretized_logistic(f: Formula, x: _Value, ends: _Ends, model: Model) -> _Value:
+def _discretized_logistic(f: Formula, x: _Value, parameters: _Parameters, model: Model) -> _Value:
     """Log of σ(u) − σ(l) at half a step above and below x; the outermost levels take the tails.
 
     Kingma et al. 2016, appendix; Salimans et al. 2017, eq. 2. As log σ(u) + log σ(−l) + log(1 − e^(l−u)), which does
@@ -78,11 +78,11 @@ def _discretized_logistic(f: Formula, x: _Value, ends: _Ends, model: Model) -> _
     """
     low, high = model.data.range
     step = (high - low) / (DiscretizedLogistic.LEVELS - 1)
-    centered = f("Sub", f.double(x), f.double(ends["location"]))
-    inverse = f("Exp", f("Neg", f.double(ends["log_scale"])))
+    centered = f("Sub", f.double(x), f.double(parameters["location"]))
+    inverse = f("Exp", f("Neg", f.double(parameters["log_scale"])))
     above = _log_sigmoid(f, f("Mul", f("Add", centered, step / 2), inverse))
     below = _log_sigmoid(f, f("Mul", f("Sub", step / 2, centered), inverse))
-    # 1 − e^−w = 2t / (1 + t) for t = tanh(½ w), which is as exact for small w as expm1, which ONNX has not.
+    # 1 − e^−w = 2t / (1 + t) for t = tanh(½ w): as exact for small w as expm1, which ONNX does not have.
     t = f("Tanh", f("Mul", inverse, step / 2))
     width = f("Log", f("Div", f("Mul", t, 2.0), f("Add", t, 1.0)))
     inside = f("Add", f("Add", above, below), width)
@@ -96,7 +96,7 @@ def _log_sigmoid(f: Formula, value: _Value) -> _Value:
     return f("Sub", f("Min", value, 0.0), tail)
 
 
-_KINDS: Mapping[str, Callable[[Formula, _Value, _Ends, Model], _Value]] = {
+_KINDS: Mapping[str, Callable[[Formula, _Value, _Parameters, Model], _Value]] = {
     "bernoulli": _bernoulli,
     "gaussian": _gaussian,
     "gaussian_fixed": _gaussian_fixed,

@@ -1,8 +1,8 @@
-"""Weights in one file beside a graph that would be too large with them: protobuf ends at 2 GiB.
+"""Moves weights between a graph and a file beside it: a protobuf message cannot exceed 2 GiB.
 
-Requires: for `inline`, the arrays of `onnx_reader.check_operators`.
-Ensures: nothing but where the values of weights lie is changed. `apart` leaves what is small, such as shapes, in the
-graph: whoever opens it needs their values to understand it.
+Requires: for `inline`, the arrays of `onnx_guard.check_operators`.
+Ensures: only where weights are stored changes. `apart` leaves constants below 1 KiB, such as shapes, in the graph:
+shape inference needs their values.
 """
 
 from __future__ import annotations
@@ -13,32 +13,36 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir
 
-#: A graph with more bytes of weights than this cannot be one file.
+#: The most bytes of weights that a graph of one file has, with room for its nodes below 2 GiB.
 LIMIT = 1_900_000_000
 _SMALL = 1024
 _ALIGNMENT = 64
 
 
 def size(model: onnx_ir.Model) -> int:
-    """The bytes of all weights that are in the graph."""
+    """The bytes of all weights that are stored in the graph."""
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, onnx_ir.ExternalTensor))
 
 
 def inline(model: onnx_ir.Model, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Give weights that lie beside a graph the values of these arrays."""
+    """Store weights in the graph: by name, the arrays that were in another file."""
     for name, array in arrays.items():
         model.graph.initializers[name].const_value = onnx_ir.tensor(array, name=name)
 
 
-def apart(model: onnx_ir.Model, location: str) -> bytes | None:
-    """Take the weights out of a graph that is above the limit.
+def apart(model: onnx_ir.Model, location: str, limit: int = LIMIT) -> bytes | None:
+    """Move the weights of a large graph into another file.
+
+    Args:
+        model: the graph, changed in place.
+        location: the other file's name, in the graph's folder.
+        limit: a graph with no more bytes of weights is not changed.
 
     Returns:
-        The content of the file `location` that belongs beside the graph, or None where the graph is small enough and
-        was not changed.
+        The other file's content, or None if the graph was not changed.
     """
-    if size(model) <= LIMIT:
+    if size(model) <= limit:
         return None
     pieces: list[bytes] = []
     end = 0

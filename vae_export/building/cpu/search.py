@@ -56,8 +56,7 @@ _FORMS: Mapping[Runner, tuple[tuple[str, ...], ...]] = {
         ("upsampling", "channel_norm", "winograd"),
         ("upsampling", "channel_norm"),
         ("channel_norm",),
-        ("upsampling", "group_norm"),
-        ("group_norm",),
+        (),
     ),
 }
 #: Seconds of measuring for each candidate, graph and batch, unless asked for otherwise.

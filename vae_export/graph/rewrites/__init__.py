@@ -1,41 +1,47 @@
-"""The passes that make a graph cheaper and leave what it computes: which there are, in which order, and a choice.
+"""The graph passes that make a graph cheaper and keep what it computes, and how a choice of them is written.
 
-Requires: a graph in float32 with its shapes, as the exporter writes it; so before graphs are fused, which drops inner
-shapes, and before they are lowered.
-Ensures: inputs and outputs keep their names, types and shapes; what is computed differs by rounding alone. A pass
-that finds nothing changes nothing.
+Requires: a graph in float32 with the shapes of its inner values, as the exporter writes it; so passes run before graphs
+are fused, which drops inner shapes, and before precision is reduced.
+Ensures: inputs and outputs keep their names, types and shapes; results differ by rounding alone. A pass that finds
+nothing changes nothing.
+
+To add a pass:
+
+1. Write `rewrites/NAME.py`, such as `fold.py`. The first line of its docstring is its summary, a sentence that
+   `vae-export build --passes list` shows. Its function `apply(model: onnx_ir.Model) -> int` changes the graph in place
+   and returns the number of changes, 0 where there is nothing to change. `graph/edit.py` has helpers.
+2. Add "NAME" below, where it belongs in the order of passes: to `ALWAYS` if it pays with every runner, else to `FORMS`.
+   A form is used where a build is told so (`--passes NAME`), and timed by builds for the CPU if a combination in
+   `building/cpu/search.py` has it.
+
+`tests/test_passes.py` runs every registered pass on the zoo of models: results, signature, a second run that finds
+nothing. Tests of what it rewrites and what it leaves belong in a file of their own.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import onnx_ir
 
 from vae_export.errors import InputError
-from vae_export.graph.rewrites import (
-    attention,
-    batch_norm,
-    channel_norm,
-    fold,
-    group_norm,
-    phases,
-    pointwise,
-    scaling,
-    upsampling,
-    winograd,
-)
+
+#: Passes that run in every build.
+ALWAYS = ("fold",)
+#: Passes that write the same arithmetic in another form. Which form is faster depends on the runner: builds time them.
+FORMS = ("upsampling", "phases", "winograd", "channel_norm")
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A change of a graph.
+    """A rewrite of a graph.
 
     Attributes:
-        name: what it is called on the command line and in records.
-        summary: what it does, in a line.
-        apply: does it, in place, and returns the number of places that it changed.
+        name: its name on the command line and in records.
+        summary: its effect, in a line.
+        apply: changes a graph in place and returns the number of changes.
     """
 
     name: str
@@ -43,34 +49,21 @@ class Pass:
     apply: Callable[[onnx_ir.Model], int]
 
 
+def _load(name: str) -> Pass:
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Pass(name, (module.__doc__ or name).partition("\n")[0], module.apply)
+
+
 #: Every pass by its name, in the order in which they run.
-PASSES: dict[str, Pass] = {
-    found.name: found
-    for found in (
-        Pass("upsampling", "make upsampling and a convolution one transposed convolution", upsampling.apply),
-        Pass("phases", "make a transposed convolution convolutions, one for each phase", phases.apply),
-        Pass("winograd", "compute convolutions of many channels with 2.25 times fewer products", winograd.apply),
-        Pass("fold", "compute what is constant, drop what does nothing or is not needed", fold.apply),
-        Pass("group_norm", "write group normalization as one operator", group_norm.apply),
-        Pass("channel_norm", "write group normalization by means of channels, without reshaping", channel_norm.apply),
-        Pass("batch_norm", "put batch normalization into the weights before it", batch_norm.apply),
-        Pass("scaling", "put multiplications and additions of constants into weights", scaling.apply),
-        Pass("pointwise", "make a convolution and a pointwise one after it one", pointwise.apply),
-        Pass("attention", "make the scalings of an attention one, inside a projection's weights", attention.apply),
-    )
-}
-
-
-#: Those that give another form of the same arithmetic: which form is faster depends on what runs it.
-FORMS = ("group_norm", "channel_norm", "upsampling", "phases", "winograd")
+PASSES: dict[str, Pass] = {name: _load(name) for name in (*ALWAYS, *FORMS)}
 
 
 def select(text: str | None) -> tuple[str, ...]:
-    """The passes that a text names, in the order in which they run.
+    """The names of the passes that a text chooses, in the order in which they run.
 
     Args:
-        text: names with commas between, read from left to right: `a` adds a pass, `-a` takes it away, `all` adds
-            every one and `none` takes every one away. One that begins by taking away begins with all. None is `all`.
+        text: names separated by commas, read from left to right: `a` adds a pass, `-a` removes it, `all` adds all of
+            them and `none` removes all. A text that begins with `-` starts from all. None means `all`.
 
     Raises:
         InputError: there is no such pass.
@@ -80,39 +73,32 @@ def select(text: str | None) -> tuple[str, ...]:
     words = [word.strip() for word in ("all" if text is None else text).split(",")]
     chosen = set(PASSES) if words[0].startswith("-") else set()
     for word in words:
+        name = word.removeprefix("-")
         if word == "all":
             chosen = set(PASSES)
         elif word == "none":
             chosen = set()
+        elif name not in PASSES:
+            raise InputError(
+                f"graph passes: there is none called {name!r}; expected all, none, or, with commas between and a - "
+                f"before those to leave out, some of {', '.join(PASSES)}"
+            )
         elif word.startswith("-"):
-            chosen -= _known([word[1:]])
+            chosen.discard(name)
         else:
-            chosen |= _known([word])
+            chosen.add(name)
     return tuple(name for name in PASSES if name in chosen)
 
 
 def optimize(model: onnx_ir.Model, names: Iterable[str]) -> dict[str, int]:
-    """Run passes over a graph, in place, in their own order.
+    """Run passes over a graph, in place, in the order of `PASSES`.
 
     Args:
         model: a graph in float32.
-        names: of passes, as `select` gives them.
+        names: of passes. Other names, of passes that a record of an earlier version has, have no effect.
 
     Returns:
-        For each the number of places that it changed.
-
-    Raises:
-        InputError: there is no such pass.
+        The number of changes by pass, of those that ran.
     """
-    chosen = _known(names)
-    return {name: PASSES[name].apply(model) for name in PASSES if name in chosen}
-
-
-def _known(names: Iterable[str]) -> set[str]:
-    wanted = set(names)
-    if unknown := sorted(wanted - set(PASSES)):
-        raise InputError(
-            f"graph passes: there is none called {', '.join(map(repr, unknown))}; expected all, none, or, with commas "
-            f"between and a - before those to leave out, some of {', '.join(PASSES)}"
-        )
-    return wanted
+    chosen = set(names)
+    return {name: found.apply(model) for name, found in PASSES.items() if name in chosen}

@@ -1,148 +1,63 @@
-"""What can be computed now is, and what does nothing goes.
+"""Constant folding of weights, such as those of weight normalization.
 
-Requires: a graph whose shapes, as far as it tells them, are right.
-Ensures: constants are folded, except into ones above 64 KiB that are larger than what they are made from; identities
-and Cast, Expand, Reshape, Transpose, Slice and Pad that do nothing are gone, padding is the convolution's own, equal
-computations are one, and what no output needs is dropped. Inputs and outputs keep names, types and shapes. Constants
-are folded in their own type, as a runtime would compute them. Which weights are equal does not decide what is done:
-a graph with other weights has the same structure.
+The exporter folds small constants alone. Other passes require constant weights: a convolution whose weights are
+computed, as g · v / ‖v‖ of weight normalization, would stay in float32 where the others are in 8 bits. Folding makes
+such an encoder and decoder 3 times as fast in OpenVINO in 8 bits (0.32 and 0.34 of the time); in float32 runners fold
+by themselves (1.00).
 
-The work is done by the passes of onnx-ir and onnxscript.
+Requires: a graph that tells the shapes of its inner values.
+Ensures: float32 and float64 values that are computed by plain arithmetic from constants are constants, computed in
+their own type as a runtime would; except those larger than 64 KiB and than each constant they are computed from. The
+structure of the result depends on the structure of the graph, never on the values of its weights.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import numpy as np
+import onnx
 import onnx_ir
-from onnx_ir.passes import Sequential
-from onnx_ir.passes.common import (
-    CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
-    LiftConstantsToInitializersPass,
-    OutputFixPass,
-    RemoveUnusedNodesPass,
-    ShapeInferencePass,
-)
-from onnxscript.optimizer import FOLDED_FROM_KEY, fold_constants_ir
-from onnxscript.rewriter import RULE_NAME_TAG, RewritePass
-from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
-from onnxscript.rewriter.rules import common as rules
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vae_export.graph.edit import constant
+from vae_export.graph.edit import add_constant, constant
 
-#: Constants are not made larger than this many bytes, except from larger ones.
-_LIMIT = 64 * 1024
-#: Constants of shapes have so few numbers. Larger ones are weights.
-_SMALL = 16
-_ROUNDS = 10
-
-
-class _NoPadding(RewriteRuleClassBase):
-    """A Pad by nothing."""
-
-    def pattern(self, op: Any, x: Any, pads: Any) -> Any:
-        return op.Pad(x, pads, _allow_other_inputs=True)
-
-    def check(self, context: Any, x: Any, pads: onnx_ir.Value) -> MatchResult:
-        array = constant(pads)
-        result = MatchResult()
-        return result if array is not None and not array.any() else result.fail("it pads")
-
-    def rewrite(self, op: Any, x: Any, pads: Any) -> Any:
-        return op.Identity(x)
-
-
-_RULES = (
-    *rules.mul_by_1_rule.commute(),
-    *rules.add_0_rule.commute(),
-    rules.div_by_1_rule,
-    rules.sub_0_rule,
-    rules.dropout_inference_rule,
-    rules.dropout_zero_rule,
-    rules.no_op_cast_rule,
-    rules.no_op_expand_rule,
-    rules.no_op_transpose_rule,
-    _NoPadding.rule(),  # type: ignore[no-untyped-call]
-    rules.collapse_slice_rule,
-    rules.collapse_slice2_rule,
-    rules.reshape_reshape_rule,
-    rules.squeeze_reshape_1d_rule,
-    rules.materialize_reshape_shape_rule,
-    rules.transpose_transpose_rule,
-    rules.unsqueeze_unsqueeze_rule,
-    rules.fuse_pad_into_conv_rule,
-)
+#: Arithmetic that weights are computed with. Nothing in it is random, repeats or branches.
+_OPERATORS = {
+    *("Abs", "Add", "Cast", "Concat", "Div", "Exp", "Expand", "Identity", "MatMul", "Mul", "Neg", "Pow", "Reciprocal"),
+    *("ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Reshape", "Softplus", "Sqrt", "Squeeze", "Sub"),
+    *("Transpose", "Unsqueeze"),
+}
+_TYPES = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE}
+#: No constant of more bytes is computed, except from a larger one.
+_MAX_GROWTH = 64 * 1024
 
 
 def apply(model: onnx_ir.Model) -> int:
-    """Do so; how many nodes went or take other inputs, and how many constants went."""
-    draft = model.clone()
-    ends = [(end.name, end.type, end.shape) for end in (*draft.graph.inputs, *draft.graph.outputs)]
-    nodes = {node: tuple(node.inputs) for node in draft.graph.all_nodes()}
-    constants = list(draft.graph.initializers.values())
-    _simplify(draft)
-    gone = nodes.keys() - set(draft.graph.all_nodes())
-    for node in gone:  # those of a branch that is never taken still hold what they used
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
-    RemoveUnusedNodesPass()(draft)
-    if _size(draft.graph) >= _size(model.graph):
-        return 0  # equal but for names and for what was inferred of shapes
-    for end, (name, kind, shape) in zip((*draft.graph.inputs, *draft.graph.outputs), ends, strict=True):
-        end.name, end.type, end.shape = name, kind, shape
-    for node in draft.graph.all_nodes():
-        node.metadata_props.pop(RULE_NAME_TAG, None)
-        for value in node.outputs:
-            value.metadata_props.pop(FOLDED_FROM_KEY, None)
-    for value in draft.graph.initializers.values():
-        value.metadata_props.pop(FOLDED_FROM_KEY, None)
-    model.graph = draft.graph
-    changed = sum(node in gone or tuple(node.inputs) != inputs for node, inputs in nodes.items())
-    return changed + sum(not value.is_initializer() for value in constants)
+    """Apply in place; return the number of nodes that were replaced by constants."""
+    folded = [node for node in model.graph if _fold(model, node)]
+    if folded:
+        RemoveUnusedNodesPass()(model)
+    return len(folded)
 
 
-def _size(graph: onnx_ir.Graph) -> tuple[int, int, int, int]:
-    """What a fold makes smaller: nodes that compute, all nodes, inputs that are not constants, and constants."""
-    nodes = list(graph.all_nodes())
-    computed = sum(value is not None and constant(value) is None for node in nodes for value in node.inputs)
-    working = sum(node.op_type not in ("Identity", "Constant") for node in nodes)
-    return working, len(nodes), computed, len(graph.initializers)
-
-
-def _simplify(model: onnx_ir.Model) -> None:
-    """All of it, until nothing changes."""
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    others = Sequential(
-        RewritePass(_RULES),
-        RemoveUnusedNodesPass(),
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        DeduplicateInitializersPass(size_limit=_SMALL),
-        CommonSubexpressionEliminationPass(),
-    )
-    for _ in range(_ROUNDS):
-        folded = fold_constants_ir(
-            model,
-            onnx_shape_inference=True,
-            input_size_limit=2**62,
-            output_size_limit=_LIMIT // 4,
-            should_fold=_should_fold,
-        )
-        if not (others(model).modified or folded.modified):
-            break
-    OutputFixPass()(model)
-
-
-def _should_fold(node: onnx_ir.Node) -> bool | None:
-    """Whether to fold a node; None leaves it to onnxscript. Asked before anything is computed."""
-    shape = node.outputs[0].shape
-    made = None if shape is None or not shape.is_static() else math.prod(shape.numpy())
-    grows = node.op_type in ("ConstantOfShape", "Expand", "Range", "Tile", "Pad", "Resize", "Upsample")
-    if made is None:
-        return False if grows else None
-    dtype = node.outputs[0].dtype
-    given = sum(array.size for value in node.inputs if (array := constant(value)) is not None)
-    if made > given and made * (8 if dtype is None else dtype.itemsize) > _LIMIT:
+def _fold(model: onnx_ir.Model, node: onnx_ir.Node) -> bool:
+    if node.domain or node.op_type not in _OPERATORS or not node.inputs or len(node.outputs) != 1:
         return False
-    return True if node.op_type == "ConstantOfShape" else None
+    (output,) = node.outputs
+    dtype, shape = output.dtype, output.shape
+    if output.is_graph_output() or dtype is None or dtype not in _TYPES or shape is None or not shape.is_static():
+        return False
+    arrays = {str(value.name): constant(value) for value in node.inputs if value is not None}
+    given = [array.nbytes for array in arrays.values() if array is not None]
+    size = math.prod(shape.numpy()) * dtype.itemsize
+    if len(given) < len(arrays) or size > max(_MAX_GROWTH, *given):
+        return False
+    values = [onnx_ir.to_proto(value) for value in dict.fromkeys((*node.inputs, output)) if value is not None]
+    graph = onnx.helper.make_graph([onnx_ir.to_proto(node)], "fold", values[:-1], values[-1:])
+    opsets = [onnx.helper.make_opsetid("", model.opset_imports[""])]
+    (result,) = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, arrays)
+    name, output.name = str(output.name), None
+    onnx_ir.convenience.replace_all_uses_with(output, add_constant(model.graph, name, np.asarray(result)))
+    return True

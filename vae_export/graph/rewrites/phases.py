@@ -1,11 +1,10 @@
-"""A transposed convolution → one convolution for each phase of its stride, and their outputs interleaved.
+"""A transposed convolution as one convolution for each phase of its stride, with outputs interleaved.
 
-Output p of a transposed convolution of stride s takes every s-th weight only, from the (p + pad) mod s-th on. All
-outputs of one phase are a convolution of the image with those weights, turned around; the phases are put between each
-other by reshaping. Nothing is multiplied by zeros that a stride puts in, and a runtime uses its convolutions, which
-may be better than its transposed ones, or take types that those do not.
+Output p of a transposed convolution of stride s uses every s-th weight only, from the (p + pad) mod s-th on. All
+outputs of one phase are a convolution of the image with those weights, flipped; phases are interleaved by reshaping. A
+runtime uses its convolutions, which may be faster than its transposed ones, or support types that those do not.
 
-Requires: float32 weights that are constants, of one or two spatial dimensions.
+Requires: constant float32 weights of one or two spatial dimensions.
 Ensures: the same function, but for the order of sums.
 """
 
@@ -21,17 +20,13 @@ from vae_export.graph import edit
 
 
 def apply(model: onnx_ir.Model) -> int:
-    """Rewrite every transposed convolution with a stride, in place, but those whose kernel is less than the stride.
-
-    Returns:
-        How many were rewritten.
-    """
+    """Apply in place to transposed convolutions with a stride up to the kernel's size; return their number."""
     return edit.rewrite(model, "ConvTranspose", _rewrite)
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """One phase along one dimension: which weights, and the zeros before and after the image."""
+    """One phase along one dimension: the slice of its weights, and the padding before and after the image."""
 
     taps: slice
     before: int
@@ -55,10 +50,10 @@ def _rewrite(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
         return False
     axes = []
     for axis in range(rank):
-        found = _phases(kernel[axis], strides[axis], pads[axis], pads[axis + rank], added[axis])
-        if found is None:
+        phases = _phases(kernel[axis], strides[axis], pads[axis], pads[axis + rank], added[axis])
+        if phases is None:
             return False
-        axes.append(found)
+        axes.append(phases)
     groups = edit.integer(node, "group", 1)
     inputs, outputs = weights.shape[:2]
     # (in, out / groups, …) → (out, in / groups, …), group by group
@@ -66,26 +61,26 @@ def _rewrite(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     turned = turned.reshape(groups * outputs, inputs // groups, *kernel)
     (output,) = node.outputs
     name = f"{output.name}.phase"
-    made = edit.Maker(graph, node, name)
+    make = edit.Maker(graph, node, name)
     parts = []
-    for number, phases in enumerate(itertools.product(*(found for found, _ in axes))):
-        chosen = turned[(slice(None), slice(None), *(phase.taps for phase in phases))]
+    for number, combination in enumerate(itertools.product(*(phases for phases, _ in axes))):
+        chosen = turned[(slice(None), slice(None), *(phase.taps for phase in combination))]
         flipped = np.ascontiguousarray(np.flip(chosen, tuple(range(2, 2 + rank))))
-        taken = [node.inputs[0], made.constant(f"weight{number}", flipped), *node.inputs[2:]]
+        operands = [node.inputs[0], make.constant(f"weight{number}", flipped), *node.inputs[2:]]
         attributes = {
             "kernel_shape": list(flipped.shape[2:]),
-            "pads": [*(phase.before for phase in phases), *(phase.after for phase in phases)],
+            "pads": [*(phase.before for phase in combination), *(phase.after for phase in combination)],
             "group": groups,
         }
-        parts.append(made.node("Conv", taken, attributes))
-    result = _interleaved(made, parts, strides)
+        parts.append(make.node("Conv", operands, attributes))
+    result = _interleaved(make, parts, strides)
     surplus = [extra for _, extra in axes]
     if any(surplus):
         cut = [index for index, extra in enumerate(surplus) if extra]
-        ends = made.constant("ends", np.array([-surplus[index] for index in cut], np.int64))
-        first = made.constant("starts", np.zeros(len(cut), np.int64))
-        where = made.constant("cut", np.array([2 + index for index in cut], np.int64))
-        result = made.node("Slice", [result, first, ends, where])
+        ends = make.constant("ends", np.array([-surplus[index] for index in cut], np.int64))
+        starts = make.constant("starts", np.zeros(len(cut), np.int64))
+        along = make.constant("cut", np.array([2 + index for index in cut], np.int64))
+        result = make.node("Slice", [result, starts, ends, along])
     producer = result.producer()
     assert producer is not None
     edit.replace_node(graph, node, producer)
@@ -93,7 +88,7 @@ def _rewrite(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
 
 
 def _phases(size: int, stride: int, before: int, after: int, added: int) -> tuple[list[_Phase], int] | None:
-    """The phases along one dimension, and how many outputs too many they give; None where padding would be negative."""
+    """The phases along one dimension and the number of surplus outputs; None if padding would be negative."""
     if size < stride:
         return None
     # The image has n pixels, the output (n − 1) · stride + rest, the interleaved phases (n + more) · stride.
@@ -109,32 +104,32 @@ def _phases(size: int, stride: int, before: int, after: int, added: int) -> tupl
     return phases, (more + 1) * stride - rest
 
 
-def _interleaved(made: edit.Maker, parts: list[onnx_ir.Value], strides: list[int]) -> onnx_ir.Value:
-    """Outputs of all phases, the last dimension's changing fastest, as one image."""
+def _interleaved(make: edit.Maker, parts: list[onnx_ir.Value], strides: list[int]) -> onnx_ir.Value:
+    """One image from the outputs of all phases, which are ordered with the last dimension's phase fastest."""
     for axis in reversed(range(len(strides))):
         stride, dim = strides[axis], 2 + axis
         if stride == 1:
             continue
-        at = made.constant(f"axis{axis}", np.array([dim + 1], np.int64))
+        at = make.constant(f"axis{axis}", np.array([dim + 1], np.int64))
         # (…, n, …) each → (…, n, stride, …) → (…, n · stride, …)
         joined = [
-            made.node(
-                "Concat", [made.node("Unsqueeze", [part, at]) for part in parts[i : i + stride]], {"axis": dim + 1}
+            make.node(
+                "Concat", [make.node("Unsqueeze", [part, at]) for part in parts[i : i + stride]], {"axis": dim + 1}
             )
             for i in range(0, len(parts), stride)
         ]
-        parts = [_merged(made, value, dim, dim == 1 + len(strides), f"merge{axis}") for value in joined]
+        parts = [_merged(make, value, dim, dim == 1 + len(strides), f"merge{axis}") for value in joined]
     (result,) = parts
     return result
 
 
-def _merged(made: edit.Maker, value: onnx_ir.Value, dim: int, last: bool, label: str) -> onnx_ir.Value:
-    """Dimensions dim and dim + 1 as one, whatever the sizes of the others."""
+def _merged(make: edit.Maker, value: onnx_ir.Value, dim: int, last: bool, label: str) -> onnx_ir.Value:
+    """Merge dimensions dim and dim + 1, whatever the sizes of the others."""
     head = [0] * dim + [-1]
     if last:
-        return made.node("Reshape", [value, made.constant(label, np.array(head, np.int64))])
-    # One size is left to be inferred, so that of the dimension behind is asked of the graph.
+        return make.node("Reshape", [value, make.constant(label, np.array(head, np.int64))])
+    # A Reshape infers one size only, so that of the dimension behind is read from the value.
     whole = onnx_ir.DataType.INT64
-    size = made.node("Shape", [value], {"start": dim + 2, "end": dim + 3}, whole)
-    shape = made.node("Concat", [made.constant(label, np.array(head, np.int64)), size], {"axis": 0}, whole)
-    return made.node("Reshape", [value, shape])
+    size = make.node("Shape", [value], {"start": dim + 2, "end": dim + 3}, whole)
+    shape = make.node("Concat", [make.constant(label, np.array(head, np.int64)), size], {"axis": 0}, whole)
+    return make.node("Reshape", [value, shape])
