@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from typing import Any
@@ -16,12 +17,13 @@ from vae_export.contract.build_record import ExecutionPlan
 from vae_export.contract.model import parts_of
 
 SETTINGS = SearchSettings()
+UNTIMED = math.inf
 
 
 def row(
     precision: Any,
     batch: int = 1,
-    median: float | None = 1.0,
+    median: float = 1.0,
     *,
     graph: str = "decoder",
     candidate: int = 0,
@@ -47,10 +49,10 @@ def row(
         ([("fp32", 1, 1.0), ("int8", 1, 0.9)], [1]),
         ([("fp32", 1, 1.0), ("int8", 1, 0.97), ("bf16", 1, 0.9)], [2]),
         ([("int8", 1, 1.0), ("int8", 1, 0.9)], [1]),  # as asked for: float32 was not measured
-        ([("fp32", 1, None), ("fp32", 1, 1.0)], [1]),
-        ([("fp32", 1, None), ("fp32", 1, None)], [0]),  # the fast ones are refused: any other will do
-        ([("fp32", 1, 1.0), ("int8", 1, None)], [0]),
-        ([("fp32", 1, None), ("int8", 1, 1.0), ("fp32", 8, 8.0), ("int8", 8, 9.0)], [0, 2]),
+        ([("fp32", 1, UNTIMED), ("fp32", 1, 1.0)], [1]),
+        ([("fp32", 1, UNTIMED), ("fp32", 1, UNTIMED)], [0]),  # the fast ones are refused: any other will do
+        ([("fp32", 1, 1.0), ("int8", 1, UNTIMED)], [0]),
+        ([("fp32", 1, UNTIMED), ("int8", 1, 1.0), ("fp32", 8, 8.0), ("int8", 8, 9.0)], [0, 2]),
     ],
 )
 def test_the_fastest_is_chosen_in_one_precision(rows: list[tuple[Any, ...]], expected: list[int]) -> None:
@@ -75,7 +77,7 @@ def test_a_reduced_precision_is_faster_or_not_chosen(median: float, spread: floa
         assert {one.plan.precision for one in choosing.choose(batches, SETTINGS)} == {"fp32" if reason else "int8"}
     assert choosing.no_gain(rows, "fp32", SETTINGS) is None
     assert choosing.no_gain(rows[1:2], "int8", SETTINGS) is None  # without float32 there is nothing to compare with
-    untimed = dataclasses.replace(rows[1], median=None)
+    untimed = dataclasses.replace(rows[1], median=UNTIMED)
     assert "0.50 times as fast" in str(choosing.no_gain([rows[0], untimed], "int8", SETTINGS))
 
 
@@ -83,7 +85,7 @@ def test_what_counts_as_a_gain_is_a_setting() -> None:
     rows = [row("fp32", median=1.0), row("int8", median=0.97)]
     assert choosing.no_gain(rows, "int8", SearchSettings(min_gain=0.02)) is None
     assert "only more than 2.00 counts" in str(choosing.no_gain(rows, "int8", SearchSettings(min_gain=1.0)))
-    untimed = dataclasses.replace(rows[1], median=None)
+    untimed = dataclasses.replace(rows[1], median=UNTIMED)
     assert "it is 0.10 times as fast" in str(
         choosing.no_gain([rows[0], untimed], "int8", SearchSettings(max_slowdown=10.0))
     )
@@ -172,7 +174,7 @@ def test_a_fused_graph_is_in_the_precisions_of_its_parts_or_left_out() -> None:
 
 def test_every_row_has_a_verdict() -> None:
     table = two_precisions("encoder", "decoder", "generate")
-    table["encoder"] += [row("fp32", graph="encoder", candidate=2, median=None)]
+    table["encoder"] += [row("fp32", graph="encoder", candidate=2, median=UNTIMED)]
     table["encoder"][2] = dataclasses.replace(table["encoder"][2], reason="its first 3 calls took 9.0 times as long")
     table["decoder"][0] = dataclasses.replace(table["decoder"][0], median=0.97)
     refused = {("encoder", 0): "refused: why"}

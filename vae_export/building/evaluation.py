@@ -56,7 +56,6 @@ class Evaluator:
         self._contents, self._base, self._budget, self._progress = contents, base, budget, progress
         self._few = contents.reference.first(rows)
         self._tails: dict[bool, Tail | str] = {}
-        self._rounded: dict[bytes, bytes] = {}
 
     def use_all_rows_if_quick(self) -> None:
         """Let `problem` use all golden examples where float32 takes little time."""
@@ -116,11 +115,12 @@ class Evaluator:
     def certificate(self, graphs: Plans) -> Certificate:
         """The certificate of what runs; if that passes and float16 with every value rounded fails, of the latter."""
         reduced = any(each.plan.precision != "fp32" for plans in graphs.values() for each in plans)
-        more = self.tail() if reduced else None
-        reference = self._contents.reference
+        more, reference = self.tail() if reduced else None, self._contents.reference
         with self._opened(graphs) as backend:
             measured = self._measure(backend, graphs, reference, verifier.BATCHES, more)
-        rounded = {graph: [self._rounding(each) for each in plans] for graph, plans in graphs.items()}
+        # By content: plans that share a graph share its session, too.
+        contents = {each.graph: self._rounding(each).graph for plans in graphs.values() for each in plans}
+        rounded = {g: [dataclasses.replace(p, graph=contents[p.graph]) for p in plans] for g, plans in graphs.items()}
         if measured.passed and rounded != graphs:
             self._progress("measuring float16 with every value rounded")
             with self._opened(rounded) as backend:
@@ -161,9 +161,7 @@ class Evaluator:
         """Half precision that ONNX Runtime runs, with every value rounded; all others as they are."""
         if reduced.plan.runner != "onnxruntime" or reduced.plan.precision not in ("fp16", "bf16"):
             return reduced
-        if reduced.graph not in self._rounded:
-            self._rounded[reduced.graph] = mixed_precision.rounding(reduced.graph)
-        return dataclasses.replace(reduced, graph=self._rounded[reduced.graph])
+        return dataclasses.replace(reduced, graph=mixed_precision.rounding(reduced.graph))
 
     @functools.cached_property
     def _large(self) -> LargeInputs | None:

@@ -61,7 +61,8 @@ class Candidates:
     Attributes:
         runners: what runs graphs here, and the precisions that the processor has, in OpenVINO's words.
         evaluator: measures what graphs in reduced precision lose.
-        absent: what cannot be tried here, and why.
+        notes: what is missing on this machine, or disturbs.
+        absent: what cannot be tried, and why.
         share: of its tolerance, that a graph in reduced precision may use.
     """
 
@@ -74,12 +75,12 @@ class Candidates:
         self._processor = processor.processor()
         self._bits: quantize.Bits = 8 if "vnni" in processor.features() else 7
         self.runners: dict[Runner, frozenset[str]] = {}
-        self._missing: list[str] = []
+        self.notes: list[str] = []
         for runner in settings.runners:
             try:
                 self.runners[runner] = openvino.capabilities() if runner == "openvino" else frozenset()
             except BackendError as error:
-                self._missing.append(one_line(error))
+                self.notes.append(one_line(error))
         auto = options.precision == "auto"
         self.evaluator = Evaluator(inputs, self._base, settings.rows, options.budget if auto else None, progress)
         self.evaluator.use_all_rows_if_quick()
@@ -88,7 +89,7 @@ class Candidates:
     def restart(self, share: float) -> None:
         """Drop graphs in reduced precision and what was absent; later ones may use this share of their tolerance."""
         self.share = share
-        self.absent = list(self._missing)
+        self.absent: list[str] = []
         self._reduced: dict[Precision, dict[str, ReducedPrecision]] = {}
 
     def can_keep_more(self) -> bool:
@@ -114,7 +115,7 @@ class Candidates:
                     made += self.of(runner, precision)
         if made:
             return made
-        reasons = f"{'; '.join(self.absent)}. Build with --precision fp32 or auto"
+        reasons = f"{'; '.join([*self.notes, *self.absent])}. Build with --precision fp32 or auto"
         if possible:
             raise VerificationError(f"build: nothing of {self._inputs.name} passes in {asked}: {reasons}")
         raise BackendError(f"build: nothing computes in {asked} on this processor, {self._processor.model}: {reasons}")

@@ -35,7 +35,7 @@ class Timing:
         plan: how it ran.
         parts: the precision of encoder and decoder, as far as the graph contains them.
         forms: how many forms of the same arithmetic the candidate uses; see `graph.rewrites.FORMS`.
-        median: seconds of a call, the median of the turns' medians; None where it was not timed.
+        median: seconds of a call, the median of the turns' medians; infinite where it was not timed.
         spread: the interquartile range of the turns' medians, relative to the median.
         reason: its verdict, unless it is chosen or there is more to say.
     """
@@ -46,15 +46,9 @@ class Timing:
     plan: ExecutionPlan
     parts: Mapping[str, Precision]
     forms: int = 0
-    median: float | None = None
+    median: float = math.inf
     spread: float = 0.0
     reason: str = "slower"
-
-    @property
-    def seconds(self) -> float:
-        """The median, of a row that was timed."""
-        assert self.median is not None
-        return self.median
 
 
 #: For each graph its rows: the most exact candidates first, and within a precision those with more forms.
@@ -83,7 +77,7 @@ def choose(rows: Sequence[Timing], settings: SearchSettings) -> list[Timing]:
         total = 0.0
         for here in batches:
             best, same = _fastest(here), _fastest(here, precision)
-            total += math.log(same.seconds if same else settings.max_slowdown * (best.seconds if best else 1.0))
+            total += math.log(same.median if same else settings.max_slowdown * (best.median if best else 1.0))
         return total
 
     precisions = dict.fromkeys(row.plan.precision for row in rows)
@@ -92,8 +86,8 @@ def choose(rows: Sequence[Timing], settings: SearchSettings) -> list[Timing]:
     for here in batches:
         same = [row for row in here if row.plan.precision == precision]
         if fastest := _fastest(same):
-            limit = fastest.seconds * (1 + min(MAX_NOISE, max(MIN_NOISE, fastest.spread / 2)))
-            same = [row for row in same if row.median is not None and row.median <= limit]
+            limit = fastest.median * (1 + min(MAX_NOISE, max(MIN_NOISE, fastest.spread / 2)))
+            same = [row for row in same if row.median <= limit]
         chosen.append(same[0])  # where the fast ones are refused, any other will do
     return chosen
 
@@ -110,7 +104,7 @@ def no_gain(rows: Iterable[Timing], precision: Precision, settings: SearchSettin
         if full is None:
             continue
         # What was too slow to be timed counts as slower by max_slowdown.
-        gains.append(math.log(full.seconds / reduced.seconds if reduced else 1 / settings.max_slowdown))
+        gains.append(math.log(full.median / reduced.median if reduced else 1 / settings.max_slowdown))
         limits.append(max(settings.min_gain, full.spread / 2, reduced.spread / 2) if reduced else settings.min_gain)
     if precision == "fp32" or not gains:
         return None
@@ -190,5 +184,5 @@ def _other_precision(
 
 
 def _fastest(rows: Iterable[Timing], precision: Precision | None = None) -> Timing | None:
-    timed = (row for row in rows if row.median is not None and precision in (None, row.plan.precision))
-    return min(timed, key=lambda row: row.seconds, default=None)
+    timed = (row for row in rows if row.median < math.inf and precision in (None, row.plan.precision))
+    return min(timed, key=lambda row: row.median, default=None)

@@ -87,7 +87,7 @@ class Measuring:
         try:
             for batch, larger in itertools.zip_longest(self.batches, self.batches[1:]):
                 rows += self._time_batch(graph, candidates, batch, opened)
-                fastest = min(row.median for row in rows if row.median is not None and row.batch == batch)
+                fastest = min(row.median for row in rows if row.batch == batch)
                 if larger and fastest / batch * larger > self.settings.max_call_seconds:
                     break
         finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -57,10 +58,9 @@ def search(
     candidates = Candidates(contents, options, settings, progress)
     measuring = Measuring(contents, sorted(set(batches)), sizes, settings)
     first: VerificationError | None = None
-    notes: list[str] = []
     while True:
         try:
-            return CpuSearch(candidates, measuring, notes, progress).run()
+            return CpuSearch(candidates, measuring, progress).run()
         except NoGainError:
             raise
         except VerificationError as error:
@@ -73,9 +73,9 @@ def search(
 class CpuSearch:
     """One search; another one follows with fewer nodes in reduced precision, if its certificate fails."""
 
-    def __init__(self, candidates: Candidates, measuring: Measuring, notes: list[str], progress: Progress) -> None:
-        """Make the candidates. What is to be said of the machine is appended to `notes`, once. Errors as `search`."""
-        self._maker, self._measuring, self._notes, self._progress = candidates, measuring, notes, progress
+    def __init__(self, candidates: Candidates, measuring: Measuring, progress: Progress) -> None:
+        """Make the candidates. Errors as for `search`."""
+        self._maker, self._measuring, self._progress = candidates, measuring, progress
         self._settings, self._contents = measuring.settings, measuring.contents
         self._table: dict[str, list[Timing]] = {}
         self._candidates = dict(enumerate(candidates.all()))
@@ -128,13 +128,13 @@ class CpuSearch:
                     precision=row.plan.precision,
                     passes=tuple(row.plan.passes),
                     threads=row.plan.threads,
-                    median_us=None if row.median is None else round(row.median * 1e6, 1),
-                    spread=None if row.median is None else round(row.spread, 3),
+                    median_us=round(row.median * 1e6, 1) if row.median < math.inf else None,
+                    spread=round(row.spread, 3) if row.median < math.inf else None,
                     verdict=verdict,
                 )
                 for row, verdict in choosing.verdicts(self._table, chosen, self._refused, dropped, self._settings)
             ),
-            absent=(*self._notes, *self._maker.absent),
+            absent=(*self._maker.notes, *self._maker.absent),
             calibrated=self._maker.evaluator.calibrated,
         )
 
@@ -151,14 +151,16 @@ class CpuSearch:
             rows = [row for batch in batches for row in self._measuring.rows(graph, candidates, batch)]
             self._table[graph] = [dataclasses.replace(row, reason="the only one") for row in rows]
             return
-        if not self._notes and (busy := timing.busy(processor.processor().threads)):
-            self._notes.append(f"{busy}. Timings are less certain, and a faster way may not be told from a slower one")
-            self._progress(self._notes[-1])
+        told = any("the machine is busy" in note for note in self._maker.notes)
+        if not told and (busy := timing.busy(processor.processor().threads)):
+            busy += ". Timings are less certain, and a faster way may not be told from a slower one"
+            self._maker.notes.append(busy)
+            self._progress(busy)
         self._table[graph] = self._measuring.time(graph, candidates)
 
     def _time_fused(self) -> None:
         """Fuse the graphs of the candidates that are fast for a part: no other fused graph is fast."""
-        seconds = sum(min(row.median for row in self._table[part] if row.median is not None) for part in GRAPHS)
+        seconds = sum(min(row.median for row in self._table[part]) for part in GRAPHS)
         if seconds > self._settings.max_fusable_seconds:
             told = f"fused graphs: one call takes {seconds:.2f} s, of which they would save next to nothing"
             self._maker.absent.append(told)
