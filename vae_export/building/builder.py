@@ -211,7 +211,7 @@ def _make(
     out: Path | None,
     overwrite: bool,
     progress: Progress,
-    artifacts: Callable[[Contents], Artifacts],
+    make: Callable[[Contents], Artifacts],
 ) -> Built:
     """Check the place, read the bundle, make the artifacts, and write them whole or not at all."""
     _require_packages(target)
@@ -224,14 +224,14 @@ def _make(
         raise InputError(f"build: {path} lies inside the bundle, which is never changed. Choose a path outside of it")
     overwrite = overwrite or out is None
     folders.check_target(path, RECORD_FORMAT, overwrite=overwrite)
-    made = artifacts(contents.read(bundle))
+    artifacts = make(contents.read(bundle))
     progress("writing the build")
     path.parent.mkdir(parents=True, exist_ok=True)
     with folders.create(path, RECORD_FORMAT, overwrite=overwrite) as folder:
-        for file, content in made.files.items():
+        for file, content in artifacts.files.items():
             (folder / file).write_bytes(content)
-        if made.certificate:
-            (folder / build_record.CERTIFICATE).write_bytes(certificate.encode(made.certificate))
+        if artifacts.certificate:
+            (folder / build_record.CERTIFICATE).write_bytes(certificate.encode(artifacts.certificate))
         record = Build(
             format=build_record.FORMAT,
             version=build_record.VERSION,
@@ -242,17 +242,17 @@ def _make(
             target=target.name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             options=options,
-            graphs=made.graphs,
-            engine=made.engine,
+            graphs=artifacts.graphs,
+            engine=artifacts.engine,
             tools=versions.tools(_TOOLS),
-            measurements=made.measurements,
-            absent=made.absent,
+            measurements=artifacts.measurements,
+            absent=artifacts.absent,
             processor=processor.processor() if target.name == "cpu" else None,
-            calibrated=dict(made.calibrated),
+            calibrated=dict(artifacts.calibrated),
             files=folders.list_files(folder),
         )
         (folder / RECORD_FORMAT.file).write_bytes(RECORD_FORMAT.encode(record))
-    return Built(path, BuildFolder(path).record, made.certificate, made.unmeasured)
+    return Built(path, BuildFolder(path).record, artifacts.certificate, artifacts.unmeasured)
 
 
 def _require_packages(target: Target) -> None:

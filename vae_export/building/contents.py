@@ -102,11 +102,11 @@ def fused(encoder: bytes, decoder: bytes, model: Model, without: Collection[str]
     from vae_export import graph
     from vae_export.graph import fuse
 
-    made = {}
+    fusions = {}
     if "reconstruct" not in without:
-        made["reconstruct"] = fuse.reconstruct(graph.read(encoder), graph.read(decoder), model)
+        fusions["reconstruct"] = fuse.reconstruct(graph.read(encoder), graph.read(decoder), model)
     if "score" not in without and model.has_elbo:
-        made["score"] = fuse.score(graph.read(encoder), graph.read(decoder), model)
+        fusions["score"] = fuse.score(graph.read(encoder), graph.read(decoder), model)
     if is_picture(model.data.shape):
-        made["generate"] = fuse.generate(graph.read(decoder), model)
-    return {name: graph.write(each) for name, each in made.items()}
+        fusions["generate"] = fuse.generate(graph.read(decoder), model)
+    return {name: graph.write(each) for name, each in fusions.items()}

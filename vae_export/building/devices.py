@@ -52,7 +52,7 @@ def build(
     reduced: dict[str, ReducedPrecision] = {}
     absent: list[str] = []
     if options.precision in ("fp16", "bf16"):
-        reduced = _reduced(inputs, base, options.precision, evaluator, absent, progress)
+        reduced, absent = _reduced(inputs.name, base, options.precision, evaluator)
     graphs = base | {part: each.graph for part, each in reduced.items()}
     # TensorRT has no float64, in which `score` adds up.
     graphs |= contents.fused(graphs["encoder"], graphs["decoder"], model, ("score",) if bindings else ())
@@ -102,38 +102,23 @@ def build(
 
 
 def _reduced(
-    inputs: Contents,
-    base: Mapping[str, bytes],
-    precision: Precision,
-    evaluator: Evaluator,
-    absent: list[str],
-    progress: Progress,
-) -> dict[str, ReducedPrecision]:
+    name: str, base: Mapping[str, bytes], precision: Precision, evaluator: Evaluator
+) -> tuple[dict[str, ReducedPrecision], list[str]]:
     """Encoder and decoder in half precision, each as far as it passes on the CPU with every value rounded."""
-    able = True
     try:
         require("onnxruntime", "cpu", "build")
-        if precision == "fp16":
-            _ = evaluator.recorded
+        reduced, absent = evaluator.reduce(precision)
     except BackendError as error:  # engines can be built without ONNX Runtime
-        able = False
-        absent.append(f"{precision} was not evaluated on the CPU, and no value is known to overflow: {one_line(error)}")
-    reduced = {}
-    for part, content in base.items():
-        progress(f"{precision}: the {part}, evaluated with every value rounded")
-        if able:
-            found = evaluator.reduce(part, precision)
-        else:
-            found = mixed_precision.choose(part, content, precision, {}, None)
-        if isinstance(found, ReducedPrecision):
-            reduced[part] = found
-        else:
-            absent.append(f"the {part} in {precision}: {found}")
+        why = f"was not evaluated on the CPU, and no value is known to overflow: {one_line(error)}"
+        unevaluated = {
+            part: mixed_precision.choose(part, content, precision, {}, None) for part, content in base.items()
+        }
+        return {part: each for part, each in unevaluated.items() if not isinstance(each, str)}, [f"{precision} {why}"]
     if not reduced:
         raise VerificationError(
-            f"build: nothing of {inputs.name} passes in {precision}: {'; '.join(absent)}. Build with --precision fp32"
+            f"build: nothing of {name} passes in {precision}: {'; '.join(absent)}. Build with --precision fp32"
         )
-    return reduced
+    return reduced, absent
 
 
 def _refitted(

@@ -26,7 +26,7 @@ from vae_export.contract.model import GRAPHS
 from vae_export.contract.targets import Precision, Runner
 from vae_export.errors import VaeExportError
 from vae_export.progress import Progress
-from vae_export.runtimes import Backend, Settings
+from vae_export.runtimes import Backend, Settings, processor
 from vae_export.runtimes.backend import PlannedGraph, planned
 from vae_export.runtimes.cpu.dispatch import CpuBackend
 
@@ -90,15 +90,35 @@ class Evaluator:
         return failed
 
     def reduce(
-        self, graph: str, precision: Precision, runner: Runner = "onnxruntime", share: float = 1.0, bits: Bits = 8
-    ) -> ReducedPrecision | str:
-        """A graph with as few nodes in float32 as the tolerances need: see `mixed_precision.choose` and `problem`."""
-        seen = {} if precision == "bf16" else self.recorded[graph]  # bfloat16 has float32's range
+        self, precision: Precision, runner: Runner = "onnxruntime", share: float = 1.0, bits: Bits = 8
+    ) -> tuple[dict[str, ReducedPrecision], list[str]]:
+        """Encoder and decoder with as few nodes in float32 as their tolerances need: see `problem`.
 
-        def problem(content: bytes) -> str | None:
-            return self.problem(graph, planned(content, runner, precision), share)
+        OpenVINO itself rounds every node to bfloat16: such a graph passes as a whole or not at all.
 
-        return mixed_precision.choose(graph, self._base[graph], precision, seen, problem, bits)
+        Returns:
+            The graphs that pass; and of each other one why it stays in float32.
+        """
+        passing: dict[str, ReducedPrecision] = {}
+        absent = []
+        for graph, base in self._base.items():
+            rounded = runner == "onnxruntime" and precision != "int8"
+            self._progress(f"{precision}: the {graph}" + ", evaluated with every value rounded" * rounded)
+
+            def problem(content: bytes, graph: str = graph) -> str | None:
+                return self.problem(graph, planned(content, runner, precision), share)
+
+            if precision == "bf16" and runner == "openvino":
+                result = problem(base) or ReducedPrecision(base, {})
+            else:
+                seen = {} if precision == "bf16" else self.recorded[graph]  # bfloat16 has float32's range
+                result = mixed_precision.choose(graph, base, precision, seen, problem, bits)
+            if isinstance(result, ReducedPrecision):
+                passing[graph] = result
+            else:
+                words = f", with weights of 7 bits, as this processor, {processor.processor().model}, has no VNNI"
+                absent.append(f"the {graph} in {precision}{words * (bits == 7 and precision == 'int8')}: {result}")
+        return passing, absent
 
     @functools.cached_property
     def recorded(self) -> dict[str, dict[str, Activation]]:

@@ -35,13 +35,13 @@ def capabilities(bindings: Bindings, target: Target) -> tuple[str, ...]:
         BackendError: TensorRT is to build, and this machine has no GPU.
     """
     if target.flavour == "tensorrt":
-        found = driver.query()
-        if found.problem:
+        system = driver.query()
+        if system.problem:
             raise BackendError(
                 f"build: {bindings.title} builds on the GPU that the engine is for; this machine has none "
-                f"({found.problem}). Build there, or build --target tensorrt-rtx-smNN, which needs none"
+                f"({system.problem}). Build there, or build --target tensorrt-rtx-smNN, which needs none"
             )
-        return (found.gpus[0].capability,)
+        return (system.gpus[0].capability,)
     known = _rtx_capabilities(bindings)
     if target.capability is None:
         return tuple(capability for capability in known if float(capability) >= _FROM)
@@ -60,14 +60,14 @@ def _rtx_capabilities(bindings: Bindings) -> dict[str, Any]:
 
 def record(bindings: Bindings, target: Target) -> Engine:
     """The record of engines that are built now, for `build.json`."""
-    found = driver.query()
+    system = driver.query()
     return Engine(
         flavour=bindings.flavour,
         version=bindings.version,
         capabilities=capabilities(bindings, target),
         platform=driver.this_platform(),
-        gpu=found.gpus[0].name if found.gpus else None,
-        driver=f"CUDA {found.cuda}" if found.gpus else None,
+        gpu=system.gpus[0].name if system.gpus else None,
+        driver=f"CUDA {system.cuda}" if system.gpus else None,
     )
 
 
@@ -197,7 +197,7 @@ def _timing_cache(bindings: Bindings, config: Any) -> Iterator[None]:
 
 def _timing_file(bindings: Bindings) -> Path:
     """The file of the timing cache for this GPU, driver and version. Errors as `cache.check_cache`."""
-    found = driver.query()
-    gpu = found.gpus[0].name if found.gpus else "none"
-    key = hashlib.sha256(f"{bindings.version} {found.cuda} {gpu}".encode()).hexdigest()[:32]
+    system = driver.query()
+    gpu = system.gpus[0].name if system.gpus else "none"
+    key = hashlib.sha256(f"{bindings.version} {system.cuda} {gpu}".encode()).hexdigest()[:32]
     return cache.check_cache() / "timing" / f"{key}.bin"

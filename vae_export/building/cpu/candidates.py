@@ -23,7 +23,7 @@ from vae_export.errors import BackendError, VerificationError
 from vae_export.graph import quantize, rewrites
 from vae_export.progress import Progress
 from vae_export.runtimes import processor
-from vae_export.runtimes.backend import PlannedGraph, planned
+from vae_export.runtimes.backend import PlannedGraph
 from vae_export.runtimes.cpu import openvino
 
 #: No smaller share of its tolerance is tried for a graph of which nodes can be kept in float32.
@@ -103,22 +103,22 @@ class Candidates:
             BackendError: no runner computes in the precision that was asked for on this processor.
             VerificationError: no graph passes in it.
         """
-        asked = self.options.precision
+        wanted = self.options.precision
         possible = False
-        made: list[Candidate] = []
-        for precision in self._settings.precisions if asked == "auto" else (asked,):
+        candidates: list[Candidate] = []
+        for precision in self._settings.precisions if wanted == "auto" else (wanted,):
             for runner in self.runners:
                 if problem := self._cannot(runner, precision):
                     self.absent.append(problem)
                 else:
                     possible = True
-                    made += self.of(runner, precision)
-        if made:
-            return made
+                    candidates += self.of(runner, precision)
+        if candidates:
+            return candidates
         reasons = f"{'; '.join([*self.notes, *self.absent])}. Build with --precision fp32 or auto"
         if possible:
-            raise VerificationError(f"build: nothing of {self._inputs.name} passes in {asked}: {reasons}")
-        raise BackendError(f"build: nothing computes in {asked} on this processor, {self._processor.model}: {reasons}")
+            raise VerificationError(f"build: nothing of {self._inputs.name} passes in {wanted}: {reasons}")
+        raise BackendError(f"build: nothing computes in {wanted} on this processor, {self._processor.model}: {reasons}")
 
     def of(self, runner: Runner, precision: Precision) -> Iterator[Candidate]:
         """The candidates of a runner and a precision. Forms that change nothing are left out."""
@@ -129,30 +129,30 @@ class Candidates:
         for forms in FORMS[runner]:
             if not set(forms) <= set(self._allowed):
                 continue
-            made = {}
+            plans = {}
             for graph in GRAPHS:
                 start = reduced.get(graph) or ReducedPrecision(self._base[graph], {})
                 model = graphs.read(start.graph)
                 passes = self._passes[graph] | rewrites.optimize(model, forms)
                 kind: Precision = precision if graph in reduced else "fp32"
-                made[graph] = self._planned(graphs.write(model), runner, kind, passes, start.kept)
-            if (written := [each.graph for each in made.values()]) not in known:
+                plans[graph] = self._planned(graphs.write(model), runner, kind, passes, start.kept)
+            if (written := [each.graph for each in plans.values()]) not in known:
                 known.append(written)
-                yield Candidate(forms, made)
+                yield Candidate(forms, plans)
 
     def fused(self, candidate: Candidate) -> Candidate:
         """The candidate with fused graphs; not across two precisions of OpenVINO, which has one for a whole graph."""
         encoder, decoder = (candidate.graphs[graph] for graph in GRAPHS)
         kinds = {encoder.plan.precision, decoder.plan.precision}
         without = ("reconstruct", "score") if "bf16" in kinds and len(kinds) > 1 else ()
-        made = dict(candidate.graphs)
+        plans = dict(candidate.graphs)
         for graph, content in contents.fused(encoder.graph, decoder.graph, self._inputs.model, without).items():
             inside = {part: candidate.graphs[part].plan for part in parts_of(graph)}
             passes = {name: sum(plan.passes.get(name, 0) for plan in inside.values()) for name in rewrites.PASSES}
             kept = {f"{part}.{node}": why for part, plan in inside.items() for node, why in plan.kept.items()}
             kind: Precision = next((plan.precision for plan in inside.values() if plan.precision != "fp32"), "fp32")
-            made[graph] = self._planned(content, encoder.plan.runner, kind, passes, kept)
-        return dataclasses.replace(candidate, graphs=made)
+            plans[graph] = self._planned(content, encoder.plan.runner, kind, passes, kept)
+        return dataclasses.replace(candidate, graphs=plans)
 
     def _planned(
         self, content: bytes, runner: Runner, precision: Precision, passes: Mapping[str, int], kept: dict[str, str]
@@ -179,30 +179,13 @@ class Candidates:
         return None
 
     def _in_precision(self, precision: Precision) -> dict[str, ReducedPrecision]:
-        """Those of encoder and decoder that pass in a reduced precision, each with the other in float32."""
+        """Those of encoder and decoder that pass, evaluated on the last runner that computes in this precision."""
         if precision == "fp32":
             return {}
         if precision not in self._reduced:
-            made = self._reduced[precision] = {}
-            for graph in GRAPHS:
-                self._progress(f"{precision}: the {graph}")
-                reduced = self._reduce(graph, precision)
-                if isinstance(reduced, ReducedPrecision):
-                    made[graph] = reduced
-                else:
-                    bits = f", with weights of 7 bits, as this processor, {self._processor.model}, has no VNNI"
-                    bits *= precision == "int8" and self._bits == 7
-                    self.absent.append(f"the {graph} in {precision}{bits}: {reduced}")
+            self.evaluator.tail(choosing=True)
+            runner = [runner for runner in self.runners if not self._cannot(runner, precision)][-1]
+            share = 1.0 if precision == "bf16" else self.share
+            self._reduced[precision], absent = self.evaluator.reduce(precision, runner, share, self._bits)
+            self.absent += absent
         return self._reduced[precision]
-
-    def _reduce(self, graph: str, precision: Precision) -> ReducedPrecision | str:
-        """A graph with as few nodes in float32 as its tolerances need, evaluated on the last runner that computes it.
-
-        OpenVINO itself rounds every node to bfloat16: such a graph passes as a whole or not at all.
-        """
-        self.evaluator.tail(choosing=True)
-        runner = [runner for runner in self.runners if not self._cannot(runner, precision)][-1]
-        if precision == "bf16":
-            base = self._base[graph]
-            return self.evaluator.problem(graph, planned(base, runner, precision)) or ReducedPrecision(base, {})
-        return self.evaluator.reduce(graph, precision, runner, self.share, self._bits)

@@ -166,8 +166,8 @@ def verdicts(
 
 def _refusal(row: Timing, refused: Refusals) -> str | None:
     """Why a row's candidate is out: for its graph, or for a graph that this one contains."""
-    places = ((graph, row.candidate) for graph in (row.graph, *parts_of(row.graph)))
-    return next((refused[place] for place in places if place in refused), None)
+    keys = ((graph, row.candidate) for graph in (row.graph, *parts_of(row.graph)))
+    return next((refused[key] for key in keys if key in refused), None)
 
 
 def _other_precision(

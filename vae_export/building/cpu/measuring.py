@@ -58,15 +58,15 @@ class Measuring:
     def inputs(self, graph: str, batch: int) -> dict[str, Array]:
         """The inputs of a graph for a batch: real data, and noise, at the sizes to measure at."""
         model, reference = self.contents.model, self.contents.reference
-        made = {}
+        inputs = {}
         for tensor in model.signature(graph)[0]:
             shape = model.tensor_shape(tensor, batch, self.sizes)
             if tensor.name == "x":
                 rows = reference.tensors["x"][reference.record.extremes :]
-                made["x"] = stretched(rows[np.arange(batch) % len(rows)], shape[1:])
+                inputs["x"] = stretched(rows[np.arange(batch) % len(rows)], shape[1:])
             else:
-                made[tensor.name] = noise.normals(0, noise.PRIOR, 0, batch, math.prod(shape[1:])).reshape(shape)
-        return made
+                inputs[tensor.name] = noise.normals(0, noise.PRIOR, 0, batch, math.prod(shape[1:])).reshape(shape)
+        return inputs
 
     def rows(
         self, graph: str, candidates: Mapping[int, Candidate], batch: int, threads: int | None = None
@@ -164,8 +164,7 @@ def time_calls(
     """Time calls in turns, close ones once more, and slow ones only a few times: one slow call is chance.
 
     Args:
-        start: returns calls by name, each of which ran once, with as many threads as it is told; None is the runner's
-            own number.
+        start: returns calls by name, each of which ran once, with so many threads; None is the runner's choice.
         settings: for how long, and what is slow.
 
     Returns:
@@ -179,7 +178,7 @@ def time_calls(
     fastest = min(first.values())
     kept = {name: call for name, call in calls.items() if first[name] <= settings.max_slowdown * fastest}
     times = timing.measure(kept, settings.seconds, _MIN_TURNS)
-    limit = (1 + _CLOSE) * min(found.median for found in times.values())
+    limit = (1 + _CLOSE) * min(each.median for each in times.values())
     close = {name: call for name, call in kept.items() if times[name].median <= limit}
     if len(close) > 1:
         times |= timing.measure(close, 2 * settings.seconds, _MIN_TURNS)

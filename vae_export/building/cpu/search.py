@@ -3,7 +3,7 @@
 Candidates (`candidates`) take turns (`measuring`); the fastest are chosen (`choosing`), and the choice as a whole gets
 a certificate like any build. While a check fails, the candidate that is to blame is refused, and the next one chosen.
 
-Why a build was refused, or something in it not chosen, is said in three places: `Measurement.verdict` of each timed
+Why a build was refused, or a candidate was not chosen, stands in three places: `Measurement.verdict` of each timed
 candidate (`choosing.verdicts`), `Build.absent` of what could not be tried or was taken back (`candidates`, and here),
 and the error that ends a search: nothing passes in the precision (`Candidates.all`), the failed checks of the last
 certificate (`CpuSearch.run`), or no gain over float32 (`NoGainError`).
@@ -64,7 +64,7 @@ def search(
         except NoGainError:
             raise
         except VerificationError as error:
-            first = first or error  # those of smaller shares name what would hold
+            first = first or error  # it states the whole tolerance
             if not candidates.can_keep_more():
                 raise first from None
             candidates.restart(candidates.share / 2)
@@ -75,7 +75,7 @@ class CpuSearch:
 
     def __init__(self, candidates: Candidates, measuring: Measuring, progress: Progress) -> None:
         """Make the candidates. Errors as for `search`."""
-        self._maker, self._measuring, self._progress = candidates, measuring, progress
+        self._factory, self._measuring, self._progress = candidates, measuring, progress
         self._settings, self._contents = measuring.settings, measuring.contents
         self._table: dict[str, list[Timing]] = {}
         self._candidates = dict(enumerate(candidates.all()))
@@ -93,7 +93,7 @@ class CpuSearch:
             chosen = choosing.choose_all(self._table, self._refused, self._settings)
             graphs = {graph: self._plans(rows) for graph, rows in chosen.items()}
             self._progress("measuring the certificate")
-            measured = self._maker.evaluator.certificate(graphs)
+            measured = self._factory.evaluator.certificate(graphs)
             if measured.passed:
                 if not self._take_back_static_shapes(chosen) and not self._compare_with_float32(measured, chosen):
                     break
@@ -103,7 +103,7 @@ class CpuSearch:
                 measured.require()
         if dropped := self._slower_than_parts(graphs, chosen):
             kept = {graph: plans for graph, plans in graphs.items() if graph not in dropped}
-            if (alone := self._maker.evaluator.certificate(kept)).passed:
+            if (alone := self._factory.evaluator.certificate(kept)).passed:
                 graphs, measured = kept, alone
             else:  # the fused graphs pass, and their parts by themselves do not
                 dropped = {}
@@ -134,8 +134,8 @@ class CpuSearch:
                 )
                 for row, verdict in choosing.verdicts(self._table, chosen, self._refused, dropped, self._settings)
             ),
-            absent=(*self._maker.notes, *self._maker.absent),
-            calibrated=self._maker.evaluator.calibrated,
+            absent=(*self._factory.notes, *self._factory.absent),
+            calibrated=self._factory.evaluator.calibrated,
         )
 
     def _time(self, graph: str, numbers: Iterable[int]) -> None:
@@ -151,10 +151,10 @@ class CpuSearch:
             rows = [row for batch in batches for row in self._measuring.rows(graph, candidates, batch)]
             self._table[graph] = [dataclasses.replace(row, reason="the only one") for row in rows]
             return
-        told = any("the machine is busy" in note for note in self._maker.notes)
-        if not told and (busy := timing.busy(processor.processor().threads)):
+        known = any("the machine is busy" in note for note in self._factory.notes)
+        if not known and (busy := timing.busy(processor.processor().threads)):
             busy += ". Timings are less certain, and a faster way may not be told from a slower one"
-            self._maker.notes.append(busy)
+            self._factory.notes.append(busy)
             self._progress(busy)
         self._table[graph] = self._measuring.time(graph, candidates)
 
@@ -162,14 +162,14 @@ class CpuSearch:
         """Fuse the graphs of the candidates that are fast for a part: no other fused graph is fast."""
         seconds = sum(min(row.median for row in self._table[part]) for part in GRAPHS)
         if seconds > self._settings.max_fusable_seconds:
-            told = f"fused graphs: one call takes {seconds:.2f} s, of which they would save next to nothing"
-            self._maker.absent.append(told)
+            reason = f"one call takes {seconds:.2f} s, of which they would save next to nothing"
+            self._factory.absent.append(f"fused graphs: {reason}")
             return
         best = dict.fromkeys(r.candidate for part in GRAPHS for r in choosing.choose(self._table[part], self._settings))
         for number in best:
-            self._candidates[number] = self._maker.fused(self._candidates[number])
+            self._candidates[number] = self._factory.fused(self._candidates[number])
         if not any("reconstruct" in self._candidates[number].graphs for number in best):
-            self._candidates[0] = self._maker.fused(self._candidates[0])
+            self._candidates[0] = self._factory.fused(self._candidates[0])
             best[0] = None
         for graph in sorted({name for number in best for name in self._candidates[number].graphs} - set(GRAPHS)):
             self._time(graph, [number for number in best if graph in self._candidates[number].graphs])
@@ -195,16 +195,16 @@ class CpuSearch:
         before = len(self._dynamic)
         golden = self._contents.reference.groups(self._contents.model)[0]
         for row in (row for rows in chosen.values() for row in rows if row.plan.runner == "openvino"):
-            place = (row.graph, row.candidate)
-            if place in self._dynamic or (*place, row.batch) in self._compared:
+            key = (row.graph, row.candidate)
+            if key in self._dynamic or (*key, row.batch) in self._compared:
                 continue
-            self._compared.add((*place, row.batch))
+            self._compared.add((*key, row.batch))
             planned = dataclasses.replace(self._candidates[row.candidate].graphs[row.graph], plan=row.plan)
             difference = self._measuring.shape_difference(row.graph, planned, row.batch)
             tolerance = certificate.output_tolerance(row.graph, golden)
             if not difference <= tolerance:  # NaN never passes
-                self._dynamic.add(place)
-                self._maker.absent.append(
+                self._dynamic.add(key)
+                self._factory.absent.append(
                     f"{row.graph} in {row.plan.precision}: static-shape and dynamic-shape results at batch {row.batch} "
                     f"differ by {difference:.3g} of max|output|, tolerance {tolerance:.3g}: it is compiled for all "
                     "shapes only"
@@ -228,20 +228,20 @@ class CpuSearch:
             if lost is None or any(row.plan.precision == "fp32" for row in rows):
                 continue
             if not full:
-                exact = (each for runner in self._maker.runners for each in self._maker.of(runner, "fp32"))
+                exact = (each for runner in self._factory.runners for each in self._factory.of(runner, "fp32"))
                 full = dict(enumerate(exact, len(self._candidates)))
                 self._candidates |= full
             self._time(graph, [*full, *dict.fromkeys(row.candidate for row in rows)])
             left = choosing.left(self._table, graph, self._refused)
             if reason := choosing.no_gain(left, kind, self._settings):
-                self._maker.absent.append(
+                self._factory.absent.append(
                     f"the {graph} in {kind} loses more than half precision may: {lost}; and {reason}"
                 )
                 kinds[graph] = "fp32"
         if full and set(kinds.values()) == {"fp32"}:
             raise NoGainError(
-                f"build: {self._maker.options.precision} is not worth what it loses of {self._contents.name}: "
-                f"{'; '.join(self._maker.absent)}. Build with --precision fp32 or auto"
+                f"build: {self._factory.options.precision} is not worth what it loses of {self._contents.name}: "
+                f"{'; '.join(self._factory.absent)}. Build with --precision fp32 or auto"
             )
         return bool(full)
 
