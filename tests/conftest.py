@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import atexit
+import functools
 import shutil
 import subprocess
 import sys
@@ -16,15 +17,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zoo
+from quick import QUICK
 
 import vae_export
 from vae_export import sources
-from vae_export.building import tensorrt
-from vae_export.building.cpu import search
+from vae_export.building import builder, tensorrt
 from vae_export.contract import targets
 from vae_export.errors import BackendError
 from vae_export.exporting.exporter import export_trained
@@ -35,8 +37,14 @@ from vae_export.trainers.fit import fit
 
 ROOT = Path(__file__).parents[1]
 
-# What is fastest does not matter to the tests, and fused graphs are there whether they are fast or not.
-search.SECONDS, search.WORTH = 0.01, float("inf")
+
+# Builds in tests are quick, unless a test names other settings.
+@functools.wraps(builder.build)
+def _build(*arguments: Any, **options: Any) -> vae_export.Built:
+    return builder.build(*arguments, **{"search": QUICK, **options})
+
+
+vae_export.build = _build
 
 # The tests have a cache of builds of their own. Children inherit it.
 os.environ["VAE_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="vae_export-tests-")

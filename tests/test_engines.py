@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import vae_export
-from vae_export.building import builder, tensorrt
+from vae_export.building import tensorrt
+from vae_export.building.evaluation import Evaluator
 from vae_export.contract import build_record, targets
 from vae_export.contract.build_record import BuildFolder, Options
 from vae_export.contract.model import Data, Latent, Likelihood, Model, Posterior
@@ -187,7 +188,7 @@ def test_what_rtx_cannot_build_is_said(transposed: Path, tmp_path: Path, monkeyp
         r"build: TensorRT for RTX \S+ does not build the decoder in bf16\. Transposed convolutions in bf16 are one "
         r"thing that it cannot build: use --precision fp16 or fp32, .* It says: .*"
     )
-    monkeypatch.setattr(builder._Rounded, "_problem", lambda judge, graph, made: None)  # as if it held
+    monkeypatch.setattr(Evaluator, "problem", lambda self, graph, reduced, share=1.0: None)  # as if it passed
     with pytest.raises(BackendError, match=message):
         vae_export.build(transposed, "tensorrt-rtx-sm86", precision="bf16", out=tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -228,7 +229,7 @@ def test_a_failure_says_its_own_reason_only(
     transposed: Path, tmp_path: Path, bundles: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was complained of before does not show up in a later message."""
-    monkeypatch.setattr(builder._Rounded, "_problem", lambda judge, graph, made: None)  # as if it held
+    monkeypatch.setattr(Evaluator, "problem", lambda self, graph, reduced, share=1.0: None)  # as if it passed
     with pytest.raises(BackendError):
         vae_export.build(transposed, "tensorrt-rtx-sm86", precision="bf16", out=tmp_path / "a")
     vae_export.build(bundles["mlp"], "tensorrt-rtx-sm86", batches=(1,), out=tmp_path / "b")

@@ -1,4 +1,4 @@
-"""HalfPrecision precision: what 8 bits lose, what was recorded, and which nodes stay in float32."""
+"""Reduced precision: what 8 bits lose, what activations are recorded, and which nodes stay in float32."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from onnx import numpy_helper
 
 import vae_export
 from vae_export import graph
-from vae_export.building import builder, mixed_precision
-from vae_export.building.mixed_precision import Activation
+from vae_export.building import mixed_precision
+from vae_export.building.evaluation import Evaluator
+from vae_export.building.mixed_precision import Activation, ReducedPrecision
 from vae_export.certification.golden import FILE, decode
 from vae_export.commands import tables
 from vae_export.contract.bundle import Bundle
@@ -54,7 +55,7 @@ def products() -> Net:
 
 
 def seen_in(raw: bytes, rows: int = 3) -> dict[str, Activation]:
-    return mixed_precision.record(raw, [feeds(raw, np.float32, batch=rows)])
+    return mixed_precision.record_activations(raw, [feeds(raw, np.float32, batch=rows)])
 
 
 def quantized(raw: bytes, *names: str, bits: quantize.Bits = 8) -> onnx.ModelProto:
@@ -219,7 +220,7 @@ def test_ranges_are_those_of_numpy() -> None:
     raw = net.raw("v4", "v3")
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((n, 6)).astype(np.float32) for n in (3, 5)]
-    seen = mixed_precision.record(raw, [{"x": x} for x in rows])
+    seen = mixed_precision.record_activations(raw, [{"x": x} for x in rows])
     assert set(seen) == {"x", product, "v1", "v3", "v4"}
     values = np.concatenate(rows)
     for name, found in (("x", values), (product, values @ net.weights[weights])):
@@ -228,7 +229,9 @@ def test_ranges_are_those_of_numpy() -> None:
         assert found.min() * 1.000001 <= low <= 0 <= high <= found.max() * 1.000001
         assert 0 < seen[name].loss < 0.02
     # Cutting nothing off is best for what has no tails.
-    even = mixed_precision.record(raw, [{"x": np.linspace(-1, 1, 6000, dtype=np.float32).reshape(-1, 6)}])["x"]
+    even = mixed_precision.record_activations(raw, [{"x": np.linspace(-1, 1, 6000, dtype=np.float32).reshape(-1, 6)}])[
+        "x"
+    ]
     assert even.span == (-1.0, 1.0)
     assert even.loss == pytest.approx((2 / 255) / 12**0.5 / 3**-0.5, rel=0.05)
 
@@ -238,9 +241,9 @@ def test_a_few_large_numbers_are_cut_off() -> None:
     net.add("Relu")
     x = np.abs(np.sin(np.arange(200_000))).astype(np.float32).reshape(-1, 1000)
     feeds = [{"x": rows} for rows in np.split(x, 20)]
-    assert mixed_precision.record(net.raw(), feeds)["x"].span[1] == pytest.approx(1.0, rel=1e-4)
+    assert mixed_precision.record_activations(net.raw(), feeds)["x"].span[1] == pytest.approx(1.0, rel=1e-4)
     x[0, 0] = 2.0
-    seen = mixed_precision.record(net.raw(), feeds)["x"]
+    seen = mixed_precision.record_activations(net.raw(), feeds)["x"]
     assert seen.largest == 2.0
     assert 1.0 <= seen.span[1] < 2.0
 
@@ -248,7 +251,7 @@ def test_a_few_large_numbers_are_cut_off() -> None:
 def test_what_is_not_finite_was_seen() -> None:
     net = Net(("batch", 2))
     net.add("Exp")
-    seen = mixed_precision.record(net.raw(), [{"x": np.array([[1.0, 1000.0]], np.float32)}])
+    seen = mixed_precision.record_activations(net.raw(), [{"x": np.array([[1.0, 1000.0]], np.float32)}])
     assert seen["v0"] == Activation(np.inf, (0.0, 0.0), np.inf)
 
 
@@ -314,11 +317,11 @@ def test_bisection_keeps_those_that_lose_most(enough: int) -> None:
         return None if kept >= enough else "too rough"
 
     low = mixed_precision.choose("net", raw, "int8", seen, problem)
-    assert low is not None
+    assert isinstance(low, ReducedPrecision)
     assert set(low.kept) == set(order[:enough])
     for why in low.kept.values():
-        assert why.startswith("8 bits lose ")
-        assert why.endswith(f"% of it: one of the {enough} that lose most")
+        assert why.startswith("8 bits lose about ")
+        assert why.endswith(f"% of its result: one of the {enough} nodes that lose most")
     assert asked[0] == 0  # none kept is tried first
     assert len(asked) == len(set(asked)) <= 4
 
@@ -326,28 +329,30 @@ def test_bisection_keeps_those_that_lose_most(enough: int) -> None:
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
 def test_where_nothing_holds(kind: Any) -> None:
     raw = chain(3)
-    assert mixed_precision.choose("net", raw, kind, seen_in(raw), lambda made: "wrong") is None
+    words = "every node would have to stay in float32; wrong"
+    assert mixed_precision.choose("net", raw, kind, seen_in(raw), lambda made: "wrong") == words
 
 
 def test_nothing_to_lower() -> None:
     net = Net(("batch", 4))
     net.add("Tanh")
     raw = net.raw()
-    assert mixed_precision.choose("net", raw, "int8", seen_in(raw), lambda made: None) is None
+    words = "every node would have to stay in float32"
+    assert mixed_precision.choose("net", raw, "int8", seen_in(raw), lambda made: None) == words
 
 
 def test_without_a_measure_everything_in_range_is_lowered() -> None:
     raw = chain(3)
     low = mixed_precision.choose("net", raw, "fp16", seen_in(raw), None)
-    assert low is not None
+    assert isinstance(low, ReducedPrecision)
     assert low.kept == {}
     seen = {name: Activation(2e4, (0.0, 0.0), 0.0) if name == "v0" else a for name, a in seen_in(raw).items()}
     low = mixed_precision.choose("net", raw, "fp16", seen, None)
-    assert low is not None
-    why = "values up to 2e+04 with 4 times to spare leave float16's range"
+    assert isinstance(low, ReducedPrecision)
+    why = "values up to 2e+04, times 4 for headroom, leave float16's range"
     assert low.kept == {"nv0": why, "nv1": why}
     low = mixed_precision.choose("net", raw, "bf16", seen, None)  # which has float32's range
-    assert low is not None
+    assert isinstance(low, ReducedPrecision)
     assert low.kept == {}
 
 
@@ -360,10 +365,10 @@ def test_the_largest_stay_when_rounding_is_too_rough() -> None:
         return None if len(made) > 1 else "too rough"
 
     low = mixed_precision.choose("net", raw, "fp16", seen_in(raw), problem)
-    assert low is not None
+    assert isinstance(low, ReducedPrecision)
     (why,) = low.kept.values()
     assert why.startswith("values up to ")
-    assert why.endswith(": one of the 1 largest")
+    assert why.endswith(": one of the 1 nodes with the largest")
 
 
 # A model with values that float16 has not
@@ -432,18 +437,18 @@ def test_a_build_for_a_gpu_is_judged_on_the_cpu(
         kept = built.record.graphs[name].kept
         assert any("leave float16's range" in why for why in kept.values()) == (kind == "fp16")
     # Without the activations, nothing but the evaluation knows: ONNX Runtime's own arithmetic finds nothing wrong.
-    monkeypatch.setattr(mixed_precision, "_overflowing", lambda plain, seen: {})
+    monkeypatch.setattr(mixed_precision, "record_both", lambda *_: {"encoder": {}, "decoder": {}})
     if kind == "bf16":
         vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
         return
-    with pytest.raises(VerificationError, match=r"nothing of overflow holds in fp16: the encoder in fp16: it stays in"):
+    with pytest.raises(VerificationError, match=r"nothing of overflow passes in fp16: the encoder in fp16: every node"):
         vae_export.build(overflowing, "cuda", out=tmp_path / "c", precision=kind)
 
 
 def test_where_nothing_holds_for_a_gpu(overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder._Rounded, "_problem", lambda self, graph, made: f"{graph}: PSNR is 9 dB")
+    monkeypatch.setattr(Evaluator, "problem", lambda self, graph, reduced, share=1.0: f"{graph}: PSNR is 9 dB")
     words = (
-        r"nothing of overflow.* holds in fp16: the encoder in fp16: it stays in float32: encoder: PSNR is 9 dB; "
+        r"nothing of overflow.* passes in fp16: the encoder in fp16: every node .* in float32; encoder: PSNR is 9 dB; "
         r"the decoder in fp16: .*decoder: PSNR is 9 dB\. Build with --precision fp32"
     )
     with pytest.raises(VerificationError, match=words):
@@ -465,7 +470,7 @@ def attention(positions: str = "n") -> bytes:
 def test_largest_is_what_record_finds() -> None:
     raw = products().raw()
     feed = feeds(raw, np.float32, batch=3)
-    exact = {name: activation.largest for name, activation in mixed_precision.record(raw, [feed]).items()}
+    exact = {name: activation.largest for name, activation in mixed_precision.record_activations(raw, [feed]).items()}
     assert mixed_precision.largest(raw, [feed]) == pytest.approx(exact, rel=1e-6)
 
 
@@ -481,7 +486,7 @@ def test_largest_is_what_record_finds() -> None:
     ],
 )
 def test_how_a_value_grows(usual: float, there: float, times: float, farther: float, expected: float) -> None:
-    assert mixed_precision._grown(usual, there, times, farther) == pytest.approx(expected)
+    assert mixed_precision.extrapolated(usual, there, times, farther) == pytest.approx(expected)
 
 
 def test_a_large_size(member: Callable[[str], Any]) -> None:
@@ -492,7 +497,7 @@ def test_a_large_size(member: Callable[[str], Any]) -> None:
     graphs, _ = bundle.graphs()
     assert mixed_precision.large_sizes(model, (3, 16, 24)) == {"height": 64, "width": 96}
     assert mixed_precision.large_sizes(model, (3, 1024, 1024)) is None  # a larger one would take long
-    found = mixed_precision.large(graphs, model, reference)
+    found = mixed_precision.large_inputs(graphs, model, reference)
     assert found is not None
     assert {graph: rows.shape[1:] for graph, (_, rows) in found.inputs.items()} == {
         "encoder": (3, 64, 96),
@@ -510,16 +515,16 @@ def test_a_large_size(member: Callable[[str], Any]) -> None:
 def test_sums_over_positions_stay_in_float32() -> None:
     """In range where they were recorded, and not at the size at which they were looked at."""
     raw = attention()
-    seen = mixed_precision.record(raw, [{"x": np.ones((1, 4, 1024), np.float32)}])
+    seen = mixed_precision.record_activations(raw, [{"x": np.ones((1, 4, 1024), np.float32)}])
     assert seen["v1"].largest == 1024.0
     low = mixed_precision.choose("net", raw, "fp16", seen, None)
-    assert low is not None
+    assert isinstance(low, ReducedPrecision)
     assert low.kept == {}
     grown = seen | {"v1": dataclasses.replace(seen["v1"], largest=65536.0, where="height 256, width 256")}
     low = mixed_precision.choose("net", raw, "fp16", grown, None)
-    assert low is not None
+    assert isinstance(low, ReducedPrecision)
     assert set(low.kept) == {"nv1", "nv2"}
-    words = "values up to 6.55e+04 (it grows with the size: measured at height 256, width 256) with 4 times to spare"
+    words = "values up to 6.55e+04 (it grows with the size: measured at height 256, width 256), times 4 for headroom, "
     assert all(why.startswith(words) for why in low.kept.values())
     everything = mixed_precision.rounding(graph.write(to_half(graph.read(raw), "fp16", "net")))
     x = np.ones((1, 4, 65536), np.float32)
@@ -538,5 +543,5 @@ def test_bfloat16_holds_them(overflowing: Path) -> None:
         largest = max(activation.largest for activation in seen.values())
         assert 65504 < largest < 1e7
         low = mixed_precision.choose(name, raw, "bf16", seen, None)
-        assert low is not None
+        assert isinstance(low, ReducedPrecision)
         assert low.kept == {}

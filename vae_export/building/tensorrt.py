@@ -18,30 +18,30 @@ from vae_export.errors import BackendError, InputError
 from vae_export.runtimes.gpu import driver
 from vae_export.runtimes.gpu.flavours import Bindings
 
-#: The first compute capability that an RTX engine for all GPUs is made for: Ampere.
+#: The lowest compute capability that an RTX engine for all GPUs is built for: Ampere.
 _FROM = 8.0
-# TensorRT's builders share one logger, from which a failure's reason is taken.
+# TensorRT's builders share one logger, from which the reason of a failure is read.
 _one_at_a_time = threading.Lock()
 
 
 def capabilities(bindings: Bindings, target: Target) -> tuple[str, ...]:
     """The compute capabilities that a target's engines are built for.
 
-    TensorRT builds for this machine's GPU. TensorRT for RTX builds for the one that was asked for, or for all that it
-    knows from 8.0 (Ampere) on: Turing must be asked for, as it has no float32 products there.
+    TensorRT builds for this machine's GPU. TensorRT for RTX builds for the capability in the target's name, or else for
+    all that it knows from 8.0 (Ampere) on: Turing must be named, since RTX has no float32 products for it.
 
     Raises:
         InputError: TensorRT for RTX does not know the capability.
         BackendError: TensorRT is to build, and this machine has no GPU.
     """
     if target.flavour == "tensorrt":
-        found = driver.query()
-        if found.problem:
+        system = driver.query()
+        if system.problem:
             raise BackendError(
                 f"build: {bindings.title} builds on the GPU that the engine is for; this machine has none "
-                f"({found.problem}). Build there, or build --target tensorrt-rtx-smNN, which needs none"
+                f"({system.problem}). Build there, or build --target tensorrt-rtx-smNN, which needs none"
             )
-        return (found.gpus[0].capability,)
+        return (system.gpus[0].capability,)
     known = _rtx_capabilities(bindings)
     if target.capability is None:
         return tuple(capability for capability in known if float(capability) >= _FROM)
@@ -52,37 +52,31 @@ def capabilities(bindings: Bindings, target: Target) -> tuple[str, ...]:
 
 
 def _rtx_capabilities(bindings: Bindings) -> dict[str, Any]:
-    """By `8.9`, the values of the enumeration that are capabilities: SM89."""
+    """The members of TensorRT's enumeration that are capabilities, by name: `8.9` for SM89."""
     members = bindings.trt.ComputeCapability.__members__.items()
     numbers = {name.removeprefix("SM"): value for name, value in members if name.startswith("SM")}
     return {f"{number[:-1]}.{number[-1]}": numbers[number] for number in sorted(numbers, key=int)}
 
 
 def record(bindings: Bindings, target: Target) -> Engine:
-    """What `build.json` says of engines that are built now."""
-    found = driver.query()
+    """The record of engines that are built now, for `build.json`."""
+    system = driver.query()
     return Engine(
         flavour=bindings.flavour,
         version=bindings.version,
         capabilities=capabilities(bindings, target),
         platform=driver.this_platform(),
-        gpu=found.gpus[0].name if found.gpus else None,
-        driver=f"CUDA {found.cuda}" if found.gpus else None,
+        gpu=system.gpus[0].name if system.gpus else None,
+        driver=f"CUDA {system.cuda}" if system.gpus else None,
     )
 
 
 def build(
     bindings: Bindings, graphs: Mapping[str, bytes], model: Model, target: Target, options: Options
 ) -> Iterator[bytes]:
-    """Build engines one by one, in the order of the graphs.
+    """Build engines of ONNX graphs one by one, in the order of the graphs, with the profiles and flags of `options`.
 
-    Args:
-        bindings: of the target's flavour.
-        graphs: ONNX graphs by name, in the precision that they are to compute in: TensorRT takes each value's
-            type from them.
-        model: what their inputs are.
-        target: what to build for.
-        options: profiles and flags.
+    TensorRT takes each value's type from the graphs.
 
     Raises:
         InputError, BackendError: as `capabilities`; or TensorRT cannot parse or build a graph.
@@ -90,7 +84,7 @@ def build(
     wanted = capabilities(bindings, target)
     for name, graph in graphs.items():
         with _one_at_a_time:
-            bindings.said()  # what was left from before
+            bindings.said()  # drop the messages of earlier builds
             engine = _engine(bindings, name, graph, model, wanted, options)
         yield engine
 
@@ -125,12 +119,9 @@ def _engine(
 
 
 def refit(bindings: Bindings, engines: Mapping[str, bytes], graphs: Mapping[str, bytes]) -> Iterator[bytes]:
-    """Put the weights of ONNX graphs into engines, one by one, in the order of the graphs.
+    """Put the weights of ONNX graphs into refittable engines of the same structure, in the order of the graphs.
 
-    Args:
-        bindings: of the engines' flavour and version, on the GPU that they are for.
-        engines: refittable engines by name, their bytes verified.
-        graphs: ONNX graphs of the same structure.
+    The engines must be of these bindings' version and for this GPU, and their bytes verified.
 
     Raises:
         BackendError: TensorRT refuses an engine or its weights.
@@ -158,7 +149,7 @@ def refit(bindings: Bindings, engines: Mapping[str, bytes], graphs: Mapping[str,
 
 
 def _parser_errors(parser: Any) -> str:
-    """What an ONNX parser complains of, each with its node."""
+    """The errors of an ONNX parser, each with its node."""
 
     def text(error: Any) -> str:
         node = f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
@@ -184,12 +175,12 @@ def _why_not(bindings: Bindings, name: str, options: Options, wanted: Sequence[s
 
 @contextlib.contextmanager
 def _timing_cache(bindings: Bindings, config: Any) -> Iterator[None]:
-    """Remember, in the user's cache, how fast kernels were: later builds measure less. RTX measures nothing."""
+    """Keep TensorRT's timing cache in the user's cache: later builds measure less. RTX measures nothing."""
     if bindings.flavour != "tensorrt":
         yield
         return
     path, known = None, b""
-    with contextlib.suppress(BackendError, OSError):  # without the file it measures everything
+    with contextlib.suppress(BackendError, OSError):  # without the file TensorRT measures everything
         path = _timing_file(bindings)
         known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)  # it must live until the engine is built
@@ -205,12 +196,8 @@ def _timing_cache(bindings: Bindings, config: Any) -> Iterator[None]:
 
 
 def _timing_file(bindings: Bindings) -> Path:
-    """Where the timings of this GPU, driver and version are kept.
-
-    Raises:
-        BackendError: as `builds.check_cache`.
-    """
-    found = driver.query()
-    gpu = found.gpus[0].name if found.gpus else "none"
-    key = hashlib.sha256(f"{bindings.version} {found.cuda} {gpu}".encode()).hexdigest()[:32]
+    """The file of the timing cache for this GPU, driver and version. Errors as `cache.check_cache`."""
+    system = driver.query()
+    gpu = system.gpus[0].name if system.gpus else "none"
+    key = hashlib.sha256(f"{bindings.version} {system.cuda} {gpu}".encode()).hexdigest()[:32]
     return cache.check_cache() / "timing" / f"{key}.bin"

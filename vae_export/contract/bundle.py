@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
-from vae_export.contract import atomic, folders
+from vae_export.contract import folders
 from vae_export.contract.manifest import RECORD_FORMAT, Manifest
 from vae_export.contract.model import GRAPHS
 from vae_export.contract.onnx_guard import Weights
@@ -58,18 +57,13 @@ class Bundle(folders.RecordFolder[Manifest]):
         )
 
 
-@contextlib.contextmanager
-def create(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a new folder to fill, at last with `write_manifest`. On success it becomes the bundle at `path`.
+def create(path: Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """A new folder to fill and to end with `write_manifest`. On success it becomes the bundle at `path`.
 
     Raises:
         InputError: as `folders.check_target`.
     """
-    check_target(path, overwrite=overwrite)
-    with atomic.atomic_folder(
-        path, overwrite=overwrite, check=lambda folder: check_target(folder, overwrite=True)
-    ) as stage:
-        yield stage
+    return folders.create(path, RECORD_FORMAT, overwrite=overwrite)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:

@@ -239,3 +239,17 @@ def list_files(folder: Path) -> dict[str, File]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         records[path.relative_to(folder).as_posix()] = File(size=path.stat().st_size, sha256=digest)
     return records
+
+
+@contextlib.contextmanager
+def create(path: Path, format: RecordFormat[T], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new folder to fill, its record last. On success it becomes the folder at `path`, whole or not at all.
+
+    Raises:
+        InputError: as `check_target`.
+    """
+    check_target(path, format, overwrite=overwrite)
+    with atomic.atomic_folder(
+        path, overwrite=overwrite, check=lambda folder: check_target(folder, format, overwrite=True)
+    ) as stage:
+        yield stage
