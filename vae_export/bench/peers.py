@@ -1,4 +1,4 @@
-"""What else could run the model: PyTorch as it is and compiled, diffusers, and OpenVINO's own conversion."""
+"""Other ways to run the model: PyTorch, eager and compiled, diffusers, and OpenVINO's own conversion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Eager:
-    """The PyTorch model as it is, in evaluation mode without gradients: tensors in, tensors out."""
+    """The PyTorch model in eager and evaluation mode without gradients: tensors in, tensors out."""
 
     name = "PyTorch eager"
     addressed, peer, precision = False, True, "fp32"
@@ -25,11 +25,11 @@ class Eager:
     recipe: Recipe | None = None
 
     def __init__(self, trained: Trained, *, threads: int | None = None) -> None:
-        """Take a source's module.
+        """Prepare the module of a source.
 
         Args:
             trained: the source.
-            threads: of PyTorch in this process, until it is closed; None leaves them.
+            threads: of PyTorch in this process until `close`; None leaves them.
         """
         torch = require("torch", "export", "bench --source")
         self._before = torch.get_num_threads()
@@ -39,7 +39,7 @@ class Eager:
         self._trained = trained
 
     def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Encode and decode, ready for one more shape."""
+        """Encode and decode for one more shape."""
         return self.module.encode, self.module.decode  # type: ignore[return-value]
 
     def prepare(self, cell: Cell) -> Call:
@@ -70,7 +70,7 @@ class Eager:
         return without_gradients
 
     def results(self, verb: str, result: Any) -> Results:
-        """The first of what the model gives."""
+        """The first output of the model."""
         if verb == "elbo":
             return {"kl": result.kl.numpy(), "reconstruction": result.reconstruction.numpy()}
         return {"mean" if verb == "encode" else "sample": first(result).numpy()}
@@ -88,7 +88,7 @@ class Compiled(Eager):
     name = "torch.compile"
 
     def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Compile anew: of one function PyTorch keeps a few shapes, and beyond them it silently runs it eagerly."""
+        """Compile again: PyTorch keeps a few shapes of a function, and silently runs further ones in eager mode."""
         import torch
 
         torch._dynamo.reset()
@@ -103,7 +103,7 @@ class Diffusers(Eager):
     verbs = frozenset({"encode", "decode", "sample", "reconstruct"})  # it has no likelihood
 
     def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Its own methods."""
+        """The methods of the diffusers class."""
         vae: Any = self.module.vae
         return vae.encode, vae.decode
 
@@ -120,7 +120,7 @@ class OpenVino(Graphs):
         Args:
             bundle: its folder.
             precision: `fp32` or `bf16`, as OpenVINO is told.
-            threads: of one call; None leaves it to OpenVINO.
+            threads: of one call; None leaves the number to OpenVINO.
 
         Raises:
             InputError, BundleError: as for `load`.
@@ -142,30 +142,30 @@ class OpenVino(Graphs):
         self._graphs, weights = opened.graphs()
         if weights:
             raise BackendError(
-                f"bench --peers: the weights of {opened.path} lie beside its graphs, and OpenVINO reads graphs from "
-                "memory in one piece. It is not timed"
+                f"bench --peers: the weights of {opened.path} lie beside its graphs, and OpenVINO reads a graph from "
+                "memory only with its weights inside. It is not timed"
             )
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
 
     def function(self, graph: str, shape: tuple[int, ...], outputs: Sequence[str]) -> Function:
-        """Convert, fix the shape, compile."""
+        """Read the graph, fix its shape and compile it."""
         model = self._core.read_model(self._graphs[graph])
         model.reshape(self._openvino.PartialShape(list(shape)))
-        made = compiled(self._core, model, self._settings)
-        request = made.create_infer_request()
-        wanted = [made.output(name) for name in outputs]
+        executable = compiled(self._core, model, self._settings)
+        request = executable.create_infer_request()
+        wanted = [executable.output(name) for name in outputs]
 
         def run(value: Any) -> Sequence[Any]:
-            found = request.infer([value], share_inputs=True, share_outputs=True)
-            return [found[output] for output in wanted]
+            results = request.infer([value], share_inputs=True, share_outputs=True)
+            return [results[output] for output in wanted]
 
         return run
 
 
 class _Pair:
-    """Two functions as the objective's model, which gives tuples."""
+    """Two functions as a model of `objective.elbo`, which returns tuples."""
 
     def __init__(self, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
         self._encode, self._decode = encode, decode
@@ -178,14 +178,14 @@ class _Pair:
 
 
 def tuple_of(given: Any) -> tuple[Any, ...]:
-    """What a model returns as a tuple: a single tensor may come without one."""
+    """The output of a model as a tuple, also where it is a single tensor."""
     import torch
 
     return (given,) if isinstance(given, torch.Tensor) else tuple(given)
 
 
 def first(given: Any) -> Any:
-    """The mean, or the decoded mean, in what a model returns: a tensor, a tuple, or an output object of diffusers."""
+    """The (decoded) mean in a model's output, which is a tensor, a tuple, or an output object of diffusers."""
     import torch
 
     found = given if isinstance(given, torch.Tensor) else given[0]

@@ -1,0 +1,146 @@
+"""`vae-export build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vae_export.commands import options, terminal
+from vae_export.contract.choices import Asked
+from vae_export.errors import InputError, require
+
+BATCHES = "1,8,64"
+
+
+def build(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="The target to build for: cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for one compute "
+            "capability, such as tensorrt-rtx-sm89."
+        ),
+    ] = "",
+    precision: Annotated[
+        Asked,
+        typer.Option(
+            help="The precision of convolutions and matrix products; auto takes the fastest that keeps to the "
+            "tolerances."
+        ),
+    ] = "fp32",
+    budget: Annotated[
+        Literal["fp16", "bf16", "int8"],
+        typer.Option(help="With --precision auto: the precision whose tolerances the build has to keep."),
+    ] = "int8",
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            help="The graph passes that may be used: all, none, a list such as a,b, or -a for all but one. The value "
+            "list shows them."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write the build to, for shipping it; by default, the cache of this user."),
+    ] = None,
+    batch: Annotated[
+        str,
+        typer.Option(help="The batch sizes that engines take; on the CPU, those that candidates are measured at."),
+    ] = BATCHES,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The largest size that engines take, such as height=64,width=96; may be repeated. On the CPU, the "
+            "size that candidates are measured at."
+        ),
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Make engines for exactly these batches and sizes and no others.")
+    ] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow a GPU to round float32 products to TF32's 10 bits of mantissa.")
+    ] = False,
+    nhwc: Annotated[bool, typer.Option("--nhwc", help="Keep channels last (NHWC) in ONNX Runtime on CUDA.")] = False,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="Make engines whose weights can be replaced later with --refit.")
+    ] = False,
+    refit: Annotated[
+        Path | None,
+        typer.Option(help="Put this bundle's weights into a copy of this refittable build of the same architecture."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="On the CPU: the seconds to measure each candidate for, for each graph and batch."),
+    ] = None,
+    json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Build a bundle for a target, and prove, where the target runs here, that the build computes the same."""
+    import msgspec
+
+    from vae_export.commands import tables
+
+    console = terminal.console()
+    if passes == "list":
+        for module in ("onnx", "onnx_ir", "onnxscript"):
+            require(module, "build", "build")
+        from vae_export.graph import rewrites
+
+        console.print(tables.facts("graph passes", {name: p.summary for name, p in rewrites.PASSES.items()}))
+        return
+    if bundle is None:
+        raise InputError("build: name a BUNDLE, the folder that `vae-export export` wrote")
+    from vae_export.building import builder
+    from vae_export.progress import bar
+
+    with bar(terminal.console(err=True)) as progress:
+        if refit:
+            others = (target, size, static, tf32, nhwc, refittable, passes, seconds)
+            if any(others) or (precision, budget, batch) != ("fp32", "int8", BATCHES):
+                raise InputError(
+                    "build: --refit takes target, precision, shapes and flags from the build that it refits. Drop the "
+                    "other options but --out and --force"
+                )
+            built = builder.refit(bundle, refit, out=out, overwrite=force, progress=progress)
+        elif not target:
+            raise InputError("build: name a --target: cpu, cuda, tensorrt, tensorrt-rtx or tensorrt-rtx-smNN")
+        else:
+            built = builder.build(
+                bundle,
+                target,
+                out=out,
+                precision=precision,
+                budget=budget,
+                passes=passes,
+                batches=options.numbers("build: batch", batch),
+                sizes=[options.sizes("build", text) for text in size or ()],
+                static=static,
+                tf32=tf32,
+                nhwc=nhwc,
+                refittable=refittable,
+                seconds=seconds,
+                overwrite=force,
+                progress=progress,
+            )
+    if json:
+        measured = built.certificate.to_dict() if built.certificate else None
+        plain = {"path": str(built.path), "unmeasured": built.unmeasured, "certificate": measured}
+        terminal.say_json({**plain, "build": msgspec.to_builtins(built.record)})
+        return
+    certificate, record = built.certificate, built.record
+    proof = "verified" if certificate else f"not executed here, so without a certificate: {built.unmeasured}"
+    terminal.say(f"{built.path} is written, {'and ' * bool(certificate)}{proof}")
+    if certificate:
+        terminal.say(tables.verdict(certificate))
+    if not (out or refit or record.exact):
+        wanted = record.options.wanted
+        terminal.say(
+            f"It computes in {record.in_words()}: load takes it with precision={wanted!r} (--precision {wanted})"
+        )
+    if record.measurements:
+        console.print(tables.measurements(record))
+    console.print(tables.build(built.path, record))
+    if certificate:
+        console.print(tables.certificate(certificate))
