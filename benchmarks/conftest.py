@@ -23,7 +23,7 @@ def opened(
     with ExitStack() as stack:
         for name in LATENCY:
             made = make(CASES[name], folder)
-            selection = stack.enter_context(bench.candidates(made.bundle, source=made.source, with_peers=True))
+            selection = stack.enter_context(bench.candidates(made.bundle, source=made.source, peers=bench.PEERS))
             runners = {runner.name: runner for runner in selection.runners}
             found[name] = (bench.Examples(Bundle(made.bundle)), runners)
         yield found

@@ -163,8 +163,8 @@ def overhead(work: Path) -> Figure:
     path = work / "mlp.bundle"
     vae_export.export(zoo.trainer_model(**CASES["mlp"].options), path)
     with bench.candidates(path) as selection:
-        report = bench.run(path, selection.runners, ["decode"], [1], seconds=4.0)
-    ours, bare = (row.median * 1e6 for row in report.rows)
+        report = bench.run(selection, ["decode"], [1], seconds=4.0)
+    ours, bare = (row.times.median * 1e6 for row in report.rows)
     what = f"vae.decode(z) − bare session ({bare:.1f} µs), mlp, batch 1, µs"
     return what, ours - bare, 10.0
 

@@ -84,11 +84,11 @@ def sources() -> list[str]:
 def performance(record: dict[str, Any]) -> list[str]:
     """Time of a call, ours beside the fastest peers: how many times as fast ours is; from a performance record.
 
-    In float32 ours is the build in float32; below it, the build `auto`, beside the fastest peer in float32 and the
-    fastest of those below.
+    In float32 ours is the build in float32; in reduced precision the build `auto`, beside the fastest peer in float32
+    and the fastest one in reduced precision.
     """
     lines = [
-        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | of roof "
+        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | relative to NumPy "
         "| auto, ms | times | fastest bf16 peer, ms | times |",
         f"|{'---|' * 12}",
     ]
@@ -142,7 +142,7 @@ def twice(record: dict[str, Any]) -> list[str]:
 
 
 def passes() -> list[str]:
-    """What passes buy: time as a share of the bundle's own graph's on the same runner."""
+    """The effect of passes: time relative to the bundle's own graph on the same runner."""
     rows = _read("passes-cpu.json")["rows"]
     choices = list(dict.fromkeys(row["passes"] for row in rows if row["passes"] != "none"))
     lines = [f"| graph | batch | runner | as it is, ms | {' | '.join(choices)} |", f"|{'---|' * (4 + len(choices))}"]
@@ -158,7 +158,7 @@ def passes() -> list[str]:
 
 
 def overhead() -> list[str]:
-    """What a call costs beside the bare session's."""
+    """The time of a call beside the bare session's."""
     lines = ["| verb | bare session, µs | vae_export, µs | difference, µs | bound |", "|---|---|---|---|---|"]
     for row in _read("overhead-cpu.json")["rows"]:
         bound = "" if row["bound_us"] is None else f"{row['bound_us']:g}"

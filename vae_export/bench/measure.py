@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vae_export import timing
@@ -105,22 +103,15 @@ def _batches(batches: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@contextlib.contextmanager
-def _quiet(runner: Runner) -> Iterator[None]:
-    """A context without the warnings of a peer's libraries."""
-    with warnings.catch_warnings():
-        if runner.peer:
-            warnings.simplefilter("ignore")
-        yield
-
-
 def _cell(cell: Cell, runners: Sequence[Runner], seconds: float, missing: list[Absent]) -> list[Row]:
     """Rows of one cell. A peer that fails becomes absent; a failure of ours or of the bare session is raised."""
     calls: dict[str, Call] = {}
     prepared: dict[str, tuple[float, float]] = {}
     for runner in runners:
         try:
-            with _quiet(runner):
+            with warnings.catch_warnings():
+                if runner.peer:
+                    warnings.simplefilter("ignore")
                 began = time.perf_counter()
                 call = runner.prepare(cell)
                 prepared[runner.name] = time.perf_counter() - began, timing.once(call)
@@ -137,18 +128,6 @@ def _cell(cell: Cell, runners: Sequence[Runner], seconds: float, missing: list[A
             continue
         result = runner.results(cell.verb, calls[runner.name]())
         cell.check(result, runner.name, precision=runner.precision, addressed=runner.addressed)
-        prepare_s, first_call_s = prepared[runner.name]
-        rows.append(
-            Row(
-                verb=cell.verb,
-                batch=cell.batch,
-                runner=runner.name,
-                precision=runner.precision,
-                peer=runner.peer,
-                prepare_s=prepare_s,
-                first_call_s=first_call_s,
-                multiply_adds=cell.multiply_adds,
-                **dataclasses.asdict(times[runner.name]),
-            )
-        )
+        row = (cell.verb, cell.batch, runner.name, runner.precision, runner.peer, times[runner.name])
+        rows.append(Row(*row, *prepared[runner.name], cell.multiply_adds))
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vae_export.bench.cells import VERBS, Cell, Results
@@ -51,7 +52,8 @@ class Eager:
         encode, decode = self.functions()
         value, latent = torch.from_numpy(cell.value), (cell.batch, *cell.latent)
 
-        model, pair = self._trained.model, _Pair(encode, decode)
+        model = self._trained.model
+        pair: Any = SimpleNamespace(encode=lambda x: tuple_of(encode(x)), decode=lambda z: tuple_of(decode(z)))
         calls: dict[str, Call] = {
             "encode": lambda: encode(value),
             "decode": lambda: decode(value),
@@ -162,19 +164,6 @@ class OpenVino(Graphs):
             return [results[output] for output in wanted]
 
         return run
-
-
-class _Pair:
-    """Two functions as a model of `objective.elbo`, which returns tuples."""
-
-    def __init__(self, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
-        self._encode, self._decode = encode, decode
-
-    def encode(self, x: Any) -> tuple[Any, ...]:
-        return tuple_of(self._encode(x))
-
-    def decode(self, z: Any) -> tuple[Any, ...]:
-        return tuple_of(self._decode(z))
 
 
 def tuple_of(given: Any) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vae_export.contract import atomic
 from vae_export.errors import InputError, require
+from vae_export.timing import Times
 
 _TIMES = ("median", "p10", "p50", "p90", "p99")
 #: Columns of a terminal from which on the whole table fits.
@@ -40,7 +41,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Row:
-    """One runner in one cell. Times are in seconds, of one call.
+    """One runner in one cell.
 
     Attributes:
         verb: one of `VERBS`.
@@ -48,14 +49,7 @@ class Row:
         runner: its name.
         precision: that it computes in.
         peer: whether it is other software.
-        median: of the medians of turns; for this and the following to `turns` see `timing.Times`.
-        p10: percentile of all calls.
-        p50: likewise.
-        p90: likewise.
-        p99: likewise.
-        spread: of the medians of turns, relative to their median.
-        calls: that were timed.
-        turns: of calls.
+        times: of one call.
         prepare_s: seconds of preparing the shape before any call, such as OpenVINO's compilation.
         first_call_s: seconds of the first call, with `torch.compile`'s compilation.
         multiply_adds: of one call, from the manifest; None where it does not have them.
@@ -66,14 +60,7 @@ class Row:
     runner: str
     precision: str
     peer: bool
-    median: float
-    p10: float
-    p50: float
-    p90: float
-    p99: float
-    spread: float
-    calls: int
-    turns: int
+    times: Times
     prepare_s: float
     first_call_s: float
     multiply_adds: int | None
@@ -81,12 +68,12 @@ class Row:
     @property
     def per_second(self) -> float:
         """Examples per second."""
-        return self.batch / self.median
+        return self.batch / self.times.median
 
     @property
     def gflops(self) -> float | None:
         """10^9 operations per second; a multiply-add counts as 2."""
-        return None if self.multiply_adds is None else 2 * self.multiply_adds / self.median / 1e9
+        return None if self.multiply_adds is None else 2 * self.multiply_adds / self.times.median / 1e9
 
 
 @dataclass(frozen=True)
@@ -132,9 +119,11 @@ class Report:
         rows = []
         for row in self.rows:
             plain = asdict(row)
-            times = {f"{name}_us": plain.pop(name) * 1e6 for name in _TIMES}
+            plain |= {
+                f"{k}_us" if k in _TIMES else k: v * 1e6 if k in _TIMES else v for k, v in plain.pop("times").items()
+            }
             derived = {"per_second": row.per_second, "gflops": row.gflops, "share_of_roof": self.relative_rate(row)}
-            rows.append({**plain, **times, **derived})
+            rows.append({**plain, **derived})
         return {
             "bundle": self.bundle,
             "sizes": self.sizes,
@@ -149,8 +138,11 @@ class Report:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Report:
         """The report of which `to_dict` returned these values; other keys are ignored."""
-        names = [field.name for field in fields(Row)]
-        rows = [{**row, **{name: row[f"{name}_us"] / 1e6 for name in _TIMES}} for row in plain["rows"]]
+        rows = []
+        for row in plain["rows"]:
+            seconds = {name: row[f"{name}_us"] / 1e6 for name in _TIMES}
+            times = Times(**seconds, **{name: row[name] for name in ("spread", "calls", "turns")})
+            rows.append(Row(times=times, **{f.name: row[f.name] for f in fields(Row) if f.name != "times"}))
         return cls(
             bundle=plain["bundle"],
             sizes=plain["sizes"],
@@ -158,7 +150,7 @@ class Report:
             machine={name: plain[name] for name in ("date", "machine", "versions")},
             rates=plain["roof"],
             runners=tuple(plain["runners"]),
-            rows=tuple(Row(**{name: row[name] for name in names}) for row in rows),
+            rows=tuple(rows),
             absent=tuple(Absent(**one) for one in plain["absent"]),
         )
 
@@ -175,7 +167,7 @@ def verdict(report: Report) -> str:
     ratios: list[float] = []
     for cell in dict.fromkeys((row.verb, row.batch) for row in report.rows):
         here = [row for row in report.rows if (row.verb, row.batch) == cell]
-        ours, others = ([row.median for row in here if _own(row.runner) is own] for own in (True, False))
+        ours, others = ([row.times.median for row in here if _own(row.runner) is own] for own in (True, False))
         if ours and others:
             ratios.append(min(others) / min(ours))
     if not ratios:
@@ -209,7 +201,7 @@ def table(report: Report, *, brief: bool = False) -> Table:
         shown.add_row(
             *((row.verb, str(row.batch)) if cell != before else ("", "")),
             Text(row.runner),
-            f"{_us(row.median)} ({_us(row.p10)}–{_us(row.p90)})",
+            f"{_us(row.times.median)} ({_us(row.times.p10)}–{_us(row.times.p90)})",
             f"{row.per_second:,.0f}",
             "" if relative is None else f"{relative:.0%}",
             *(() if brief else _details(row)),
@@ -239,7 +231,7 @@ def summary(report: Report) -> list[str]:
 def _details(row: Row) -> tuple[str, ...]:
     """The columns that only the whole table has."""
     rate = "" if row.gflops is None else f"{row.gflops:,.1f}"
-    return rate, _us(row.p99), f"{row.spread:.1%}", f"{row.prepare_s + row.first_call_s:.2f}"
+    return rate, _us(row.times.p99), f"{row.times.spread:.1%}", f"{row.prepare_s + row.first_call_s:.2f}"
 
 
 def _own(runner: str) -> bool:
@@ -271,7 +263,7 @@ def plot(report: Report, path: Path) -> None:
     for panel, verb in zip(panels, verbs, strict=True):
         rows = [row for row in report.rows if row.verb == verb]
         for number, name in enumerate(names):
-            own = sorted((row.batch, row.median * 1e3) for row in rows if row.runner == name)
+            own = sorted((row.batch, row.times.median * 1e3) for row in rows if row.runner == name)
             if own:
                 style = "o-" if _own(name) else "s--"
                 panel.plot(*zip(*own, strict=True), style, color=f"C{number}", label=name, markersize=4)

@@ -84,12 +84,7 @@ class Ours:
     verbs = frozenset(VERBS)
 
     def __init__(
-        self,
-        bundle: str | Path,
-        *,
-        build: str | Path | None = None,
-        threads: int | None = None,
-        own: bool = False,
+        self, bundle: str | Path, *, build: str | Path | None = None, threads: int | None = None, own: bool = False
     ) -> None:
         """Load on the CPU in float32, or with a build on its device in its precision. Errors: as for `load`."""
         folder = None if build is None else str(build)

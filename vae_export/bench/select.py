@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vae_export.bench import peers as others
@@ -44,7 +44,7 @@ _OF_SOURCE = ("eager", "compile", "diffusers")
 
 
 @dataclass
-class Selection:
+class Selection(AbstractContextManager["Selection"]):
     """Open runners of a bundle, as a context that closes them.
 
     Attributes:
@@ -61,12 +61,7 @@ class Selection:
     absent: list[Absent] = field(default_factory=list)
     opened: dict[str, float] = field(default_factory=dict)
 
-    def __enter__(self) -> Selection:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -35,25 +35,24 @@ BROKEN_PIPE, SOFTWARE = 141, 70
 _USAGE_ERROR = cast("type[Any]", typer.BadParameter.__base__)
 
 
-class _Verbs(typer.core.TyperGroup):
-    """A group whose usage errors are escaped: they quote what was typed, such as the name of a stranger's file."""
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        with _printable_usage():
-            return super().make_context(*args, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _printable_usage():
-            return super().invoke(ctx)
-
-
 @contextlib.contextmanager
 def _printable_usage() -> Iterator[None]:
+    """Escape usage errors, which quote what was typed, such as the name of a stranger's file."""
     try:
         yield
     except _USAGE_ERROR as error:
         error.message = printable(error.message)
         raise
+
+
+class _Verbs(typer.core.TyperGroup):
+    @_printable_usage()
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        return super().make_context(*args, **options)
+
+    @_printable_usage()
+    def invoke(self, ctx: Any) -> Any:
+        return super().invoke(ctx)
 
 
 app = typer.Typer(

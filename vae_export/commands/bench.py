@@ -5,61 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from vae_export.commands import options, terminal
+from vae_export.commands.options import option
 from vae_export.errors import InputError
 
 
 def bench(
     bundle: options.BundlePath,
-    target: Annotated[
-        str | None, typer.Option(help="Time the cache's build for this target, such as cpu or cuda.")
-    ] = None,
+    target: Annotated[str | None, option("Time the cache's build for this target.")] = None,
     build: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--build",
-            help="Time this build of the bundle; may be repeated. Name only builds that you trust: an engine is native "
-            "code.",
-        ),
+        option("Time this build (repeatable). Name only builds that you trust: engines are native code.", "--build"),
     ] = None,
     no_build: Annotated[
-        bool,
-        typer.Option("--no-build", help="Time the bundle's own graphs even if the cache has a build in float32."),
+        bool, option("Time the bundle's own graphs even if the cache has a build in float32.", "--no-build")
     ] = False,
     precision: options.CachedPrecision = None,
     source: Annotated[
-        str | None,
-        typer.Option(
-            help="With --peers: the SOURCE that the bundle was exported from, to time PyTorch on it. A factory's code "
-            "is run."
-        ),
+        str | None, option("With --peers: time PyTorch on this SOURCE of the bundle. A factory's code is run.")
     ] = None,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Also time PyTorch, torch.compile, diffusers and OpenVINO.")
-    ] = False,
+    peers: Annotated[bool, option("Also time PyTorch, torch.compile, diffusers and OpenVINO.", "--peers")] = False,
     verbs: Annotated[
-        str | None,
-        typer.Option(
-            help="The verbs to time, separated by commas: encode, decode, sample, reconstruct, elbo. By default, all "
-            "that the model has."
-        ),
+        str | None, option("Time these of the verbs encode, decode, sample, reconstruct, elbo, separated by commas.")
     ] = None,
-    batches: Annotated[str, typer.Option(help="The batch sizes to time.")] = "1,8,64",
+    batches: Annotated[str, option("The batch sizes to time.")] = "1,8,64",
     size: Annotated[
-        str | None,
-        typer.Option(help="The size to time, for models with named sizes, such as height=64,width=96."),
+        str | None, option("Time this size of a model with named sizes, such as height=64,width=96.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="The number of threads of every call; by default, one for each core.")
+        int | None, option("Run every call with this many threads; by default, one for each core.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="The seconds to time each runner for, for each verb and batch.")] = 2.0,
+    seconds: Annotated[float, option("Time each runner for so many seconds for each verb and batch.")] = 2.0,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Also measure the peak memory of each runner, each in its own process.")
+        bool, option("Also measure each runner's peak memory, in a process of its own.", "--memory")
     ] = False,
     json: options.Json = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw latency against batch size to this .png file.")] = None,
+    plot: Annotated[Path | None, option("Also draw latency against batch size to this .png file.")] = None,
 ) -> None:
     """Time verbs and batches, in turns: our runtime, a bare ONNX Runtime session, and other ways to run the model."""
     from vae_export import bench as module

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vae_export.commands import options, terminal
+from vae_export.commands.options import option
 from vae_export.contract.choices import Asked
 from vae_export.errors import InputError, require
 
@@ -17,63 +18,36 @@ BATCHES = "1,8,64"
 def build(
     bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")] = None,
     target: Annotated[
-        str,
-        typer.Option(
-            help="The target to build for: cpu, cuda, tensorrt, tensorrt-rtx, or tensorrt-rtx-smNN for one compute "
-            "capability, such as tensorrt-rtx-sm89."
-        ),
+        str, option("Build for cpu, cuda, tensorrt, tensorrt-rtx, or one GPU architecture such as tensorrt-rtx-sm89.")
     ] = "",
     precision: Annotated[
-        Asked,
-        typer.Option(
-            help="The precision of convolutions and matrix products; auto takes the fastest that keeps to the "
-            "tolerances."
-        ),
+        Asked, option("Compute convolutions and products in this precision; auto takes the fastest within tolerance.")
     ] = "fp32",
     budget: Annotated[
-        Literal["fp16", "bf16", "int8"],
-        typer.Option(help="With --precision auto: the precision whose tolerances the build has to keep."),
+        Literal["fp16", "bf16", "int8"], option("With --precision auto: keep the tolerances of this precision.")
     ] = "int8",
     passes: Annotated[
-        str | None,
-        typer.Option(
-            help="The graph passes that may be used: all, none, a list such as a,b, or -a for all but one. The value "
-            "list shows them."
-        ),
+        str | None, option("Use these graph passes: all, none, a,b or -a (all but a); the value list shows them.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The folder to write the build to, for shipping it; by default, the cache of this user."),
+        Path | None, option("Write the build to this folder, to ship it; by default, to this user's cache.")
     ] = None,
     batch: Annotated[
-        str,
-        typer.Option(help="The batch sizes that engines take; on the CPU, those that candidates are measured at."),
+        str, option("Make engines for these batch sizes; on the CPU, measure candidates at them.")
     ] = BATCHES,
     size: Annotated[
         list[str] | None,
-        typer.Option(
-            help="The largest size that engines take, such as height=64,width=96; may be repeated. On the CPU, the "
-            "size that candidates are measured at."
+        option(
+            "Make engines up to this size, such as height=64,width=96 (repeatable); on the CPU, measure "
+            "candidates at it."
         ),
     ] = None,
-    static: Annotated[
-        bool, typer.Option("--static", help="Make engines for exactly these batches and sizes and no others.")
-    ] = False,
-    tf32: Annotated[
-        bool, typer.Option("--tf32", help="Allow a GPU to round float32 products to TF32's 10 bits of mantissa.")
-    ] = False,
-    nhwc: Annotated[bool, typer.Option("--nhwc", help="Keep channels last (NHWC) in ONNX Runtime on CUDA.")] = False,
-    refittable: Annotated[
-        bool, typer.Option("--refittable", help="Make engines whose weights can be replaced later with --refit.")
-    ] = False,
-    refit: Annotated[
-        Path | None,
-        typer.Option(help="Put this bundle's weights into a copy of this refittable build of the same architecture."),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="On the CPU: the seconds to measure each candidate for, for each graph and batch."),
-    ] = None,
+    static: Annotated[bool, option("Make engines for exactly these batches and sizes.", "--static")] = False,
+    tf32: Annotated[bool, option("Let a GPU round float32 products to TF32's 10 bits.", "--tf32")] = False,
+    nhwc: Annotated[bool, option("Keep channels last (NHWC) in ONNX Runtime on CUDA.", "--nhwc")] = False,
+    refittable: Annotated[bool, option("Make engines whose weights --refit can replace.", "--refittable")] = False,
+    refit: Annotated[Path | None, option("Put this bundle's weights into a copy of this refittable build.")] = None,
+    seconds: Annotated[float | None, option("On the CPU: measure each candidate for so many seconds.")] = None,
     json: options.Json = False,
     force: options.Force = False,
 ) -> None:

@@ -9,18 +9,17 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from vae_export.commands import terminal
+from vae_export.commands.options import option
 from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, require
 
 _MARK = ".vae-export-demo"
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="The folder to write to; the results of an earlier demo in it are replaced.")
-    ] = Path("out/demo"),
+    out: Annotated[Path, option("The folder to write to; the results of an earlier demo in it are replaced.")] = Path(
+        "out/demo"
+    ),
 ) -> None:
     """Train on handwritten digits, export, verify, run without PyTorch, and write pictures."""
     for module, extra in (*EXPORT_NEEDS, ("lightning_fabric", "train"), ("sklearn", "train")):

@@ -8,7 +8,8 @@ import importlib.util
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vae_export import __version__, versions
@@ -71,9 +72,9 @@ def examine() -> dict[str, Any]:
         "processor": f"{here}: {', '.join(here.features)}",
         "onnxruntime": runtime,
         "driver": {"cuda": gpus.cuda, "gpus": [dataclasses.asdict(gpu) for gpu in gpus.gpus], "problem": gpus.problem},
-        "tensorrt": {targets.title(flavour): _flavour(flavour) for flavour in flavours.EXTRAS},
-        "kernels": _kernels(),
-        "cache": _cache(),
+        "tensorrt": {targets.title(name): _attempt("version", partial(_version, name)) for name in flavours.EXTRAS},
+        "kernels": _attempt("compiled_for", lambda: _kernels(gpus.gpus)),
+        "cache": _attempt("path", lambda: str(cache.check_cache())),
         "extras": extras,
         "problems": problems,
     }
@@ -85,29 +86,23 @@ def _install(extra: str) -> str:
     return f"{first}pip install 'vae-export[{extra}]'"
 
 
-def _flavour(flavour: targets.FlavourName) -> dict[str, str]:
+def _attempt(name: str, value: Callable[[], str]) -> dict[str, str]:
+    """A value under its name, or the problem in the way."""
     try:
-        return {"version": flavours.load(flavour).version}
-    except BackendError as error:
-        return {"problem": str(error)}
-
-
-def _kernels() -> dict[str, str]:
-    gpus = driver.query().gpus
-    capability = gpus[0].capability if gpus else _ANY_CAPABILITY
-    try:
-        core = require("cuda.core", "gpu", "noise on the GPU")
-        compile_kernels(core, capability)
-    except BackendError as error:
-        return {"problem": str(error)}
-    return {"compiled_for": capability}
-
-
-def _cache() -> dict[str, str]:
-    try:
-        return {"path": str(cache.check_cache())}
+        return {name: value()}
     except (BackendError, OSError) as error:
         return {"problem": str(error)}
+
+
+def _version(flavour: targets.FlavourName) -> str:
+    return flavours.load(flavour).version
+
+
+def _kernels(gpus: Sequence[driver.Gpu]) -> str:
+    """The compute capability that the kernels compile for."""
+    capability = gpus[0].capability if gpus else _ANY_CAPABILITY
+    compile_kernels(require("cuda.core", "gpu", "noise on the GPU"), capability)
+    return capability
 
 
 def _packages(extra: str) -> list[str]:

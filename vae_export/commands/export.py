@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vae_export.commands import options, terminal
+from vae_export.commands.options import option
 from vae_export.errors import EXPORT_NEEDS, require
 
 
@@ -25,17 +26,11 @@ def export(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to write the bundle to.")],
     config: options.ConfigOption = None,
     size: Annotated[
-        str | None,
-        typer.Option(
-            help="For a diffusers autoencoder: the size to trace and verify it at, such as height=128,width=128."
-        ),
+        str | None, option("Trace and verify a diffusers autoencoder at this size, such as height=128,width=128.")
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option(
-            help="For a diffusers autoencoder: real pictures to verify on (a picture, a folder or an array), scaled to "
-            "that size."
-        ),
+        option("Verify a diffusers autoencoder on these pictures (a file, folder or array), scaled to the size."),
     ] = None,
     shape: options.ShapeOption = None,
     likelihood: options.LikelihoodOption = None,
@@ -43,12 +38,12 @@ def export(
     variance: options.VarianceOption = None,
     multiple_of: options.MultipleOption = None,
     layout: Annotated[
-        Literal["bundle", "optimum"],
-        typer.Option(help="The layout to write: a bundle, or the folder that Optimum's pipelines read."),
+        Literal["bundle", "optimum"], option("Write a bundle, or the folder that Optimum's pipelines read.")
     ] = "bundle",
     force: options.Force = False,
 ) -> None:
     """Export a trained model to ONNX, and prove that the export computes the same."""
+    given = locals()
     for module, extra in EXPORT_NEEDS:
         require(module, extra, "export")
     from vae_export.commands import tables
@@ -56,16 +51,7 @@ def export(
     from vae_export.exporting.layouts import optimum
     from vae_export.progress import bar
 
-    described = options.source_options(
-        "export",
-        config=config,
-        size=size,
-        shape=shape,
-        likelihood=likelihood,
-        data_range=data_range,
-        variance=variance,
-        multiple_of=multiple_of,
-    )
+    described = options.source_options("export", given)
     if held_out:
         described["held_out"] = _held_out(held_out, described.get("size", {}))
     with bar(terminal.console(err=True)) as progress, contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vae_export.commands import options, terminal
+from vae_export.commands.options import option
 from vae_export.errors import require
 
 
@@ -22,8 +23,7 @@ def inspect(
     ],
     config: options.ConfigOption = None,
     size: Annotated[
-        str | None,
-        typer.Option(help="The size to count multiply-adds and memory at, such as height=512,width=512."),
+        str | None, option("Count multiply-adds and memory at this size, such as height=512,width=512.")
     ] = None,
     shape: options.ShapeOption = None,
     likelihood: options.LikelihoodOption = None,
@@ -33,6 +33,7 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Show what a bundle, a source or a build is, after verifying every file of a bundle or build."""
+    given = {name: value for name, value in locals().items() if name != "size"}  # here, the one to count at
     from vae_export.contract.build_record import RECORD_FORMAT
     from vae_export.contract.bundle import MANIFEST
     from vae_export.trainers.config import is_checkpoint
@@ -45,16 +46,7 @@ def inspect(
     elif is_checkpoint(path):
         verdict, plain, shown = _checkpoint(path)
     elif path.exists() or ":" in source:
-        described = options.source_options(
-            "inspect",
-            config=config,
-            shape=shape,
-            likelihood=likelihood,
-            data_range=data_range,
-            variance=variance,
-            multiple_of=multiple_of,
-        )
-        verdict, plain, shown = _source(source, described, sizes)
+        verdict, plain, shown = _source(source, options.source_options("inspect", given), sizes)
     else:
         verdict, plain, shown = _bundle(path, sizes)  # its error says what a bundle is
     if json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,58 +12,41 @@ import typer
 from vae_export.contract.choices import Wanted
 from vae_export.errors import InputError
 
+
+def option(help: str, *names: str) -> Any:
+    """An option of the command line with its help text, and with names where the parameter's own does not do."""
+    return typer.Option(*names, help=help)
+
+
 Device = Literal["auto", "cpu", "cuda"]
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")]
-DeviceOption = Annotated[
-    Device, typer.Option(help="The device to run on; auto takes a GPU if this installation can use one.")
-]
+DeviceOption = Annotated[Device, option("Run on this device; auto takes a GPU if it can be used.")]
 BuildOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--build", help="Run this build of the bundle. Name only builds that you trust: an engine is native code."
-    ),
+    Path | None, option("Run this build. Name only builds that you trust: engines are native code.", "--build")
 ]
 CachedPrecision = Annotated[
-    Wanted | None,
-    typer.Option(help="Take the build of the cache that was made with this precision; without --target, for the CPU."),
+    Wanted | None, option("Take the cache's build in this precision; without --target, the one for the CPU.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Json = Annotated[bool, option("Print JSON for scripts instead of tables.", "--json")]
+Force = Annotated[bool, option("Replace the output folder if it exists.", "--force")]
 
-ConfigOption = Annotated[
-    Path | None, typer.Option(help="The diffusers config.json that belongs to weights in a single .safetensors file.")
-]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(help="For a factory that returns a plain module: the shape of one example, such as 3,64,64."),
-]
+ConfigOption = Annotated[Path | None, option("Read this diffusers config.json for weights in one .safetensors file.")]
+ShapeOption = Annotated[str | None, option("For a factory's plain module: the shape of one example, such as 3,64,64.")]
 LikelihoodOption = Annotated[
-    str | None,
-    typer.Option(help="For a factory that returns a plain module: the likelihood p(x|z), such as bernoulli or none."),
+    str | None, option("For a factory's plain module: the likelihood p(x|z), such as bernoulli.")
 ]
 RangeOption = Annotated[
-    str | None,
-    typer.Option("--range", help="For a factory that returns a plain module: the data's range, such as 0,1 or=-1,1."),
+    str | None, option("For a factory's plain module: the data's range, such as 0,1 or=-1,1.", "--range")
 ]
-VarianceOption = Annotated[
-    float | None,
-    typer.Option(help="For a factory that returns a plain module: the variance of the likelihood gaussian_fixed."),
-]
+VarianceOption = Annotated[float | None, option("For a factory's plain module: the variance of gaussian_fixed.")]
 MultipleOption = Annotated[
-    int | None,
-    typer.Option(
-        help="For a factory that returns a plain module: let height and width vary over multiples of this number."
-    ),
+    int | None, option("For a factory's plain module: allow all heights and widths that are multiples of this.")
 ]
 
 
 def numbers(what: str, text: str, separator: str = ",") -> tuple[int, ...]:
-    """Whole numbers with a separator between them.
-
-    Raises:
-        InputError: the text is anything else.
-    """
+    """Whole numbers with a separator between them. InputError: the text is anything else."""
     try:
         return tuple(int(number) for number in text.split(separator))
     except ValueError:
@@ -71,11 +54,7 @@ def numbers(what: str, text: str, separator: str = ",") -> tuple[int, ...]:
 
 
 def interval(verb: str, text: str) -> tuple[float, float]:
-    """A range such as `-1,1`.
-
-    Raises:
-        InputError: the text is not two numbers.
-    """
+    """A range such as `-1,1`. InputError: the text is not two numbers."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
@@ -84,45 +63,34 @@ def interval(verb: str, text: str) -> tuple[float, float]:
 
 
 def sizes(verb: str, text: str) -> dict[str, int]:
-    """Sizes by name, such as `height=64,width=96`.
-
-    Raises:
-        InputError: the text is anything else.
-    """
+    """Sizes by name, such as `height=64,width=96`. InputError: the text is anything else."""
     try:
         return {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise InputError(f"{verb}: size is {text!r}; expected names and numbers such as height=64,width=96") from None
 
 
-def source_options(verb: str, **options: Any) -> dict[str, Any]:
-    """The options that describe a source, parsed, as arguments of `sources.resolve`. Those not given are left out."""
+def source_options(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in `given` that describe a source, parsed, as arguments of `sources.resolve`."""
     parsers: dict[str, Callable[[str], Any]] = {
         "size": partial(sizes, verb),
         "shape": partial(numbers, f"{verb}: shape"),
         "data_range": partial(interval, verb),
     }
-    given = {name: value for name, value in options.items() if value not in (None, "")}
-    return {name: parsers[name](value) if name in parsers else value for name, value in given.items()}
+    names = ("config", "size", "shape", "likelihood", "data_range", "variance", "multiple_of")
+    known = {name: value for name in names if (value := given.get(name)) not in (None, "")}
+    return {name: parsers[name](value) if name in parsers else value for name, value in known.items()}
 
 
 def check_outside(out: Path, bundle: Path) -> Path:
-    """The path of a result.
-
-    Raises:
-        InputError: it lies in the bundle, which is never changed after its export.
-    """
+    """The path of a result. InputError: it lies in the bundle, which is never changed after its export."""
     if out.resolve().is_relative_to(bundle.resolve()):
         raise InputError(f"{out} lies inside the bundle, which is never changed. Choose a path outside of it")
     return out
 
 
 def cached_build(verb: str, bundle: Path, target: str | None, precision: Wanted | None) -> Path | None:
-    """The cache's build of a bundle for a target in a precision; None where neither is given.
-
-    Raises:
-        InputError: the cache has no such build.
-    """
+    """The cache's build for a target in a precision; None where neither is given. InputError: it does not exist."""
     if target is None and precision is None:
         return None
     from vae_export.contract import cache, targets

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vae_export.commands import options, terminal
+from vae_export.commands.options import option
 from vae_export.contract.choices import Wanted
 from vae_export.errors import InputError
 
@@ -19,31 +20,24 @@ Input = Annotated[
     typer.Argument(metavar="INPUT", help="The examples: a picture, a folder of pictures, array.npy or arrays.npz:key."),
 ]
 PrecisionOption = Annotated[
-    Wanted | None,
-    typer.Option(
-        help="Run the build of the cache that was made with this precision; by default, the value of "
-        "VAE_EXPORT_PRECISION, or fp32."
-    ),
+    Wanted | None, option("Run the cache's build in this precision; by default, in VAE_EXPORT_PRECISION or fp32.")
 ]
-NoBuild = Annotated[bool, typer.Option("--no-build", help="Run the bundle's own graphs even if the cache has a build.")]
-NoiseSeed = Annotated[int, typer.Option(help="The seed of the noise.")]
-Start = Annotated[int, typer.Option(help="The index of the first example, which with the seed determines its noise.")]
-AnyRange = Annotated[
-    bool, typer.Option("--any-range", help="Accept values outside of the data's range, such as standardized data.")
-]
-Resize = Annotated[bool, typer.Option("--resize", help="Scale pictures that have another size.")]
+NoBuild = Annotated[bool, option("Run the bundle's own graphs even if the cache has a build.", "--no-build")]
+NoiseSeed = Annotated[int, option("The seed of the noise.")]
+Start = Annotated[int, option("The index of the first example, which with the seed selects its noise.")]
+AnyRange = Annotated[bool, option("Accept values outside of the data's range.", "--any-range")]
+Resize = Annotated[bool, option("Scale pictures that have another size.", "--resize")]
 
 
 def sample(
     bundle: options.BundlePath,
-    out: Annotated[Path, typer.Option(help="The file to write: grid.png or array.npy.")],
-    n: Annotated[int, typer.Option(help="The number of samples.")] = 64,
+    out: Annotated[Path, option("Write to grid.png or array.npy.")],
+    n: Annotated[int, option("The number of samples.")] = 64,
     seed: NoiseSeed = 0,
     start: Start = 0,
-    draw: Annotated[bool, typer.Option("--draw", help="Also draw x from p(x|z), instead of taking its mean.")] = False,
+    draw: Annotated[bool, option("Draw x from p(x|z) instead of taking its mean.", "--draw")] = False,
     size: Annotated[
-        str | None,
-        typer.Option(help="The size of the samples, for models with named sizes, such as height=64,width=96."),
+        str | None, option("Make samples of this size, for models with named sizes, such as height=64,width=96.")
     ] = None,
     device: options.DeviceOption = "auto",
     build: options.BuildOption = None,
@@ -63,12 +57,8 @@ def sample(
 def reconstruct(
     bundle: options.BundlePath,
     input: Input,
-    out: Annotated[
-        Path, typer.Option(help="The file to write: grid.png (originals above reconstructions) or array.npy.")
-    ],
-    seed: Annotated[
-        int | None, typer.Option(help="Draw z from the posterior with this seed, instead of taking its mean.")
-    ] = None,
+    out: Annotated[Path, option("Write to grid.png (originals above reconstructions) or array.npy.")],
+    seed: Annotated[int | None, option("Draw z from the posterior with this seed instead of taking its mean.")] = None,
     start: Start = 0,
     resize: Resize = False,
     any_range: AnyRange = False,
@@ -92,13 +82,12 @@ def score(
     bundle: options.BundlePath,
     input: Input,
     k: Annotated[
-        int | None,
-        typer.Option(help="Compute the importance-weighted bound of this many draws, instead of the ELBO."),
+        int | None, option("Compute the importance-weighted bound of so many draws instead of the ELBO.")
     ] = None,
     seed: NoiseSeed = 0,
     start: Start = 0,
-    json: Annotated[bool, typer.Option("--json", help="Write JSON instead of CSV.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+    json: Annotated[bool, option("Write JSON instead of CSV.", "--json")] = False,
+    out: Annotated[Path | None, option("Write to this file instead of the terminal.")] = None,
     resize: Resize = False,
     any_range: AnyRange = False,
     device: options.DeviceOption = "auto",

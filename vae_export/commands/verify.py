@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from vae_export.commands import options, terminal
+from vae_export.commands.options import option
 from vae_export.errors import InputError
 
 
@@ -15,12 +14,10 @@ def verify(
     bundle: options.BundlePath,
     device: options.DeviceOption = "auto",
     build: options.BuildOption = None,
-    target: Annotated[
-        str | None, typer.Option(help="Measure the cache's build for this target, such as cpu or cuda.")
-    ] = None,
+    target: Annotated[str | None, option("Measure the cache's build for this target.")] = None,
     precision: options.CachedPrecision = None,
     json: options.Json = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the certificate to this JSON file.")] = None,
+    out: Annotated[Path | None, option("Also write the certificate to this JSON file.")] = None,
 ) -> None:
     """Measure the certificate of a bundle's own graphs, or of a build, again on this machine, without PyTorch."""
     from vae_export.certification import certificate
