@@ -181,18 +181,10 @@ class Examples:
         graphs = self._bundle.manifest.graphs
         costs = [cost.at(self.sizes)[0] for name in VERBS[verb] if (cost := graphs[name].cost)]
         return Cell(
-            verb=verb,
-            batch=batch,
-            value=np.ascontiguousarray(value[chosen]),
-            latent=self.latent,
-            sizes=self.sizes,
-            seed=self._seed,
-            start=self._first if of_data else 0,
-            expected=expected,
-            scale=scale,
-            drawn=_DRAWN.get(verb, frozenset()),
+            verb, batch, np.ascontiguousarray(value[chosen]), self.latent, self.sizes, seed=self._seed,
+            start=self._first if of_data else 0, expected=expected, scale=scale, drawn=_DRAWN.get(verb, frozenset()),
             multiply_adds=batch * sum(costs) if len(costs) == len(VERBS[verb]) else None,
-        )
+        )  # fmt: skip
 
     @functools.cached_property
     def _vae(self) -> VAE:

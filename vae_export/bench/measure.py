@@ -82,15 +82,9 @@ def run(
             fact["memory_bytes"] = peaks[runner.name]
         facts.append(fact)
     return Report(
-        bundle=bundle.manifest.name,
-        sizes=dict(examples.sizes),
-        threads=selection.threads,
-        machine=machine(),
-        rates=rates.rates(),
-        runners=tuple(facts),
-        rows=tuple(rows),
-        absent=tuple(missing),
-    )
+        bundle=bundle.manifest.name, sizes=dict(examples.sizes), threads=selection.threads, machine=machine(),
+        rates=rates.rates(), runners=tuple(facts), rows=tuple(rows), absent=tuple(missing),
+    )  # fmt: skip
 
 
 def _batches(batches: Sequence[int]) -> tuple[int, ...]:

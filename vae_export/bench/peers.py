@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vae_export.bench.cells import VERBS, Cell, Results
-from vae_export.bench.runners import Call, Function, Graphs, Recipe
+from vae_export.bench.runners import Call, Function, Graphs, Recipe, Runner
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, require
 from vae_export.runtimes.cpu.openvino import compiled
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vae_export.sources.protocol import Trained
 
 
-class Eager:
+class Eager(Runner):
     """The PyTorch model in eager and evaluation mode without gradients: tensors in, tensors out."""
 
     name = "PyTorch eager"
@@ -72,7 +72,6 @@ class Eager:
         return without_gradients
 
     def results(self, verb: str, result: Any) -> Results:
-        """The first output of the model."""
         if verb == "elbo":
             return {"kl": result.kl.numpy(), "reconstruction": result.reconstruction.numpy()}
         return {"mean" if verb == "encode" else "sample": first(result).numpy()}

@@ -119,21 +119,19 @@ class Report:
         rows = []
         for row in self.rows:
             plain = asdict(row)
-            plain |= {
-                f"{k}_us" if k in _TIMES else k: v * 1e6 if k in _TIMES else v for k, v in plain.pop("times").items()
-            }
+            times = plain.pop("times")
+            plain |= {f"{name}_us": times.pop(name) * 1e6 for name in _TIMES} | times
             derived = {"per_second": row.per_second, "gflops": row.gflops, "share_of_roof": self.relative_rate(row)}
             rows.append({**plain, **derived})
-        return {
+        absent = [asdict(one) for one in self.absent]
+        facts = {
             "bundle": self.bundle,
             "sizes": self.sizes,
             "threads": self.threads,
             **self.machine,
             "roof": self.rates,
-            "runners": list(self.runners),
-            "rows": rows,
-            "absent": [asdict(one) for one in self.absent],
         }
+        return {**facts, "runners": list(self.runners), "rows": rows, "absent": absent}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Report:
@@ -144,15 +142,10 @@ class Report:
             times = Times(**seconds, **{name: row[name] for name in ("spread", "calls", "turns")})
             rows.append(Row(times=times, **{f.name: row[f.name] for f in fields(Row) if f.name != "times"}))
         return cls(
-            bundle=plain["bundle"],
-            sizes=plain["sizes"],
-            threads=plain["threads"],
+            bundle=plain["bundle"], sizes=plain["sizes"], threads=plain["threads"], rates=plain["roof"],
             machine={name: plain[name] for name in ("date", "machine", "versions")},
-            rates=plain["roof"],
-            runners=tuple(plain["runners"]),
-            rows=tuple(rows),
-            absent=tuple(Absent(**one) for one in plain["absent"]),
-        )
+            runners=tuple(plain["runners"]), rows=tuple(rows), absent=tuple(Absent(**one) for one in plain["absent"]),
+        )  # fmt: skip
 
 
 def first_line(error: Exception) -> str:

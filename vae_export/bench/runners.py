@@ -73,11 +73,11 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
-        ...
+        """Release what Python does not release by itself."""
+        return
 
 
-class Ours:
+class Ours(Runner):
     """`vae_export.load`, all input checks on."""
 
     addressed, peer = True, False
@@ -105,7 +105,6 @@ class Ours:
         self.vae = load(bundle, device=device, build=build, micro_batch=micro_batch, threads=threads)
 
     def prepare(self, cell: Cell) -> Call:
-        """A call of a public method."""
         vae, value, seed, start = self.vae, cell.value, cell.seed, cell.start
         calls: dict[str, Call] = {
             "encode": lambda: vae.encode(value),
@@ -117,17 +116,15 @@ class Ours:
         return calls[cell.verb]
 
     def results(self, verb: str, result: Any) -> Results:
-        """The arrays in a posterior or an ELBO."""
         if verb == "encode":
             return {"mean": result.mean}
         return {"kl": result.kl, "reconstruction": result.reconstruction} if verb == "elbo" else {"sample": result}
 
     def close(self) -> None:
-        """Close the VAE."""
         self.vae.close()
 
 
-class Graphs:
+class Graphs(Runner):
     """The verbs over two functions, as anybody would write them in NumPy around sessions, without checks.
 
     Noise comes from NumPy's default generator. The terms of the ELBO are computed as ours.
@@ -148,7 +145,6 @@ class Graphs:
         raise NotImplementedError
 
     def prepare(self, cell: Cell) -> Call:
-        """A call of the functions that the verb needs."""
         value, latent = cell.value, (cell.batch, *cell.latent)
         into = ENCODER_OUTPUTS[self.model.posterior.kind]
         back = DECODER_OUTPUTS[self.model.likelihood.kind] if cell.verb == "elbo" else ("sample",)
@@ -175,11 +171,7 @@ class Graphs:
         return calls[cell.verb]
 
     def results(self, verb: str, result: Any) -> Results:
-        """The first output, which all runners have."""
         return result if verb == "elbo" else {"mean" if verb == "encode" else "sample": result[0]}
-
-    def close(self) -> None:
-        """Nothing: Python releases the sessions."""
 
 
 class Bare(Graphs):

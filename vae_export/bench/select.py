@@ -20,7 +20,7 @@ from vae_export.runtimes.threads import cores
 if TYPE_CHECKING:
     from vae_export.sources.protocol import Trained
 
-Opener = Callable[[Recipe, "Trained | None"], Runner]
+Opener = Callable[[Recipe, Any], Runner]
 
 #: How to open a recipe of each kind. Those of PyTorch need the resolved source.
 KINDS: Mapping[str, Opener] = {
@@ -28,9 +28,9 @@ KINDS: Mapping[str, Opener] = {
     "onnxruntime": lambda recipe, trained: Bare(recipe.bundle, threads=recipe.threads),
     "openvino-fp32": lambda recipe, trained: others.OpenVino(recipe.bundle, threads=recipe.threads),
     "openvino-bf16": lambda recipe, trained: others.OpenVino(recipe.bundle, precision="bf16", threads=recipe.threads),
-    "eager": lambda recipe, trained: others.Eager(_needed(trained), threads=recipe.threads),
-    "compile": lambda recipe, trained: others.Compiled(_needed(trained), threads=recipe.threads),
-    "diffusers": lambda recipe, trained: others.Diffusers(_needed(trained), threads=recipe.threads),
+    "eager": lambda recipe, trained: others.Eager(trained, threads=recipe.threads),
+    "compile": lambda recipe, trained: others.Compiled(trained, threads=recipe.threads),
+    "diffusers": lambda recipe, trained: others.Diffusers(trained, threads=recipe.threads),
 }
 #: The kinds of other software, and their names in reports where they are absent.
 PEERS: Mapping[str, str] = {
@@ -162,8 +162,3 @@ def _resolved(source: Any) -> Trained:
     from vae_export import sources
 
     return sources.resolve(source)
-
-
-def _needed(trained: Trained | None) -> Trained:
-    assert trained is not None
-    return trained

@@ -64,14 +64,9 @@ def bench(
         for runner in selection.runners:
             if isinstance(runner, module.Ours):
                 terminal.note(f"{runner.name}: {said(runner.vae.describe())}")
+        chosen, sizes = verbs.split(",") if verbs else None, options.sizes("bench", size) if size else None
         report = module.run(
-            selection,
-            verbs.split(",") if verbs else None,
-            wanted,
-            sizes=options.sizes("bench", size) if size else None,
-            seconds=seconds,
-            memory=memory,
-            progress=status.update,
+            selection, chosen, wanted, sizes=sizes, seconds=seconds, memory=memory, progress=status.update
         )
     if picture:
         module.plot(report, picture)

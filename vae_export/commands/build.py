@@ -82,22 +82,10 @@ def build(
             raise InputError("build: name a --target: cpu, cuda, tensorrt, tensorrt-rtx or tensorrt-rtx-smNN")
         else:
             built = builder.build(
-                bundle,
-                target,
-                out=out,
-                precision=precision,
-                budget=budget,
-                passes=passes,
-                batches=options.numbers("build: batch", batch),
-                sizes=[options.sizes("build", text) for text in size or ()],
-                static=static,
-                tf32=tf32,
-                nhwc=nhwc,
-                refittable=refittable,
-                seconds=seconds,
-                overwrite=force,
-                progress=progress,
-            )
+                bundle, target, out=out, precision=precision, budget=budget, passes=passes, static=static, tf32=tf32,
+                nhwc=nhwc, refittable=refittable, seconds=seconds, batches=options.numbers("build: batch", batch),
+                sizes=[options.sizes("build", text) for text in size or ()], overwrite=force, progress=progress,
+            )  # fmt: skip
     if json:
         measured = built.certificate.to_dict() if built.certificate else None
         plain = {"path": str(built.path), "unmeasured": built.unmeasured, "certificate": measured}

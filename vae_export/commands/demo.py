@@ -86,9 +86,8 @@ def _run_without_torch(path: Path, out: Path) -> dict[str, float]:
     program = (
         "import sys; sys.modules['torch'] = None; from vae_export.commands import demo; demo.pictures(*sys.argv[1:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path), str(out)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program, str(path), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"demo: the run without PyTorch failed:\n{done.stderr}")
     figures: dict[str, float] = json.loads(done.stdout)
@@ -97,16 +96,16 @@ def _run_without_torch(path: Path, out: Path) -> dict[str, float]:
 
 def pictures(path: str, out: str) -> None:
     """Use a bundle as an application would: write its pictures, and print measured figures as JSON."""
+    from vae_export.certification import golden
+    from vae_export.contract.bundle import Bundle
+    from vae_export.numerics import images
+
     began = time.perf_counter()
     from vae_export.runtimes import load
 
     vae = load(path)
     vae.sample(1)
     first_sample = time.perf_counter() - began
-    from vae_export.certification import golden
-    from vae_export.contract.bundle import Bundle
-    from vae_export.numerics import images
-
     data = vae.model.data
     images.grid(vae.sample(96, seed=0), data.range, columns=16).save(Path(out, "samples.png"))
     bundle = Bundle(path)
