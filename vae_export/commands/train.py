@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from vae_export.commands import terminal
-from vae_export.errors import TRAIN_NEEDS, InputError, require
+from vae_export.commands.options import interval, numbers
+from vae_export.errors import TRAIN_NEEDS, require
 
 
 class ModelName(enum.StrEnum):
@@ -145,7 +146,7 @@ def train(
         sides = numbers("train: sides", given["size"], "x")
         given["size"] = sides * 2 if len(sides) == 1 else sides
     if "range" in given:
-        given["range"] = _range(given["range"])
+        given["range"] = interval("train", given["range"])
     if "data" in given:
         given["spec"] = given.pop("data")
     if given.get("objective") == "autoencoder":
@@ -184,26 +185,6 @@ def train(
         "squared error {:.4g}": result.squared_error,
     }
     terminal.say(f"{out}: " + ", ".join(form.format(value) for form, value in figures.items() if value is not None))
-
-
-def numbers(what: str, text: str, separator: str = ",") -> tuple[int, ...]:
-    """Whole numbers with a separator between them.
-
-    Raises:
-        InputError: something else is there.
-    """
-    try:
-        return tuple(int(number) for number in text.split(separator))
-    except ValueError:
-        raise InputError(f"{what} are {text!r}; expected numbers such as 8{separator}64") from None
-
-
-def _range(text: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise InputError(f"train: range is {text!r}; expected two numbers such as -1,1") from None
-    return low, high
 
 
 def _fields(given: Mapping[str, Any], record: Any) -> dict[str, Any]:
