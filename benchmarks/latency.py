@@ -19,7 +19,7 @@ from vae_export import bench
 
 
 def main(out: Path) -> None:
-    """Time all, print Markdown and write `out`."""
+    """Time every case, print Markdown and write `out`."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in LATENCY:

@@ -1,10 +1,10 @@
-"""Speed beside everything else that could run a model, and how it grows: recorded.
+"""Record the speed beside other ways to run a model, and how it grows.
 
     python benchmarks/performance.py OUT.json [CASE …] [--resume] [--seconds S] [--work DIR]
 
-A case is a name of `cases.CASES`, or `twice`, or `scaling`; without one, all are taken. OUT.json is written after every
-case, so that a run can be stopped, and with --resume goes on after the last that was finished. --work keeps sources,
-bundles and builds for the next run.
+A case is a name of `cases.CASES`, or `twice`, or `scaling`; without one, all are measured. OUT.json is written after
+every case, so that a run can be stopped, and continued with --resume. --work keeps sources, bundles and builds for the
+next run.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def record(out: Path, plan: Plan, names: Sequence[str], work: Path, seconds: flo
 
 
 def compared(case: Case, work: Path, seconds: float, peers: Collection[str]) -> dict[str, Any]:
-    """A case with all its builds and peers, at all its batches: the report, and ours beside the fastest peers."""
+    """The report of a case with its builds and peers at all its batches, and ours beside the fastest peers."""
     made = cases.make(case, work)
     built, missing = builds(case, made.bundle, work)
     with bench.candidates(made.bundle, builds=built, source=made.source, peers=peers) as selection:
@@ -110,19 +110,12 @@ def compared(case: Case, work: Path, seconds: float, peers: Collection[str]) -> 
 
 def run(selection: bench.Selection, case: Case, seconds: float) -> bench.Report:
     """Time a case, and print each step."""
-    sizes = case.sizes or None
-    return bench.run(
-        selection,
-        VERBS,
-        case.batches,
-        sizes=sizes,
-        seconds=seconds,
-        progress=lambda step: print(f"  {step}", flush=True),
-    )
+    sizes, progress = case.sizes or None, lambda step: print(f"  {step}", flush=True)
+    return bench.run(selection, VERBS, case.batches, sizes=sizes, seconds=seconds, progress=progress)
 
 
 def builds(case: Case, bundle: Path, work: Path) -> tuple[list[Path], list[bench.Absent]]:
-    """A case's builds, made once, and those that cannot be made, with the reason."""
+    """The folders of a case's builds, made once, and the builds that are not possible here, with the reasons."""
     made, missing = [], []
     for name in case.builds:
         out = work / f"{bundle.stem}-{name}.build"

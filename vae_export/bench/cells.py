@@ -197,18 +197,18 @@ class Examples:
         return noise.normals(self._seed, noise.PRIOR, 0, count, size).reshape(-1, *self.latent)
 
     def _of_golden(self, reference: golden.Reference) -> dict[str, Values]:
-        found = {"z": self._prior(reference.record.prior), "prior.sample": reference.tensors["prior.sample"]}
+        rows = {"z": self._prior(reference.record.prior), "prior.sample": reference.tensors["prior.sample"]}
         of_data = ("x", "mean", "kl", "reconstruction", "scale")
-        return found | {name: reference.tensors[name][self._first :] for name in of_data if name in reference.tensors}
+        return rows | {name: reference.tensors[name][self._first :] for name in of_data if name in reference.tensors}
 
     def _of_graphs(self) -> dict[str, Values]:
         """Decoded draws from the prior stand in for data."""
         z = self._prior(_ROWS)
         sample = self._vae.decode(z)
         x = np.clip(sample, *self.model.data.range)
-        found: dict[str, Values] = {"z": z, "prior.sample": sample, "x": x, "mean": self._vae.encode(x).mean}
+        rows: dict[str, Values] = {"z": z, "prior.sample": sample, "x": x, "mean": self._vae.encode(x).mean}
         if has_elbo(self.model):
             terms = self._vae.elbo(x, self._seed)
-            found |= {"kl": terms.kl, "reconstruction": terms.reconstruction}
-            found["scale"] = np.abs(terms.kl) + np.abs(terms.reconstruction)
-        return found
+            rows |= {"kl": terms.kl, "reconstruction": terms.reconstruction}
+            rows["scale"] = np.abs(terms.kl) + np.abs(terms.reconstruction)
+        return rows

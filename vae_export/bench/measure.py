@@ -89,12 +89,12 @@ def run(
 
 def _batches(batches: Sequence[int]) -> tuple[int, ...]:
     try:
-        found = tuple(map(operator.index, batches))
+        sizes = tuple(map(operator.index, batches))
     except TypeError:
-        found = ()
-    if not found or min(found) < 1 or max(found) > MAX_SIZE:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or max(sizes) > MAX_SIZE:
         raise InputError(f"bench: batches are {list(batches)}; expected numbers from 1 on, at most {MAX_SIZE}")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(sizes))
 
 
 def _cell(cell: Cell, runners: Sequence[Runner], seconds: float, missing: list[Absent]) -> list[Row]:

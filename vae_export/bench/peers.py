@@ -120,7 +120,7 @@ class OpenVino(Graphs):
 
         Args:
             bundle: its folder.
-            precision: `fp32` or `bf16`, as OpenVINO is told.
+            precision: `fp32` or `bf16`, passed to OpenVINO as a hint.
             threads: of one call; None leaves the number to OpenVINO.
 
         Raises:
@@ -176,5 +176,5 @@ def first(given: Any) -> Any:
     """The (decoded) mean in a model's output, which is a tensor, a tuple, or an output object of diffusers."""
     import torch
 
-    found = given if isinstance(given, torch.Tensor) else given[0]
-    return found if isinstance(found, torch.Tensor) else found.mean
+    output = given if isinstance(given, torch.Tensor) else given[0]
+    return output if isinstance(output, torch.Tensor) else output.mean

@@ -85,5 +85,5 @@ def machine() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         },
-        "versions": {name: found for name in _PACKAGES if (found := versions.of(name))},
+        "versions": {name: version for name in _PACKAGES if (version := versions.of(name))},
     }

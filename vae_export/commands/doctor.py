@@ -12,13 +12,13 @@ def doctor(json: options.Json = False) -> None:
     """Show what is installed, what can be loaded, what is missing and how to get it."""
     from vae_export.commands import diagnosis, tables
 
-    found = diagnosis.examine()
+    facts = diagnosis.examine()
     if json:
-        terminal.say_json(found)
+        terminal.say_json(facts)
     else:
-        for table in tables.diagnosis(found):
+        for table in tables.diagnosis(facts):
             terminal.console().print(table)
-    for problem in found["problems"]:
+    for problem in facts["problems"]:
         terminal.note(f"problem: {problem}")
-    if "problem" in found["onnxruntime"]:
+    if "problem" in facts["onnxruntime"]:
         raise typer.Exit(BackendError.exit_code)

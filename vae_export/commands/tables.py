@@ -242,22 +242,22 @@ def measurements(record: Build) -> Table:
     return table
 
 
-def diagnosis(found: Mapping[str, Any]) -> list[Table]:
+def diagnosis(state: Mapping[str, Any]) -> list[Table]:
     """What `diagnosis.examine` gives: this machine, and the extras."""
-    runtime, driver = found["onnxruntime"], found["driver"]
+    runtime, driver = state["onnxruntime"], state["driver"]
     gpus = [f"{gpu['name']}, compute capability {gpu['capability']}" for gpu in driver["gpus"]]
-    machine = {name: found[name] for name in ("vae-export", "python", "platform", "cores")} | {
+    machine = {name: state[name] for name in ("vae-export", "python", "platform", "cores")} | {
         "onnxruntime": runtime.get("version", "not usable"),
         "providers": ", ".join(runtime.get("providers", [])) or "none",
         "NVIDIA driver": f"CUDA {driver['cuda']}" if driver["cuda"] else "none",
-        "processor": found["processor"],
+        "processor": state["processor"],
         "GPUs": "\n".join(gpus) or driver["problem"],
-        **{title: state.get("version") or state["problem"] for title, state in found["tensorrt"].items()},
-        "noise on the GPU": found["kernels"].get("problem") or "its kernels compile",
-        "cache of builds": found["cache"].get("problem") or found["cache"]["path"],
+        **{title: here.get("version") or here["problem"] for title, here in state["tensorrt"].items()},
+        "noise on the GPU": state["kernels"].get("problem") or "its kernels compile",
+        "cache of builds": state["cache"].get("problem") or state["cache"]["path"],
     }
     extras = {}
-    for name, extra in found["extras"].items():
+    for name, extra in state["extras"].items():
         packages = ", ".join(f"{package} {version or 'MISSING'}" for package, version in extra["packages"].items())
         install = f"\n{extra['install']}" if extra["install"] else ""
         extras[f"[{name}]"] = f"{extra['purpose']}: {packages}{install}"
