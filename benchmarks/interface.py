@@ -89,9 +89,9 @@ def described(value: Any) -> Any:
 
 
 def signature(value: Any) -> str:
-    """Parameters, defaults and annotations as text, without modules of ours; empty where Python does not know them."""
+    """Parameters, defaults and annotations without our modules' names; empty where Python does not know them."""
     try:
-        return re.sub(r"\bvae_export(\.\w+)*\.(?=[A-Z])", "", str(inspect.signature(value)))
+        return re.sub(r"\bvae_export(\.\w+)*\.(?=[A-Z])| at 0x\w+", "", str(inspect.signature(value)))
     except (TypeError, ValueError):
         return ""
 
