@@ -94,13 +94,9 @@ class Cell:
     multiply_adds: int | None = None
 
     def check(self, results: Results, runner: str, *, precision: str = "fp32", addressed: bool = True) -> None:
-        """Compare results with what is expected.
+        """Compare the results of a runner's call with what is expected.
 
-        Args:
-            results: those of one call.
-            runner: its name, for the message.
-            precision: `fp32`, or a reduced one, whose tolerance is larger.
-            addressed: whether its noise is addressed, so that its draws are known.
+        Reduced precision has a larger tolerance. Draws from noise that is not `addressed` only have to be finite.
 
         Raises:
             VerificationError: a shape or a value differs.

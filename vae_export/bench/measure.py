@@ -67,20 +67,17 @@ def run(
             cell = examples.cell(verb, batch)
             rows += _cell(cell, [runner for runner in runners if verb in runner.verbs], seconds, missing)
             rates.sample()
-    peaks: dict[str, int] = {}
+    measured: dict[str, dict[str, float]] = {"open_s": selection.opened, "memory_bytes": {}}
     if memory:
         for runner in runners:
             progress(f"memory of {runner.name}")
             supported = [verb for verb in verbs if verb in runner.verbs]
-            peaks[runner.name] = memories.peak(runner, supported, max(batches), examples.sizes)
-    facts: list[dict[str, Any]] = []
-    for runner in runners:
-        fact: dict[str, Any] = {"runner": runner.name, "precision": runner.precision, "peer": runner.peer}
-        if runner.name in selection.opened:
-            fact["open_s"] = selection.opened[runner.name]
-        if runner.name in peaks:
-            fact["memory_bytes"] = peaks[runner.name]
-        facts.append(fact)
+            measured["memory_bytes"][runner.name] = memories.peak(runner, supported, max(batches), examples.sizes)
+    facts: list[dict[str, Any]] = [
+        {"runner": runner.name, "precision": runner.precision, "peer": runner.peer}
+        | {name: of[runner.name] for name, of in measured.items() if runner.name in of}
+        for runner in runners
+    ]
     return Report(
         bundle=bundle.manifest.name, sizes=dict(examples.sizes), threads=selection.threads, machine=machine(),
         rates=rates.rates(), runners=tuple(facts), rows=tuple(rows), absent=tuple(missing),

@@ -124,14 +124,8 @@ class Report:
             derived = {"per_second": row.per_second, "gflops": row.gflops, "share_of_roof": self.relative_rate(row)}
             rows.append({**plain, **derived})
         absent = [asdict(one) for one in self.absent]
-        facts = {
-            "bundle": self.bundle,
-            "sizes": self.sizes,
-            "threads": self.threads,
-            **self.machine,
-            "roof": self.rates,
-        }
-        return {**facts, "runners": list(self.runners), "rows": rows, "absent": absent}
+        facts = {"bundle": self.bundle, "sizes": self.sizes, "threads": self.threads, **self.machine}
+        return {**facts, "roof": self.rates, "runners": list(self.runners), "rows": rows, "absent": absent}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Report:

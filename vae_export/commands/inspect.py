@@ -108,14 +108,13 @@ def _bundle(path: Path, sizes: dict[str, int] | None) -> Shown:
     costs = tables.costs(model, {name: graph.cost for name, graph in manifest.graphs.items() if graph.cost}, at)
     unlisted, cached = opened.unlisted(), cache.cached_slots(manifest)
     plain = {**msgspec.to_builtins(manifest), "certificate": measured.to_dict(), "builds": cached, "costs": costs}
-    verdict = f"{path}: a bundle; every file is intact; {tables.verdict(measured)}"
+    verdict = f"{path}: a bundle; every file is intact; at its export: {tables.verdict(measured)}"
     shown = tables.bundle(path, manifest, measured, unlisted, cached, costs)
     return verdict, {"kind": "bundle", **plain, "unlisted": unlisted}, shown
 
 
 def _source(source: str, described: dict[str, Any], sizes: dict[str, int] | None) -> Shown:
-    for module in ("torch", "msgspec"):
-        require(module, "export", "inspect")
+    require("torch", "export", "inspect")
     import msgspec
 
     from vae_export import sources

@@ -135,7 +135,7 @@ def bundle(
         **_model(manifest.model, counted),
         "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
-        "certificate": f"{measured.precision}, measured at the export; nearest to its tolerance: {measured.nearest}. "
+        "certificate": f"{measured.precision}, as the bundle says; nearest to its tolerance: {measured.nearest}. "
         "`vae-export verify` measures it here",
     }
     for name, graph in manifest.graphs.items():
