@@ -164,7 +164,7 @@ build b.bundle --target cpu --out cpu.build; build b.bundle --refit cpu.build; b
 bench b.bundle --batches 1 --seconds 0.01; bench b.bundle --batches 0; bench b.bundle --source run
 bench b.bundle --verbs fly; bench b.bundle --plot p.svg
 train run --epochs 1; train run --epochs 1 --resume; train r --model unet; train r --resume --force
-export run b.bundle --layout bundle; export gone c.bundle; export run cache --force; export os:getcwd c.bundle
+export run b.bundle --layout bundle; export gone c.bundle; export run cpu.build --force; export os:getcwd c.bundle
 export run copy.optimum --layout optimum"""
 #: Packages and commands that are run where they are missing.
 MISSING = """\
