@@ -18,19 +18,19 @@ from vae_export.contract.bundle import Bundle
 def opened(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, tuple[bench.Examples, dict[str, bench.Runner]]]]:
-    """For each model its examples, and by name all that can run it."""
+    """For each model its examples and its runners by name."""
     folder, found = tmp_path_factory.mktemp("models"), {}
     with ExitStack() as stack:
         for name in LATENCY:
             made = make(CASES[name], folder)
-            selection = stack.enter_context(bench.candidates(made.bundle, source=made.source, with_peers=True))
+            selection = stack.enter_context(bench.candidates(made.bundle, source=made.source, peers=bench.PEERS))
             runners = {runner.name: runner for runner in selection.runners}
             found[name] = (bench.Examples(Bundle(made.bundle)), runners)
         yield found
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """The same as in our own records, and not the machine's name."""
+    """The facts of our own records, without the machine's name."""
     machine_info.pop("node", None)
     machine_info.update(machine())
 

@@ -1,4 +1,4 @@
-"""Measure every figure that the project promises, and show it beside its bound.
+"""Measure every figure that the project promises, beside its bound.
 
     make figures
 
@@ -41,11 +41,11 @@ from cases import CASES
 from machine import machine
 
 LIKELIHOODS = ("bernoulli", "gaussian")
-Figure = tuple[str, float, float]  # what, measured, bound (not more than)
+Figure = tuple[str, float, float]  # name, measured value, upper bound
 
 
 def main(out: Path) -> int:
-    """Measure all, print the table and write `out`."""
+    """Measure every figure, print the table and write `out`."""
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -66,7 +66,7 @@ def main(out: Path) -> int:
 
 
 def trained(work: Path, likelihood: str) -> Path:
-    """A digits bundle; its checkpoint stands beside it."""
+    """The bundle of a model trained on digits, beside its checkpoint."""
     config = ModelConfig(model="conv", data_shape=(1, 8, 8), likelihood=likelihood, latent=8)
     fit(work / likelihood, config, TrainConfig(epochs=60, device="cpu"))
     vae_export.export(work / likelihood, work / f"{likelihood}.bundle")
@@ -79,7 +79,8 @@ def certificate(likelihood: str, path: Path) -> list[Figure]:
     figures: list[Figure] = [(f"{likelihood}: certificate, failed checks", float(not measured.passed), 0)]
     for check in measured.checks:
         if check.id == "elbo.bound.max":
-            what = f"{likelihood}: {check.quantity}, of S (PyTorch float32's own: {check.pytorch:.2g})"
+            own = f"PyTorch float32's own: {check.pytorch:.2g}"
+            what = f"{likelihood}: {check.quantity}, relative to Σ|ELBO terms| ({own})"
             figures.append((what, check.measured, check.tolerance or 0.0))
     return figures
 
@@ -101,7 +102,7 @@ def two_elbos(likelihood: str, path: Path, checkpoint: Path) -> Figure:
     scale = elbo.per_example(np.abs(terms)) + elbo.kl(mean, logvar)
     ours = elbo.per_example(terms) - elbo.kl(mean, logvar)
     worst = (np.abs(ours - (exact.reconstruction - exact.kl).numpy()) / scale).max()
-    return f"{likelihood}: NumPy ELBO against PyTorch, float64, of S", float(worst), 1e-12
+    return f"{likelihood}: NumPy ELBO against PyTorch, float64, relative to Σ|ELBO terms|", float(worst), 1e-12
 
 
 def closed_form_kl() -> Figure:
@@ -163,8 +164,8 @@ def overhead(work: Path) -> Figure:
     path = work / "mlp.bundle"
     vae_export.export(zoo.trainer_model(**CASES["mlp"].options), path)
     with bench.candidates(path) as selection:
-        report = bench.run(path, selection.runners, ["decode"], [1], seconds=4.0)
-    ours, bare = (row.median * 1e6 for row in report.rows)
+        report = bench.run(selection, ["decode"], [1], seconds=4.0)
+    ours, bare = (row.times.median * 1e6 for row in report.rows)
     what = f"vae.decode(z) − bare session ({bare:.1f} µs), mlp, batch 1, µs"
     return what, ours - bare, 10.0
 

@@ -1,9 +1,9 @@
-"""Measure what calls need at run time: many sizes, many threads under a budget, memory given back, and PyTorch beside.
+"""Measure the memory of calls: of many sizes, of many threads under a budget, after release, and beside PyTorch.
 
     make memory
 
-Every figure is of a process of its own, in MiB of resident memory above what it had before its first measured call.
-Prints each and writes JSON, with the machine and the versions.
+Every figure comes from a process of its own: MiB of resident memory above that before its first measured call. Prints
+each and writes JSON, with the machine and the versions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MANY = 30  # sizes
 
 
 def main(out: Path) -> None:
-    """Measure all and write `out`."""
+    """Measure every figure and write `out`."""
     from machine import machine
 
     with tempfile.TemporaryDirectory() as name:
@@ -50,15 +50,16 @@ def main(out: Path) -> None:
                 row = {"verb": verb, "side": side, "counted_mib": _counted(made["dc-eight"], verb, side)}
                 for runner, path in zip(("pytorch", "vae_export"), made["dc-eight"], strict=True):
                     row |= {f"{runner}_mib": _child("deep", runner, path, verb, side)["peak_mib"]}
-                result["deep compression"].append(_told(row))
+                result["deep compression"].append(_shown(row))
         bundle = made["kl-flux"][1]
         for count in THREADS:
-            result["threads"].append(_told({"threads": count} | _child("threads", bundle, count)))
-        result["sizes"] = _told(_child("sizes", bundle))
+            result["threads"].append(_shown({"threads": count} | _child("threads", bundle, count)))
+        result["sizes"] = _shown(_child("sizes", bundle))
     out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row and return it."""
     print(json.dumps(row), flush=True)
     return row
 
@@ -77,7 +78,7 @@ def _made(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def _counted(made: tuple[Path, Path], verb: str, side: int) -> float:
-    """What `inspect` says."""
+    """The estimate that `inspect` shows, in MiB."""
     import vae_export
 
     cost = vae_export.Bundle(made[1]).manifest.graphs[f"{verb}r"].cost
@@ -88,8 +89,8 @@ def _counted(made: tuple[Path, Path], verb: str, side: int) -> float:
 def _child(*arguments: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def _status(name: str) -> float:
@@ -98,14 +99,14 @@ def _status(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _forget_peak() -> float:
-    """Begin to look for the peak anew; what is resident now."""
+def _reset_peak() -> float:
+    """Reset the peak of resident memory; return the present one in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def deep(runner: str, path: str, verb: str, side: str) -> dict[str, Any]:
-    """The peak of one call, after one at 64 pixels that loads what is loaded late."""
+    """The peak of one call, after one at 64 pixels that loads what is loaded lazily."""
     shapes = [(1, 3, n, n) if verb == "encode" else (1, 8, n // 32, n // 32) for n in (64, int(side))]
     values = [np.random.default_rng(0).standard_normal(shape, np.float32).clip(-1, 1) for shape in shapes]
     call: Any
@@ -123,20 +124,20 @@ def deep(runner: str, path: str, verb: str, side: str) -> dict[str, Any]:
 
         call = getattr(vae_export.load(path, device="cpu", build=False), verb)
     call(values[0])
-    before = _forget_peak()
+    before = _reset_peak()
     result = call(values[1])
     assert result is not None
     return {"peak_mib": _status("VmHWM") - before}
 
 
 def threads(bundle: str, count: str) -> dict[str, Any]:
-    """The peak of as many calls at once, each of four examples of 256 × 256 pixels, within one budget."""
+    """The peak of `count` calls at once, each of four examples of 256 × 256 pixels, within one budget."""
     import vae_export
 
     vae = vae_export.load(bundle, device="cpu", build=False, max_memory=BUDGET)
     z = np.random.default_rng(0).standard_normal((4, vae.model.latent.shape[0], 64, 64), np.float32)
     vae.decode(z[:1, :, :8, :8])
-    before = _forget_peak()
+    before = _reset_peak()
     results: list[Any] = []
     working = [threading.Thread(target=lambda: results.append(vae.decode(z))) for _ in range(int(count))]
     for thread in working:
@@ -149,7 +150,7 @@ def threads(bundle: str, count: str) -> dict[str, Any]:
 
 
 def sizes(bundle: str) -> dict[str, Any]:
-    """The peak of the largest of thirty sizes, 768 × 768 pixels, alone and of all; what is left once given back."""
+    """The peaks of the largest of thirty sizes, 768² pixels, alone and of all sizes, and the rest after release."""
     import vae_export
 
     vae = vae_export.load(bundle, device="cpu", build=False)
@@ -161,19 +162,19 @@ def sizes(bundle: str) -> dict[str, Any]:
         return time.perf_counter() - began
 
     call(8, 8)
-    before = _forget_peak()
+    before = _reset_peak()
     call(192, 192)
-    found = {"largest_mib": _status("VmHWM") - before}
+    figures = {"largest_mib": _status("VmHWM") - before}
     vae.release_memory()
-    before_all = _forget_peak()
+    before_all = _reset_peak()
     for height, width in draw.integers(16, 193, (MANY - 1, 2)):
         call(int(height), int(width))
     call(192, 192)
     usual = call(192, 192)
-    found |= {"sizes_mib": _status("VmHWM") - before_all, "kept_mib": _status("VmRSS") - before}
+    figures |= {"sizes_mib": _status("VmHWM") - before_all, "kept_mib": _status("VmRSS") - before}
     began = time.perf_counter()
     vae.release_memory()
-    return found | {
+    return figures | {
         "given_back_mib": _status("VmRSS") - before,
         "giving_back_seconds": time.perf_counter() - began,
         "usual_call_seconds": usual,

@@ -1,9 +1,9 @@
-"""Measure what a call of ours costs beside the bare session's on the same graph, at batch 1 and with one thread.
+"""Measure the overhead of a call beside the bare session's on the same graph, at batch 1 and with one thread.
 
     make overhead
 
-All input checks are on. The two take short turns, and so do the verbs, so that what else the machine does meets all:
-the figure is the median over turns of the difference between the two's medians. Prints a table and writes JSON, with
+All input checks are on. The runners and verbs take short turns, so that other load on the machine affects all alike:
+the figure is the median over turns of the difference of both medians. Prints a table and writes JSON, with
 the machine and the versions. Exits with 1 if a bound is not met.
 """
 
@@ -25,15 +25,15 @@ from rich.table import Table
 from vae_export import bench
 from vae_export.contract.bundle import Bundle
 
-#: µs by verb; `sample` makes noise that is addressed, which the bare session's is not.
+#: µs by verb. Unlike the bare session, `sample` makes addressed noise.
 BOUNDS: dict[str, float | None] = {"decode": 6.0, "encode": None, "sample": None}
 TURNS = 1000
-CALLS = 40  # a turn takes about a millisecond: shorter than what disturbs it
+CALLS = 40  # a turn takes about a millisecond: shorter than most disturbances
 SETTLE = 5
 
 
 def main(out: Path) -> int:
-    """Measure all, print the table and write `out`."""
+    """Measure every verb, print the table and write `out`."""
     with tempfile.TemporaryDirectory() as folder:
         path = cases.make(cases.CASES["mlp"], Path(folder)).bundle
         ours, bare = bench.Ours(path, threads=1), bench.Bare(path, threads=1)
@@ -65,22 +65,13 @@ def measured(path: Path, ours: bench.Ours, bare: bench.Bare) -> list[dict[str, A
             cells[verb].check(results, runner.name, precision=runner.precision, addressed=runner.addressed)
         overhead = statistics.median(mine - theirs for mine, theirs in times[verb])
         mine, theirs = map(statistics.median, zip(*times[verb], strict=True))
-        met = bound is None or overhead <= bound
-        rows.append(
-            {
-                "verb": verb,
-                "ours_us": mine,
-                "bare_us": theirs,
-                "overhead_us": overhead,
-                "bound_us": bound,
-                "met": met,
-            }
-        )
+        row = {"verb": verb, "ours_us": mine, "bare_us": theirs, "overhead_us": overhead, "bound_us": bound}
+        rows.append({**row, "met": bound is None or overhead <= bound})
     return rows
 
 
 def turn(call: bench.Call) -> float:
-    """The median of a turn's calls, in µs, after a few that are not counted."""
+    """The median of a turn's calls in µs, after a few calls that settle."""
     for _ in range(SETTLE):
         call()
     seconds: list[float] = []

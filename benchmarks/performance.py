@@ -1,10 +1,10 @@
-"""Speed beside everything else that could run a model, and how it grows: recorded.
+"""Record the speed beside other ways to run a model, and how it grows.
 
     python benchmarks/performance.py OUT.json [CASE …] [--resume] [--seconds S] [--work DIR]
 
-A case is a name of `cases.CASES`, or `twice`, or `scaling`; without one, all are taken. OUT.json is written after every
-case, so that a run can be stopped, and with --resume goes on after the last that was finished. --work keeps sources,
-bundles and builds for the next run.
+A case is a name of `cases.CASES`, or `twice`, or `scaling`; without one, all are measured. OUT.json is written after
+every case, so that a run can be stopped, and continued with --resume. --work keeps sources, bundles and builds for the
+next run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import cases
 import numpy as np
 import onnx
-from cases import Case
+from cases import Case, Plan
 from machine import machine
 
 import vae_export
@@ -34,51 +34,53 @@ from vae_export.errors import VaeExportError
 
 VERBS = ("decode", "encode")
 SCALING, TWICE = "scaling", "twice"
-#: Peers that are timed where it is growth that is asked about.
-_SCALED = ("ONNX Runtime", "OpenVINO f32", "OpenVINO bf16")
+#: The peers whose growth is measured.
+_SCALED = ("openvino-fp32", "openvino-bf16")
 
 Row = dict[str, Any]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is asked for."""
+def main(arguments: Sequence[str] | None = None, plan: Plan = cases.PLAN) -> None:
+    """Measure the cases that are named in the arguments, or all."""
     parser = argparse.ArgumentParser(description="Record speed beside peers.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cases.CASES)}, {TWICE}, {SCALING}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(plan.cases)}, {TWICE}, {SCALING}")
     parser.add_argument("--resume", action="store_true", help="keep what OUT.json has")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each runner and cell")
     parser.add_argument("--work", type=Path, help="keep sources, bundles and builds there")
-    asked = parser.parse_intermixed_args(arguments)
-    known = [*cases.CASES, TWICE, SCALING]
-    if unknown := [name for name in asked.cases if name not in known]:
+    options = parser.parse_intermixed_args(arguments)
+    known = [*plan.cases, TWICE, SCALING]
+    if unknown := [name for name in options.cases if name not in known]:
         parser.error(f"there is no case {unknown[0]!r}; expected {', '.join(known)}")
     with tempfile.TemporaryDirectory() as temporary:
-        record(asked.out, asked.cases or known, asked.work or Path(temporary), asked.seconds, resume=asked.resume)
+        work = options.work or Path(temporary)
+        record(options.out, plan, options.cases or known, work, options.seconds, resume=options.resume)
 
 
-def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resume: bool = False) -> dict[str, Any]:
+def record(out: Path, plan: Plan, names: Sequence[str], work: Path, seconds: float, *, resume: bool) -> None:
     """Measure cases and write the record after each.
 
     Args:
         out: the record.
-        names: of `cases.CASES`, or `twice`, or `scaling`.
-        work: where sources, bundles and builds are made, or found.
+        plan: what can be measured.
+        names: of its cases, or `twice`, or `scaling`.
+        work: keeps sources, bundles and builds.
         seconds: for each runner and cell.
-        resume: keep, and do not measure again, what the record has.
+        resume: keep what the record has and do not measure it again.
     """
     empty: dict[str, Any] = {"cases": {}, TWICE: {}, SCALING: {}}
     found: dict[str, Any] = json.loads(out.read_text()) if resume and out.is_file() else empty
     steps: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
-        ("cases", name): partial(compared, cases.CASES[name], work, seconds)
+        ("cases", name): partial(compared, plan.cases[name], work, seconds, plan.peers)
         for name in names
         if name not in (TWICE, SCALING)
     }
     if TWICE in names:
-        for name in cases.TWICE:
-            steps[TWICE, name] = partial(twice, cases.CASES[name], work)
+        for name in plan.twice:
+            steps[TWICE, name] = partial(twice, plan.cases[name], work)
     if SCALING in names:
-        for axis, along in cases.SCALING.items():
-            steps[SCALING, axis] = partial(scaled, axis, along, work, seconds)
+        for axis, along in plan.scaling.items():
+            steps[SCALING, axis] = partial(scaled, along, work, seconds)
     for (part, name), step in steps.items():
         if name in found[part]:
             continue
@@ -89,34 +91,29 @@ def record(out: Path, names: Sequence[str], work: Path, seconds: float, *, resum
         found["means"] = means([cell for case in averaged for cell in case["cells"]])
         with atomic.atomic_file(out) as stage:
             stage.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
 
 
-def compared(case: Case, work: Path, seconds: float) -> dict[str, Any]:
-    """A case with all its builds and peers, at all its batches: the report, and ours beside the fastest peers."""
+def compared(case: Case, work: Path, seconds: float, peers: Collection[str]) -> dict[str, Any]:
+    """The report of a case with its builds and peers at all its batches, and ours beside the fastest peers."""
     made = cases.make(case, work)
     built, missing = builds(case, made.bundle, work)
-    with bench.candidates(made.bundle, builds=built, source=made.source, with_peers=True) as selection:
-        report = bench.run(
-            made.bundle,
-            selection.runners,
-            VERBS,
-            case.batches,
-            sizes=case.sizes or None,
-            seconds=seconds,
-            threads=selection.threads,
-            absent=[*selection.absent, *missing],
-            opened=selection.opened,
-            progress=lambda step: print(f"  {step}", flush=True),
-        )
+    with bench.candidates(made.bundle, builds=built, source=made.source, peers=peers) as selection:
+        selection.absent += missing
+        report = run(selection, case, seconds)
     plain = report.to_dict()
     model = Bundle(made.bundle).manifest.model
     counted = {build.stem.rpartition("-")[2]: multiplications(case, made.bundle, build) for build in built}
     return {**plain, "parameters": model.parameters, "cells": cells(plain["rows"]), "multiplications": counted}
 
 
+def run(selection: bench.Selection, case: Case, seconds: float) -> bench.Report:
+    """Time a case, and print each step."""
+    sizes, progress = case.sizes or None, lambda step: print(f"  {step}", flush=True)
+    return bench.run(selection, VERBS, case.batches, sizes=sizes, seconds=seconds, progress=progress)
+
+
 def builds(case: Case, bundle: Path, work: Path) -> tuple[list[Path], list[bench.Absent]]:
-    """A case's builds, made once, and those that cannot be made, with the reason."""
+    """The folders of a case's builds, made once, and the builds that are not possible here, with the reasons."""
     made, missing = [], []
     for name in case.builds:
         out = work / f"{bundle.stem}-{name}.build"
@@ -132,7 +129,7 @@ def builds(case: Case, bundle: Path, work: Path) -> tuple[list[Path], list[bench
 def build(case: Case, bundle: Path, out: Path, name: str) -> Any:
     """One build, candidates measured at the case's sizes and batches."""
     sizes = [case.sizes] if case.sizes else []
-    return vae_export.build(bundle, "cpu", out=out, batches=case.batches, sizes=sizes, **cases.BUILDS[name]).record
+    return vae_export.build(bundle, "cpu", out=out, batches=case.batches, sizes=sizes, **case.builds[name]).record
 
 
 def twice(case: Case, work: Path) -> dict[str, Any]:
@@ -166,11 +163,11 @@ def multiplications(case: Case, bundle: Path, path: Path) -> dict[str, dict[str,
     """For each verb, the multiply-adds of one example in the bundle's graph and in the build's for single examples."""
     opened, folder = Bundle(bundle), BuildFolder(path)
     plain, model = opened.graphs()[0], opened.manifest.model
-    ways = folder.variants()
+    plans = folder.variants()
     found = {}
     for verb, graph in (("encode", "encoder"), ("decode", "decoder")):
-        taken = {t.name: model.tensor_shape(t, 1, dict(case.sizes)) for t in model.signature(graph)[0]}
-        direct, ours = (count(content, taken) for content in (plain[graph], ways[graph][0][1]))
+        inputs = {t.name: model.tensor_shape(t, 1, dict(case.sizes)) for t in model.signature(graph)[0]}
+        direct, ours = (count(content, inputs) for content in (plain[graph], plans[graph][0][1]))
         found[verb] = {"direct": direct, "ours": ours, "ceiling": direct / ours}
     return found
 
@@ -181,7 +178,7 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for value in proto.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
             dim.dim_value = size
-    del proto.graph.value_info[:]  # shapes that vary
+    del proto.graph.value_info[:]  # of variable shapes
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     typed = onnx.shape_inference.infer_shapes(proto, data_prop=True)
@@ -193,7 +190,7 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for node in graph.node:
         if node.op_type in ("Conv", "Gemm", "MatMul"):
             inner = known.get(node.input[1])
-            if not inner or 0 in inner:  # of an attention, whose two products are the same in every form
+            if not inner or 0 in inner:  # an attention's product, which is the same in every form
                 continue
             flipped = any(a.name == "transB" and a.i for a in node.attribute)
             each = math.prod(inner[1:]) if node.op_type == "Conv" else inner[-1] if flipped else inner[-2]
@@ -204,7 +201,7 @@ def count(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _size(shape: Sequence[int]) -> int:
-    """How many numbers a value has, whose shape must be known."""
+    """The number of elements of a known shape."""
     assert shape
     assert min(shape) > 0, shape
     return math.prod(shape)
@@ -213,7 +210,7 @@ def _size(shape: Sequence[int]) -> int:
 def cells(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """For each verb and batch the fastest peer in float32 and below it, and ours as a share of their time.
 
-    The bare session on the bundle's graphs is one of the peers: it is what a user has without us.
+    The bare session on the bundle's graphs counts as a peer: a user has it without us.
     """
     rows, found = list(rows), []
     for verb, batch in dict.fromkeys((row["verb"], row["batch"]) for row in rows):
@@ -247,25 +244,14 @@ def means(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, f
     return result
 
 
-def scaled(axis: str, along: Sequence[Case], work: Path, seconds: float) -> dict[str, Any]:
+def scaled(along: Sequence[Case], work: Path, seconds: float) -> dict[str, Any]:
     """Times along one axis, and for each verb and runner the exponent of time against work."""
     rows: list[Row] = []
     for case in along:
         made = cases.make(case, work)
         parameters = Bundle(made.bundle).manifest.model.parameters
-        batches = cases.SCALING_BATCHES if axis == "batch" else case.batches
-        with bench.candidates(made.bundle, with_peers=True) as selection:
-            runners = [r for r in selection.runners if (r.recipe and r.recipe.kind == "ours") or r.name in _SCALED]
-            report = bench.run(
-                made.bundle,
-                runners,
-                VERBS,
-                batches,
-                sizes=case.sizes or None,
-                seconds=seconds,
-                threads=selection.threads,
-                progress=lambda step: print(f"  {step}", flush=True),
-            )
+        with bench.candidates(made.bundle, peers=_SCALED) as selection:
+            report = run(selection, case, seconds)
         extra = {"parameters": parameters, "pixels": math.prod(case.sizes.values()) if case.sizes else None}
         rows += [{**row, **extra} for row in report.to_dict()["rows"]]
     return {"rows": rows, "exponents": exponents(rows)}
@@ -274,8 +260,7 @@ def scaled(axis: str, along: Sequence[Case], work: Path, seconds: float) -> dict
 def exponents(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     """By verb and runner, the exponent e of time ~ work^e, work in multiply-adds: least squares on logarithms.
 
-    1 is time in proportion to work; below it, what a call costs however small it is still counts. Work that is the
-    same everywhere has no exponent.
+    1 is time in proportion to work; below it, the fixed cost of a call still counts. Constant work has no exponent.
     """
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:

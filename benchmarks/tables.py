@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def trainer() -> list[str]:
-    """The trainer's figures, but for the two kinds that only guard others."""
+    """The trainer's figures without the two kinds that only check others."""
     lines = ["| figure | measured | bound |", "|---|---|---|"]
     for figure in _read("trainer-cpu.json")["figures"]:
         if not figure["figure"].startswith(("…", "linear, training set: ELBO above")):
@@ -27,7 +27,7 @@ def trainer() -> list[str]:
 
 
 def throughput() -> list[str]:
-    """Training speed, ours beside the others'."""
+    """Training speed beside other trainers."""
     rows = _read("training-cpu.json")["rows"]
     others = list(rows[0]["ours_to"])
     lines = [f"| case | vae_export | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
@@ -41,7 +41,7 @@ def throughput() -> list[str]:
 
 
 def recipes() -> list[str]:
-    """What the recipes give and how long they take."""
+    """The results of the recipes and the time that they take."""
     lines = ["| what | options of `vae-export train OUT` | on the test data | takes |", "|---|---|---|---|"]
     for recipe in _read("recipes-cpu.json")["recipes"]:
         result = recipe["result"]
@@ -57,7 +57,7 @@ def recipes() -> list[str]:
 
 
 def sources() -> list[str]:
-    """What is promised of models from elsewhere, each with its bound."""
+    """The figures promised of models from elsewhere, each with its bound."""
     found = _read("sources-cpu.json")
     zoo, full, memory = found["zoo"], found["full"], found["memory"]
     worst = max(found["tiles"].values(), key=lambda case: case["difference"])
@@ -82,13 +82,13 @@ def sources() -> list[str]:
 
 
 def performance(record: dict[str, Any]) -> list[str]:
-    """Time of a call, ours beside the fastest peers: how many times as fast ours is; from a performance record.
+    """The time of a call and how many times as fast it is as the fastest peers; from a performance record.
 
-    In float32 ours is the build in float32; below it, the build `auto`, beside the fastest peer in float32 and the
-    fastest of those below.
+    In float32 ours is the build in float32; in reduced precision the build `auto`, beside the fastest peer in float32
+    and the fastest one in reduced precision.
     """
     lines = [
-        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | of roof "
+        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | relative to NumPy "
         "| auto, ms | times | fastest bf16 peer, ms | times |",
         f"|{'---|' * 12}",
     ]
@@ -132,7 +132,7 @@ def growth(record: dict[str, Any]) -> list[str]:
 
 
 def twice(record: dict[str, Any]) -> list[str]:
-    """Whether two builds choose alike."""
+    """How often two builds of one model choose the same."""
     lines = ["| model | choices | the same in both | where not, second to first, at most |", "|---|---|---|---|"]
     for name, found in record["twice"].items():
         same = sum(row["same"] for row in found["rows"])
@@ -142,7 +142,7 @@ def twice(record: dict[str, Any]) -> list[str]:
 
 
 def passes() -> list[str]:
-    """What passes buy: time as a share of the bundle's own graph's on the same runner."""
+    """The effect of passes: time relative to the bundle's own graph on the same runner."""
     rows = _read("passes-cpu.json")["rows"]
     choices = list(dict.fromkeys(row["passes"] for row in rows if row["passes"] != "none"))
     lines = [f"| graph | batch | runner | as it is, ms | {' | '.join(choices)} |", f"|{'---|' * (4 + len(choices))}"]
@@ -158,7 +158,7 @@ def passes() -> list[str]:
 
 
 def overhead() -> list[str]:
-    """What a call costs beside the bare session's."""
+    """The time of a call beside the bare session's."""
     lines = ["| verb | bare session, µs | vae_export, µs | difference, µs | bound |", "|---|---|---|---|---|"]
     for row in _read("overhead-cpu.json")["rows"]:
         bound = "" if row["bound_us"] is None else f"{row['bound_us']:g}"

@@ -1,4 +1,4 @@
-"""Latency of encode, decode and sample: our runtime beside what else a user could pick.
+"""Latency of encode, decode and sample: our runtime beside the alternatives of a user.
 
 The cases are data: model × verb × batch × runtime. `pytest-benchmark` warms up and repeats; the result is
 checked after timing. Runtimes of one case run one after the other: for a comparison in turns, which a noisy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +34,50 @@ def failed(done: subprocess.CompletedProcess[str], code: int, message: str) -> N
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_version_and_help() -> None:
+    """-h is --help for each verb, and every help text is a sentence."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from vae_export.commands.app import app
+
+    def shown(*arguments: str) -> str:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert shown("--version") == f"{vae_export.__version__}\n"
+    command: Any = get_command(app)
+    assert shown("-h") == shown("--help")
+    for name, verb in command.commands.items():
+        assert shown(name, "-h") == shown(name, "--help")
+        for parameter in verb.params if name != "train" else ():
+            assert re.fullmatch(r"[A-Z].{8,}\.", parameter.help), (name, parameter.name, parameter.help)
+
+
+def test_tables_at_80_columns_after_a_verdict(run: Run, digits: dict[str, Path], tmp_path: Path) -> None:
+    path, few = digits["gaussian"], ("--batches", "1,300", "--verbs", "decode,elbo", "--seconds", 0.01)
+    build = ("build", path, "--target", "cpu", "--batch", 1, "--seconds", 0.01, "--out")
+    for verb, verdict in (
+        (("verify", path), r"gaussian: certificate passed: \d+ checks; nearest to its tolerance: [a-z.]+\w+ \(\d+%\)"),
+        (
+            ("inspect", path),
+            r".*gaussian\.bundle: a bundle; every file is intact; at its export: certificate passed.*",
+        ),
+        (("bench", path, *few), r"gaussian: vae_export is \d.* times as fast as the fastest other runner .*"),
+        ((*build, "cpu.build"), r"cpu\.build is written, and verified"),
+        (("inspect", "cpu.build"), r"cpu\.build: a build of gaussian for cpu in float32; every file is intact"),
+    ):
+        first, *lines = succeeded(run(*verb, COLUMNS="80")).splitlines()
+        assert re.fullmatch(verdict, first), first
+        tables = [line for line in lines if line.startswith((" ", "│"))]
+        assert len(tables) > 5
+        assert max(map(len, tables)) <= 80
+        assert "…" not in "".join(tables).replace("… ", "")  # but digests, which are shown in part
+    wide = succeeded(run("verify", path)).splitlines()
+    assert max(map(len, wide)) > 80
 
 
 def test_the_road(run: Run, tmp_path: Path) -> None:
@@ -398,8 +444,8 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
     assert all(0 < row["p10_us"] <= row["p50_us"] <= row["p90_us"] for row in plain["rows"])
     assert (tmp_path / "p.png").is_file()
     shown = succeeded(run("bench", path, "--source", source, "--peers", "--batches", 1, "--verbs", "decode", *few[4:]))
-    for name in ("vae_export", "ONNX Runtime", "PyTorch eager", "torch.compile", "OpenVINO f32", "roof: "):
-        assert name in shown
+    for part in ("vae_export ", "ONNX Runtime", "PyTorch eager", "torch.compile", "OpenVINO f32", "NumPy's matrix pro"):
+        assert part in shown
     failed(run("bench", path, "--batches", "x"), 2, "batches are 'x'; expected numbers such as 8,64")
     failed(run("bench", path, "--batches", "0"), 2, "batches are [0]; expected numbers from 1 on")
     failed(run("bench", path, "--batches", 2**40), 2, "expected numbers from 1 on, at most 2147483647")
@@ -408,7 +454,7 @@ def test_bench(run: Run, digits: dict[str, Path], checkpoints: dict[str, Path], 
         2,
         "bench: the cache has no build for cuda in fp32. Run: vae-export build",
     )
-    failed(run("bench", path, "--source", source), 2, "are made of, and none are asked for. Add --peers")
+    failed(run("bench", path, "--source", source), 2, "which is a peer, and no peers are timed. Add --peers")
     failed(run("bench", path, "--plot", "p.svg"), 2, "the plot's path is p.svg; expected a name that ends in .png")
     failed(run("bench", path, "--plot", path / "p.png"), 2, "lies inside the bundle, which is never changed")
 

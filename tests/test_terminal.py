@@ -32,6 +32,14 @@ def test_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == f"{SHOWN}\n"
 
 
+def test_the_width(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pipe: that of COLUMNS, or one at which tables are not broken."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert terminal.console().width == terminal.PIPE_WIDTH
+    monkeypatch.setenv("COLUMNS", "77")
+    assert terminal.console().width == terminal.console(err=True).width == 77
+
+
 def test_doctor_shows_what_packages_and_variables_say_as_text(run: Run, tmp_path: Path) -> None:
     info = tmp_path / "site" / "onnxruntime_gpu-1.0.dist-info"
     info.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What is timed: a verb on a batch of real inputs, and what its result must be."""
+"""What is timed: a verb on a batch of real inputs, with the result that is expected of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vae_export.errors import InputError, VerificationError
 from vae_export.numerics import noise
 from vae_export.runtimes import VAE, open_backend
 
-#: All verbs, and the graphs that each goes through.
+#: Every verb, with the graphs that it runs.
 VERBS: Mapping[str, tuple[str, ...]] = {
     "encode": ("encoder",),
     "decode": ("decoder",),
@@ -26,17 +26,16 @@ VERBS: Mapping[str, tuple[str, ...]] = {
     "reconstruct": ("encoder", "decoder"),
     "elbo": ("encoder", "decoder"),
 }
-# Of the largest value that is expected: the worst error in float32, and the root of the mean square in lower
-# precisions, which keep 8 or 11 bits, or are quantized, and are far off in single values. Two pictures of different
-# things are further apart than a tenth.
-_ALLOWED, _ALLOWED_LOWER = 1e-4, 1e-1
+# Relative to max|expected|. In float32 of the worst error; in reduced precision, which keeps 8 or 11 bits or is
+# quantized and is far off in single values, of the RMS error: pictures of different things differ by more than a tenth.
+_TOLERANCE, _REDUCED_TOLERANCE = 1e-4, 1e-1
 _DRAWN = {"sample": frozenset({"sample"}), "elbo": frozenset({"reconstruction"})}
-# Away from the golden examples' size, so many rows are computed to compare with; larger batches repeat them.
+# Reference rows that are computed where the size is not that of the golden examples; larger batches repeat them.
 _ROWS = 8
 
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[Any]
-#: What a call gives, by name: `mean`; `sample`; or the ELBO's `reconstruction` and `kl`.
+#: The arrays that a call returns, by name: `mean`; `sample`; or the ELBO's `reconstruction` and `kl`.
 Results = Mapping[str, Values]
 
 
@@ -46,10 +45,10 @@ def has_elbo(model: Model) -> bool:
 
 
 def check_verbs(model: Model, verbs: Sequence[str] | None) -> tuple[str, ...]:
-    """Those that are asked for; None asks for all that the model has.
+    """The verbs without repetitions; for None, all that the model has.
 
     Raises:
-        InputError: one is unknown, or is `elbo` of a model that has none; or none is left.
+        InputError: there is none, one is unknown, or it is `elbo` of a model that has none.
     """
     if verbs is None:
         return tuple(verb for verb in VERBS if verb != "elbo" or has_elbo(model))
@@ -70,16 +69,16 @@ class Cell:
     Attributes:
         verb: one of VERBS.
         batch: examples in a call.
-        value: x (batch, *data) of `encode`, `reconstruct` and `elbo`; z (batch, *latent) of `decode`; of `sample` an
-            array of z's shape, whose values do not count. float32.
-        latent: one latent's shape.
+        value: float32: x (batch, *data) of `encode`, `reconstruct` and `elbo`; z (batch, *latent) of `decode`; of
+            `sample` an array of z's shape, whose values are not used.
+        latent: the shape of one latent.
         sizes: of the data's named dimensions.
-        seed: of the noise in `sample` and `elbo`, where noise is addressed.
-        start: the index of the first example there.
-        expected: by the name of what a call gives, the leading rows, float64 or float32.
-        scale: by the same names, what errors are relative to.
-        drawn: the names whose values depend on the noise: without addressed noise they can only be finite.
-        multiply_adds: of the whole batch; None where the bundle does not say it.
+        seed: of the addressed noise in `sample` and `elbo`.
+        start: the index of the first example in that noise.
+        expected: the leading rows of each result by its name, float64 or float32.
+        scale: by the same names, the value that errors are divided by.
+        drawn: the names of results that depend on the noise: with other noise they are only checked to be finite.
+        multiply_adds: of the whole batch; None where the bundle does not have them.
     """
 
     verb: str
@@ -95,53 +94,50 @@ class Cell:
     multiply_adds: int | None = None
 
     def check(self, results: Results, runner: str, *, precision: str = "fp32", addressed: bool = True) -> None:
-        """Refuse a wrong result.
+        """Compare the results of a runner's call with what is expected.
 
-        Args:
-            results: what a call gave.
-            runner: its name, for the message.
-            precision: `fp32`, or one that is allowed more.
-            addressed: its noise is ours, so that what it drew is known.
+        Reduced precision has a larger tolerance. Draws from noise that is not `addressed` only have to be finite.
 
         Raises:
-            VerificationError: a shape, or a value, is not what it must be.
+            VerificationError: a shape or a value differs.
         """
         exact = precision == "fp32"
         for name, expected in self.expected.items():
-            got, what = np.asarray(results[name]), f"bench: {runner}, {self.verb}, batch {self.batch}: {name}"
+            measured, what = np.asarray(results[name]), f"bench: {runner}, {self.verb}, batch {self.batch}: {name}"
             shape = (self.batch, *expected.shape[1:])
-            if got.shape != shape:
-                raise VerificationError(f"{what} has shape {got.shape}, expected {shape}. Its times count for nothing")
-            if not np.isfinite(got).all():
-                raise VerificationError(f"{what} has values that are not finite. Its times count for nothing")
+            if measured.shape != shape:
+                raise VerificationError(f"{what} has shape {measured.shape}, expected {shape}. Its times are discarded")
+            if not np.isfinite(measured).all():
+                raise VerificationError(f"{what} has values that are not finite. Its times are discarded")
             if name in self.drawn and not addressed:
                 continue
-            errors = np.abs(got[: len(expected)].astype(np.float64) - expected)
+            errors = np.abs(measured[: len(expected)].astype(np.float64) - expected)
             error = float(errors.max() if exact else np.sqrt(np.square(errors).mean()))
-            allowed = (_ALLOWED if exact else _ALLOWED_LOWER) * self.scale.get(name, float(np.abs(expected).max()))
-            if error > allowed:
+            scale = self.scale.get(name, float(np.abs(expected).max()))
+            tolerance = (_TOLERANCE if exact else _REDUCED_TOLERANCE) * scale
+            if error > tolerance:
                 raise VerificationError(
-                    f"{what} has a{' worst' if exact else 'n RMS'} error of {error:.3g}, allowed {allowed:.3g} in "
-                    f"{precision}. Its times count for nothing"
+                    f"{what} has a{' worst' if exact else 'n RMS'} error of {error:.3g}, tolerance {tolerance:.3g} in "
+                    f"{precision}. Its times are discarded"
                 )
 
 
 class Examples:
     """The inputs of a bundle's cells, and their references.
 
-    At the golden examples' size these are the float64 reference's. At other sizes they are what the bundle's own
-    graphs give in float32 on ONNX Runtime: the certificate is what speaks for those.
+    At the golden examples' size, the references are those of float64. At other sizes they are computed by the bundle's
+    own graphs in float32 on ONNX Runtime, which the certificate covers.
     """
 
     def __init__(self, bundle: Bundle, sizes: Mapping[str, int] | None = None) -> None:
         """Read the golden examples.
 
         Args:
-            bundle: whose every file is verified here.
+            bundle: every file of it is verified.
             sizes: of the data's named dimensions; None takes those of the golden examples.
 
         Raises:
-            InputError: a size is not one that the model takes.
+            InputError: the model does not take a size.
             BundleError: the bundle is damaged, or a graph is refused.
             BackendError: ONNX Runtime is not installed.
         """
@@ -158,12 +154,12 @@ class Examples:
         self._rows = self._of_golden(reference) if as_golden else self._of_graphs()
 
     def cell(self, verb: str, batch: int) -> Cell:
-        """The cell of a verb and a batch. Rows repeat where there are fewer than the batch has."""
+        """The cell of a verb and a batch. Rows repeat where the batch has more of them."""
         of_data = VERBS[verb][0] == "encoder"
         rows = self._rows
         value = rows["x" if of_data else "z"]
         chosen = np.arange(batch) % len(value)
-        # Noise is addressed by the index in the batch: a row that comes again has other noise.
+        # Noise is addressed by the index in the batch: a repeated row has other noise.
         once = chosen[: len(value)]
         expected: dict[str, Values] = {}
         scale: dict[str, float] = {}
@@ -181,22 +177,14 @@ class Examples:
         graphs = self._bundle.manifest.graphs
         costs = [cost.at(self.sizes)[0] for name in VERBS[verb] if (cost := graphs[name].cost)]
         return Cell(
-            verb=verb,
-            batch=batch,
-            value=np.ascontiguousarray(value[chosen]),
-            latent=self.latent,
-            sizes=self.sizes,
-            seed=self._seed,
-            start=self._first if of_data else 0,
-            expected=expected,
-            scale=scale,
-            drawn=_DRAWN.get(verb, frozenset()),
+            verb, batch, np.ascontiguousarray(value[chosen]), self.latent, self.sizes, seed=self._seed,
+            start=self._first if of_data else 0, expected=expected, scale=scale, drawn=_DRAWN.get(verb, frozenset()),
             multiply_adds=batch * sum(costs) if len(costs) == len(VERBS[verb]) else None,
-        )
+        )  # fmt: skip
 
     @functools.cached_property
     def _vae(self) -> VAE:
-        """The bundle's own graphs, whatever builds the cache has."""
+        """The bundle's own graphs, not a build of the cache."""
         graphs, weights = self._bundle.graphs()
         return VAE(self.model, open_backend(graphs, self.model, device="cpu", weights=weights), micro_batch=_ROWS)
 
@@ -205,19 +193,18 @@ class Examples:
         return noise.normals(self._seed, noise.PRIOR, 0, count, size).reshape(-1, *self.latent)
 
     def _of_golden(self, reference: golden.Reference) -> dict[str, Values]:
-        """The float64 reference's."""
-        found = {"z": self._prior(reference.record.prior), "prior.sample": reference.tensors["prior.sample"]}
+        rows = {"z": self._prior(reference.record.prior), "prior.sample": reference.tensors["prior.sample"]}
         of_data = ("x", "mean", "kl", "reconstruction", "scale")
-        return found | {name: reference.tensors[name][self._first :] for name in of_data if name in reference.tensors}
+        return rows | {name: reference.tensors[name][self._first :] for name in of_data if name in reference.tensors}
 
     def _of_graphs(self) -> dict[str, Values]:
         """Decoded draws from the prior stand in for data."""
         z = self._prior(_ROWS)
         sample = self._vae.decode(z)
         x = np.clip(sample, *self.model.data.range)
-        found: dict[str, Values] = {"z": z, "prior.sample": sample, "x": x, "mean": self._vae.encode(x).mean}
+        rows: dict[str, Values] = {"z": z, "prior.sample": sample, "x": x, "mean": self._vae.encode(x).mean}
         if has_elbo(self.model):
             terms = self._vae.elbo(x, self._seed)
-            found |= {"kl": terms.kl, "reconstruction": terms.reconstruction}
-            found["scale"] = np.abs(terms.kl) + np.abs(terms.reconstruction)
-        return found
+            rows |= {"kl": terms.kl, "reconstruction": terms.reconstruction}
+            rows["scale"] = np.abs(terms.kl) + np.abs(terms.reconstruction)
+        return rows

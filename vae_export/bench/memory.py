@@ -1,4 +1,4 @@
-"""The peak memory of a runner: of a process in which nothing else runs."""
+"""The peak memory of a runner, measured in a process in which nothing else runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from vae_export.bench.cells import VERBS, Cell
 from vae_export.bench.runners import Recipe, Runner
+from vae_export.bench.select import open_recipe
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, InputError
 
@@ -20,28 +21,28 @@ _STATUS = Path("/proc/self/status")
 _PROGRAM = "import sys; from vae_export.bench import memory; print(memory.measure(sys.argv[1]))"
 
 
-def check(runners: Sequence[Runner]) -> None:
-    """Refuse, before anything is timed, what cannot be measured.
+def check(runners: Sequence[Runner], status: Path = _STATUS) -> None:
+    """Check before anything is timed that the peak memory of these runners can be measured.
 
     Raises:
-        InputError: a runner is made of what only this process has.
-        BackendError: this system does not tell the peak of a process.
+        InputError: a runner needs an object that only this process has.
+        BackendError: this system has no file of a process's peak memory.
     """
     for runner in runners:
         source = runner.recipe.source if runner.recipe else None
         if runner.recipe is None or not (source is None or isinstance(source, (str, Path))):
             raise InputError(
-                f"bench: memory is measured in another process, and {runner.name} is made of what only this one has. "
-                "Make it of paths, with candidates, or leave memory out"
+                f"bench: memory is measured in another process, and {runner.name} needs an object that only this one "
+                "has. Open it from paths, with candidates, or leave memory out"
             )
-    if not _STATUS.exists():
-        raise BackendError("bench: memory is read from /proc, which this system has not. Leave memory out")
+    if not status.exists():
+        raise BackendError("bench: memory is read from /proc, which this system does not have. Leave memory out")
 
 
 def peak(runner: Runner, verbs: Sequence[str], batch: int, sizes: Mapping[str, int]) -> int:
-    """The bytes by which a process grows that opens the runner and calls each verb twice at a batch.
+    """The bytes by which a new process grows that opens the runner and calls each verb twice at a batch.
 
-    The inputs, and the libraries that the runner needs, are counted; Python and NumPy are not.
+    Inputs and the libraries of the runner are counted; Python and NumPy are not.
 
     Raises:
         BackendError: the process failed.
@@ -61,9 +62,7 @@ def peak(runner: Runner, verbs: Sequence[str], batch: int, sizes: Mapping[str, i
 
 
 def measure(text: str) -> int:
-    """In the other process: do what the request, in JSON, says, and tell the bytes."""
-    from vae_export.bench.select import open_recipe  # a cycle: it opens what is measured here
-
+    """Run in the other process: the bytes of a request in JSON."""
     request = json.loads(text)
     before = _status("VmRSS")
     recipe, batch, sizes = Recipe(**request["recipe"]), request["batch"], request["sizes"]
@@ -83,6 +82,6 @@ def measure(text: str) -> int:
 
 
 def _status(name: str) -> int:
-    """`VmRSS` or `VmHWM` of this process alone: what getrusage tells counts what it was forked from."""
+    """`VmRSS` or `VmHWM` of this process in bytes; getrusage would include the process that it was forked from."""
     lines = _STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

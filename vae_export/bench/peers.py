@@ -1,13 +1,14 @@
-"""What else could run the model: PyTorch as it is and compiled, diffusers, and OpenVINO's own conversion."""
+"""Other ways to run the model: PyTorch, eager and compiled, diffusers, and OpenVINO's own conversion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vae_export.bench.cells import VERBS, Cell, Results
-from vae_export.bench.runners import Call, Function, Graphs, Recipe
+from vae_export.bench.runners import Call, Function, Graphs, Recipe, Runner
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, require
 from vae_export.runtimes.cpu.openvino import compiled
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from vae_export.sources.protocol import Trained
 
 
-class Eager:
-    """The PyTorch model as it is, in evaluation mode without gradients: tensors in, tensors out."""
+class Eager(Runner):
+    """The PyTorch model in eager and evaluation mode without gradients: tensors in, tensors out."""
 
     name = "PyTorch eager"
     addressed, peer, precision = False, True, "fp32"
@@ -25,11 +26,11 @@ class Eager:
     recipe: Recipe | None = None
 
     def __init__(self, trained: Trained, *, threads: int | None = None) -> None:
-        """Take a source's module.
+        """Prepare the module of a source.
 
         Args:
             trained: the source.
-            threads: of PyTorch in this process, until it is closed; None leaves them.
+            threads: of PyTorch in this process until `close`; None leaves them.
         """
         torch = require("torch", "export", "bench --source")
         self._before = torch.get_num_threads()
@@ -39,7 +40,7 @@ class Eager:
         self._trained = trained
 
     def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Encode and decode, ready for one more shape."""
+        """Encode and decode for one more shape."""
         return self.module.encode, self.module.decode  # type: ignore[return-value]
 
     def prepare(self, cell: Cell) -> Call:
@@ -51,7 +52,8 @@ class Eager:
         encode, decode = self.functions()
         value, latent = torch.from_numpy(cell.value), (cell.batch, *cell.latent)
 
-        model, pair = self._trained.model, _Pair(encode, decode)
+        model = self._trained.model
+        pair: Any = SimpleNamespace(encode=lambda x: tuple_of(encode(x)), decode=lambda z: tuple_of(decode(z)))
         calls: dict[str, Call] = {
             "encode": lambda: encode(value),
             "decode": lambda: decode(value),
@@ -70,7 +72,6 @@ class Eager:
         return without_gradients
 
     def results(self, verb: str, result: Any) -> Results:
-        """The first of what the model gives."""
         if verb == "elbo":
             return {"kl": result.kl.numpy(), "reconstruction": result.reconstruction.numpy()}
         return {"mean" if verb == "encode" else "sample": first(result).numpy()}
@@ -88,7 +89,7 @@ class Compiled(Eager):
     name = "torch.compile"
 
     def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Compile anew: of one function PyTorch keeps a few shapes, and beyond them it silently runs it eagerly."""
+        """Compile again: PyTorch keeps a few shapes of a function, and silently runs further ones in eager mode."""
         import torch
 
         torch._dynamo.reset()
@@ -103,7 +104,7 @@ class Diffusers(Eager):
     verbs = frozenset({"encode", "decode", "sample", "reconstruct"})  # it has no likelihood
 
     def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Its own methods."""
+        """The methods of the diffusers class."""
         vae: Any = self.module.vae
         return vae.encode, vae.decode
 
@@ -119,8 +120,8 @@ class OpenVino(Graphs):
 
         Args:
             bundle: its folder.
-            precision: `fp32` or `bf16`, as OpenVINO is told.
-            threads: of one call; None leaves it to OpenVINO.
+            precision: `fp32` or `bf16`, passed to OpenVINO as a hint.
+            threads: of one call; None leaves the number to OpenVINO.
 
         Raises:
             InputError, BundleError: as for `load`.
@@ -142,51 +143,38 @@ class OpenVino(Graphs):
         self._graphs, weights = opened.graphs()
         if weights:
             raise BackendError(
-                f"bench --peers: the weights of {opened.path} lie beside its graphs, and OpenVINO reads graphs from "
-                "memory in one piece. It is not timed"
+                f"bench --peers: the weights of {opened.path} lie beside its graphs, and OpenVINO reads a graph from "
+                "memory only with its weights inside. It is not timed"
             )
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
 
     def function(self, graph: str, shape: tuple[int, ...], outputs: Sequence[str]) -> Function:
-        """Convert, fix the shape, compile."""
+        """Read the graph, fix its shape and compile it."""
         model = self._core.read_model(self._graphs[graph])
         model.reshape(self._openvino.PartialShape(list(shape)))
-        made = compiled(self._core, model, self._settings)
-        request = made.create_infer_request()
-        wanted = [made.output(name) for name in outputs]
+        executable = compiled(self._core, model, self._settings)
+        request = executable.create_infer_request()
+        wanted = [executable.output(name) for name in outputs]
 
         def run(value: Any) -> Sequence[Any]:
-            found = request.infer([value], share_inputs=True, share_outputs=True)
-            return [found[output] for output in wanted]
+            results = request.infer([value], share_inputs=True, share_outputs=True)
+            return [results[output] for output in wanted]
 
         return run
 
 
-class _Pair:
-    """Two functions as the objective's model, which gives tuples."""
-
-    def __init__(self, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
-        self._encode, self._decode = encode, decode
-
-    def encode(self, x: Any) -> tuple[Any, ...]:
-        return tuple_of(self._encode(x))
-
-    def decode(self, z: Any) -> tuple[Any, ...]:
-        return tuple_of(self._decode(z))
-
-
 def tuple_of(given: Any) -> tuple[Any, ...]:
-    """What a model returns as a tuple: a single tensor may come without one."""
+    """The output of a model as a tuple, also where it is a single tensor."""
     import torch
 
     return (given,) if isinstance(given, torch.Tensor) else tuple(given)
 
 
 def first(given: Any) -> Any:
-    """The mean, or the decoded mean, in what a model returns: a tensor, a tuple, or an output object of diffusers."""
+    """The (decoded) mean in a model's output, which is a tensor, a tuple, or an output object of diffusers."""
     import torch
 
-    found = given if isinstance(given, torch.Tensor) else given[0]
-    return found if isinstance(found, torch.Tensor) else found.mean
+    output = given if isinstance(given, torch.Tensor) else given[0]
+    return output if isinstance(output, torch.Tensor) else output.mean

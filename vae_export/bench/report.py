@@ -1,30 +1,35 @@
-"""What a comparison gives: rows, a table, JSON, and a plot."""
+"""The report of a comparison: a verdict, a table, JSON, and a plot."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from vae_export.contract import atomic
 from vae_export.errors import InputError, require
+from vae_export.timing import Times
 
 _TIMES = ("median", "p10", "p50", "p90", "p99")
+#: Columns of a terminal from which on the whole table fits.
+FULL_WIDTH = 120
 
 
 @dataclass(frozen=True)
 class Absent:
-    """A runner that was asked for and has no times.
+    """A requested runner without times.
 
     Attributes:
         runner: its name.
         reason: in words, with what to do where something can be done.
-        verb: the one cell that it lacks; None where it lacks all.
+        verb: of the one cell that is missing; None where all are.
         batch: likewise.
     """
 
@@ -36,25 +41,18 @@ class Absent:
 
 @dataclass(frozen=True)
 class Row:
-    """One runner in one cell. Times are in seconds, of one call.
+    """One runner in one cell.
 
     Attributes:
-        verb: what was called.
+        verb: one of `VERBS`.
         batch: examples in a call.
         runner: its name.
-        precision: what it computes in.
-        peer: it is one of others'.
-        median: see `timing.Times`, as are the following to `turns`.
-        p10: percentile of all calls.
-        p50: likewise.
-        p90: likewise.
-        p99: likewise.
-        spread: between turns, as a share.
-        calls: timed.
-        turns: of calls.
-        prepare_s: what the shape took before any call, such as OpenVINO's compiling.
-        first_call_s: the first call, `torch.compile`'s compiling included.
-        multiply_adds: of one call, from the manifest; None where that does not say it.
+        precision: that it computes in.
+        peer: whether it is other software.
+        times: of one call.
+        prepare_s: seconds of preparing the shape before any call, such as OpenVINO's compilation.
+        first_call_s: seconds of the first call, with `torch.compile`'s compilation.
+        multiply_adds: of one call, from the manifest; None where it does not have them.
     """
 
     verb: str
@@ -62,146 +60,150 @@ class Row:
     runner: str
     precision: str
     peer: bool
-    median: float
-    p10: float
-    p50: float
-    p90: float
-    p99: float
-    spread: float
-    calls: int
-    turns: int
+    times: Times
     prepare_s: float
     first_call_s: float
     multiply_adds: int | None
 
     @property
     def per_second(self) -> float:
-        """Examples each second."""
-        return self.batch / self.median
+        """Examples per second."""
+        return self.batch / self.times.median
 
     @property
     def gflops(self) -> float | None:
-        """Operations each second, 2 for a multiply-add, in 10^9."""
-        return None if self.multiply_adds is None else 2 * self.multiply_adds / self.median / 1e9
+        """10^9 operations per second; a multiply-add counts as 2."""
+        return None if self.multiply_adds is None else 2 * self.multiply_adds / self.times.median / 1e9
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything of one run.
+    """The results of one run.
 
     Attributes:
         bundle: its name.
         sizes: of the data's named dimensions.
         threads: of every call.
-        machine: see `roof.machine`.
-        roof: the machine's own rates; see `roof.Roof.rates`.
+        machine: see `rates.machine`.
+        rates: the machine's own rates, see `MachineRates.rates`; `roof` in JSON.
         runners: for each its name, precision and, where they were measured, `open_s` and `memory_bytes`.
         rows: in the order of verbs, batches and runners.
-        absent: what has no times, and why.
+        absent: runners without times, and why.
     """
 
     bundle: str
     sizes: dict[str, int]
     threads: int
     machine: dict[str, Any]
-    roof: dict[str, float]
+    rates: dict[str, float]
     runners: tuple[dict[str, Any], ...]
     rows: tuple[Row, ...]
     absent: tuple[Absent, ...]
 
-    def share_of_roof(self, row: Row) -> float | None:
-        """A row's rate as a share of the machine's own: of bfloat16 for bf16, where it was measured, else of float32.
+    def relative_rate(self, row: Row) -> float | None:
+        """A row's rate relative to NumPy's float32 matrix product, or for bf16 to PyTorch's bfloat16 one if measured.
 
-        Transforms that need fewer operations than are counted can bring it above 1.
+        It is above 1 where a graph needs fewer operations than are counted, or a library beats NumPy's.
         """
-        rate = self.roof["float32_gflops"]
+        rate = self.rates["float32_gflops"]
         if row.precision == "bf16":
-            rate = self.roof.get("bfloat16_gflops", rate)
+            rate = self.rates.get("bfloat16_gflops", rate)
         return None if row.gflops is None else row.gflops / rate
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the attributes, with `date` and `versions` beside `machine`.
 
-        A row has its times in µs as `median_us`, `p10_us` and so on, and `per_second`, `gflops` and `share_of_roof`.
+        A row has its times in µs as `median_us`, `p10_us` and so on, and `per_second`, `gflops` and `share_of_roof`,
+        which is its relative rate.
         """
         rows = []
         for row in self.rows:
             plain = asdict(row)
-            times = {f"{name}_us": plain.pop(name) * 1e6 for name in _TIMES}
-            derived = {"per_second": row.per_second, "gflops": row.gflops, "share_of_roof": self.share_of_roof(row)}
-            rows.append({**plain, **times, **derived})
-        return {
-            "bundle": self.bundle,
-            "sizes": self.sizes,
-            "threads": self.threads,
-            **self.machine,
-            "roof": self.roof,
-            "runners": list(self.runners),
-            "rows": rows,
-            "absent": [asdict(one) for one in self.absent],
-        }
+            times = plain.pop("times")
+            plain |= {f"{name}_us": times.pop(name) * 1e6 for name in _TIMES} | times
+            derived = {"per_second": row.per_second, "gflops": row.gflops, "share_of_roof": self.relative_rate(row)}
+            rows.append({**plain, **derived})
+        absent = [asdict(one) for one in self.absent]
+        facts = {"bundle": self.bundle, "sizes": self.sizes, "threads": self.threads, **self.machine}
+        return {**facts, "roof": self.rates, "runners": list(self.runners), "rows": rows, "absent": absent}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Report:
-        """From what `to_dict` gave, with more beside it or without."""
-        names = [field.name for field in fields(Row)]
-        rows = [{**row, **{name: row[f"{name}_us"] / 1e6 for name in _TIMES}} for row in plain["rows"]]
+        """The report of which `to_dict` returned these values; other keys are ignored."""
+        rows = []
+        for row in plain["rows"]:
+            seconds = {name: row[f"{name}_us"] / 1e6 for name in _TIMES}
+            times = Times(**seconds, **{name: row[name] for name in ("spread", "calls", "turns")})
+            rows.append(Row(times=times, **{f.name: row[f.name] for f in fields(Row) if f.name != "times"}))
         return cls(
-            bundle=plain["bundle"],
-            sizes=plain["sizes"],
-            threads=plain["threads"],
+            bundle=plain["bundle"], sizes=plain["sizes"], threads=plain["threads"], rates=plain["roof"],
             machine={name: plain[name] for name in ("date", "machine", "versions")},
-            roof=plain["roof"],
-            runners=tuple(plain["runners"]),
-            rows=tuple(Row(**{name: row[name] for name in names}) for row in rows),
-            absent=tuple(Absent(**one) for one in plain["absent"]),
-        )
+            runners=tuple(plain["runners"]), rows=tuple(rows), absent=tuple(Absent(**one) for one in plain["absent"]),
+        )  # fmt: skip
 
 
-def reason(error: Exception) -> str:
-    """An error's first line, with its kind where it is not one of ours to read."""
+def first_line(error: Exception) -> str:
+    """An error's first line, with its type where the error is not ours."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     return text if text.startswith("bench") else f"{type(error).__name__}: {text}"
 
 
-def table(report: Report) -> Table:
-    """A line for each verb, batch and runner. `ready s` is what preparing the shape and the first call took."""
+def verdict(report: Report) -> str:
+    """Our fastest runner beside the fastest other one over all cells, in one line."""
+    ratios: list[float] = []
+    for cell in dict.fromkeys((row.verb, row.batch) for row in report.rows):
+        here = [row for row in report.rows if (row.verb, row.batch) == cell]
+        ours, others = ([row.times.median for row in here if _own(row.runner) is own] for own in (True, False))
+        if ours and others:
+            ratios.append(min(others) / min(ours))
+    if not ratios:
+        return f"{report.bundle}: no cell has both vae_export and another runner"
+    return (
+        f"{report.bundle}: vae_export is {statistics.geometric_mean(ratios):.2f} times as fast as the fastest other "
+        f"runner (geometric mean of {len(ratios)} cells; {min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+def table(report: Report, *, brief: bool = False) -> Table:
+    """A line for each verb, batch and runner; `brief` leaves out what does not fit 80 columns and `--json` has."""
     shown = Table(
         title=escape(f"{report.bundle}: time of a call, {report.threads} threads; runners took turns in one run"),
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="vs. NumPy: operations per second relative to NumPy's matrix product"
+        + ("" if brief else "; ready s: preparing the shape and the first call"),
+        caption_justify="left",
     )
-    left = ("verb", "runner")
-    headings = ("verb", "batch", "runner", "median µs (p10–p90)", "p99 µs", "spread", "images/s", "GFLOP/s", "of roof")
-    for heading in (*headings, "ready s"):
-        shown.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    headings = ("verb", "batch", "runner", "median µs (p10–p90)", "images/s", "vs. NumPy")
+    for heading in (*headings, *(() if brief else ("GFLOP/s", "p99 µs", "spread", "ready s"))):
+        text = heading in ("verb", "runner")
+        shown.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     before: tuple[str, int] | None = None
     for row in report.rows:
-        cell, share = (row.verb, row.batch), report.share_of_roof(row)
+        cell, relative = (row.verb, row.batch), report.relative_rate(row)
         if before and cell != before:
             shown.add_section()
         shown.add_row(
             *((row.verb, str(row.batch)) if cell != before else ("", "")),
             Text(row.runner),
-            f"{row.median * 1e6:,.1f} ({row.p10 * 1e6:,.1f}–{row.p90 * 1e6:,.1f})",
-            f"{row.p99 * 1e6:,.1f}",
-            f"{row.spread:.1%}",
+            f"{_us(row.times.median)} ({_us(row.times.p10)}–{_us(row.times.p90)})",
             f"{row.per_second:,.0f}",
-            "" if row.gflops is None else f"{row.gflops:,.1f}",
-            "" if share is None else f"{share:.0%}",
-            f"{row.prepare_s + row.first_call_s:.2f}",
+            "" if relative is None else f"{relative:.0%}",
+            *(() if brief else _details(row)),
         )
         before = cell
     return shown
 
 
 def summary(report: Report) -> list[str]:
-    """What stands below the table: the roof, memory, and what is absent and why."""
-    roof = report.roof
-    products = f"{roof['float32_gflops']:.0f} GFLOP/s in float32"
-    if "bfloat16_gflops" in roof:
-        products += f", {roof['bfloat16_gflops']:.0f} in bfloat16"
-    lines = [f"roof: {products}; copies {roof['copy_gb_per_second']:.1f} GB/s"]
+    """The lines below the table: the machine's rates, memory, and absent runners with the reasons."""
+    rates = report.rates
+    products = f"NumPy's matrix product: {rates['float32_gflops']:.0f} GFLOP/s in float32"
+    if "bfloat16_gflops" in rates:
+        products += f"; PyTorch's: {rates['bfloat16_gflops']:.0f} in bfloat16"
+    lines = [f"{products}; copies: {rates['copy_gb_per_second']:.1f} GB/s"]
     for fact in report.runners:
         if "memory_bytes" in fact:
             lines.append(f"memory: {fact['runner']} {fact['memory_bytes'] / 2**20:,.0f} MiB")
@@ -213,16 +215,31 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
+def _details(row: Row) -> tuple[str, ...]:
+    """The columns that only the whole table has."""
+    rate = "" if row.gflops is None else f"{row.gflops:,.1f}"
+    return rate, _us(row.times.p99), f"{row.times.spread:.1%}", f"{row.prepare_s + row.first_call_s:.2f}"
+
+
+def _own(runner: str) -> bool:
+    return runner.startswith("vae_export")
+
+
+def _us(seconds: float) -> str:
+    """Microseconds in at least three digits."""
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.1f}"
+
+
 def plot(report: Report, path: Path) -> None:
-    """Latency against batch, both logarithmic: a panel for each verb, a line for each runner, and the roof's line.
+    """Draw latency against batch, both logarithmic: a panel for each verb, a line for each runner and NumPy's rate.
 
     Raises:
-        InputError: the path is no .png, or there is no row to draw.
+        InputError: the path does not end in .png, or the report has no rows.
         BackendError: matplotlib is not installed.
     """
     check_plot(path)
     if not report.rows:
-        raise InputError("bench: there is no row to draw. Name a runner that is here")
+        raise InputError("bench: there is no row to draw. Time a runner that this machine has")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -233,11 +250,11 @@ def plot(report: Report, path: Path) -> None:
     for panel, verb in zip(panels, verbs, strict=True):
         rows = [row for row in report.rows if row.verb == verb]
         for number, name in enumerate(names):
-            own = sorted((row.batch, row.median * 1e3) for row in rows if row.runner == name)
+            own = sorted((row.batch, row.times.median * 1e3) for row in rows if row.runner == name)
             if own:
-                style = "o-" if name.startswith("vae_export") else "s--"
+                style = "o-" if _own(name) else "s--"
                 panel.plot(*zip(*own, strict=True), style, color=f"C{number}", label=name, markersize=4)
-        _draw_roof(panel, rows, report.roof["float32_gflops"])
+        _draw_rate(panel, rows, report.rates["float32_gflops"])
         batches = sorted({row.batch for row in rows})
         panel.set(xscale="log", yscale="log", title=verb, xlabel="batch", ylabel="ms a call")
         panel.set_xticks(batches, [str(batch) for batch in batches])
@@ -252,14 +269,14 @@ def plot(report: Report, path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before anything is timed, a place or an environment in which no plot can be made. Errors: as `plot`."""
+    """Check before anything is timed that a plot can be written here. Errors: as for `plot`."""
     if path.suffix.lower() != ".png":
         raise InputError(f"bench: the plot's path is {path}; expected a name that ends in .png")
     require("matplotlib", "train", "bench --plot")
 
 
-def _draw_roof(panel: Any, rows: Sequence[Row], gflops: float) -> None:
-    """What the multiply-adds would take at the machine's own rate."""
+def _draw_rate(panel: Any, rows: Sequence[Row], gflops: float) -> None:
+    """The time that the multiply-adds would take at the rate of NumPy's matrix product."""
     known = sorted({(row.batch, 2 * row.multiply_adds / gflops / 1e6) for row in rows if row.multiply_adds})
     if known:
-        panel.plot(*zip(*known, strict=True), ":", color="black", label="roof, float32")
+        panel.plot(*zip(*known, strict=True), ":", color="black", label="at NumPy's float32 rate")

@@ -1,4 +1,4 @@
-"""What runs a bundle without PyTorch: our runtime, and the graphs on a session of somebody's, with nothing around."""
+"""Runners of a bundle without PyTorch: our runtime, and its graphs on a bare session."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from vae_export.runtimes import BuildLike, load
 from vae_export.runtimes.ort_session import session_options
 
 Call = Callable[[], Any]
-#: An array in, some outputs of a graph, in order, out.
+#: From a graph's input to some of its outputs, in order.
 Function = Callable[[Array], Sequence[Array]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a runner is opened, in values that another process can read.
+    """How to open a runner, in values that another process can read.
 
     Attributes:
         kind: a name of `select.KINDS`.
         bundle: its folder.
         threads: of one call.
-        build: the folder of a build, for `ours`; None takes what `load` takes in float32.
-        own: for `ours`: the bundle's own graphs and no build.
-        source: what `sources.resolve` takes, for the kinds that run PyTorch; text or a path for another process.
+        build: for `ours`, the folder of a build; None leaves the choice to `load` in float32.
+        own: for `ours`, use the bundle's own graphs and no build.
+        source: for the kinds that run PyTorch, an argument of `sources.resolve`; text or a path for another process.
     """
 
     kind: str
@@ -49,12 +49,12 @@ class Runner(Protocol):
     """A way to run a bundle's model.
 
     Attributes:
-        name: unique among those that run together.
-        precision: `fp32`, or what else it computes in: the budget of the check at the end.
+        name: unique among the runners of a run.
+        precision: that it computes in, which the check of its results depends on.
         addressed: whether `sample` and `elbo` draw our addressed noise, so that their results are known.
-        peer: one of others', whose failure is reported and does not end the run.
-        verbs: those that it has.
-        recipe: how to open it again; None where it has what only this process has.
+        peer: whether it is other software, whose failure is reported and does not end the run.
+        verbs: those that it supports.
+        recipe: how to open it again; None where it needs an object that only this process has.
     """
 
     name: str
@@ -65,33 +65,28 @@ class Runner(Protocol):
     recipe: Recipe | None
 
     def prepare(self, cell: Cell) -> Call:
-        """A call that runs the cell's verb on its value. Work for one shape, such as compiling, is done here."""
+        """A call that runs the cell's verb on its value, after work for its shape such as compiling."""
         ...
 
     def results(self, verb: str, result: Any) -> Results:
-        """What a call gave as arrays, by the names of `Cell.expected`."""
+        """The result of a call as arrays, by the names of `Cell.expected`."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
-        ...
+        """Release what Python does not release by itself."""
+        return
 
 
-class Ours:
+class Ours(Runner):
     """`vae_export.load`, all input checks on."""
 
     addressed, peer = True, False
     verbs = frozenset(VERBS)
 
     def __init__(
-        self,
-        bundle: str | Path,
-        *,
-        build: str | Path | None = None,
-        threads: int | None = None,
-        own: bool = False,
+        self, bundle: str | Path, *, build: str | Path | None = None, threads: int | None = None, own: bool = False
     ) -> None:
-        """Load on the CPU in float32, or where the build is for in what it computes. Errors: as for `load`."""
+        """Load on the CPU in float32, or with a build on its device in its precision. Errors: as for `load`."""
         folder = None if build is None else str(build)
         self.recipe: Recipe | None = Recipe("ours", str(bundle), threads, folder, own=own)
         self.name, self.precision = "vae_export", "fp32"
@@ -110,7 +105,6 @@ class Ours:
         self.vae = load(bundle, device=device, build=build, micro_batch=micro_batch, threads=threads)
 
     def prepare(self, cell: Cell) -> Call:
-        """The public methods."""
         vae, value, seed, start = self.vae, cell.value, cell.seed, cell.start
         calls: dict[str, Call] = {
             "encode": lambda: vae.encode(value),
@@ -122,20 +116,18 @@ class Ours:
         return calls[cell.verb]
 
     def results(self, verb: str, result: Any) -> Results:
-        """Take them from a posterior or an ELBO."""
         if verb == "encode":
             return {"mean": result.mean}
         return {"kl": result.kl, "reconstruction": result.reconstruction} if verb == "elbo" else {"sample": result}
 
     def close(self) -> None:
-        """Close the VAE."""
         self.vae.close()
 
 
-class Graphs:
-    """The verbs over two functions, as somebody would write them in NumPy around sessions: nothing is checked.
+class Graphs(Runner):
+    """The verbs over two functions, as anybody would write them in NumPy around sessions, without checks.
 
-    Noise is of NumPy's usual generator. The ELBO's terms are ours.
+    Noise comes from NumPy's default generator. The terms of the ELBO are computed as ours.
     """
 
     addressed, precision = False, "fp32"
@@ -153,7 +145,6 @@ class Graphs:
         raise NotImplementedError
 
     def prepare(self, cell: Cell) -> Call:
-        """Join the functions that the verb needs."""
         value, latent = cell.value, (cell.batch, *cell.latent)
         into = ENCODER_OUTPUTS[self.model.posterior.kind]
         back = DECODER_OUTPUTS[self.model.likelihood.kind] if cell.verb == "elbo" else ("sample",)
@@ -180,15 +171,11 @@ class Graphs:
         return calls[cell.verb]
 
     def results(self, verb: str, result: Any) -> Results:
-        """The first output is what all runners have."""
         return result if verb == "elbo" else {"mean" if verb == "encode" else "sample": result[0]}
-
-    def close(self) -> None:
-        """Nothing that Python does not give back by itself."""
 
 
 class Bare(Graphs):
-    """`InferenceSession.run` on the bundle's own graphs."""
+    """A bare `InferenceSession.run` on the bundle's own graphs."""
 
     name = "ONNX Runtime"
     peer = False
@@ -216,8 +203,8 @@ class Bare(Graphs):
 
     def function(self, graph: str, shape: tuple[int, ...], outputs: Sequence[str]) -> Function:
         """The session takes every shape."""
-        session, (end,) = self._sessions[graph], self.model.signature(graph)[0]
-        names, name = list(outputs), end.name
+        session, (entry,) = self._sessions[graph], self.model.signature(graph)[0]
+        names, name = list(outputs), entry.name
         return lambda value: session.run(names, {name: value})
 
 

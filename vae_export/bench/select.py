@@ -1,17 +1,17 @@
-"""Which runners there are for a bundle here, and which are not and why."""
+"""The runners of a bundle that this machine has, and why the others are absent."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vae_export.bench import peers
-from vae_export.bench.report import Absent, reason
+from vae_export.bench import peers as others
+from vae_export.bench.report import Absent, first_line
 from vae_export.bench.runners import Bare, Ours, Recipe, Runner
 from vae_export.contract.bundle import Bundle
 from vae_export.errors import BackendError, InputError, require
@@ -20,20 +20,20 @@ from vae_export.runtimes.threads import cores
 if TYPE_CHECKING:
     from vae_export.sources.protocol import Trained
 
-Opener = Callable[[Recipe, "Trained | None"], Runner]
+Opener = Callable[[Recipe, Any], Runner]
 
-#: What a recipe of each kind opens. Those of PyTorch need the resolved source.
+#: How to open a recipe of each kind. Those of PyTorch need the resolved source.
 KINDS: Mapping[str, Opener] = {
     "ours": lambda recipe, trained: Ours(recipe.bundle, build=recipe.build, threads=recipe.threads, own=recipe.own),
     "onnxruntime": lambda recipe, trained: Bare(recipe.bundle, threads=recipe.threads),
-    "openvino-fp32": lambda recipe, trained: peers.OpenVino(recipe.bundle, threads=recipe.threads),
-    "openvino-bf16": lambda recipe, trained: peers.OpenVino(recipe.bundle, precision="bf16", threads=recipe.threads),
-    "eager": lambda recipe, trained: peers.Eager(_needed(trained), threads=recipe.threads),
-    "compile": lambda recipe, trained: peers.Compiled(_needed(trained), threads=recipe.threads),
-    "diffusers": lambda recipe, trained: peers.Diffusers(_needed(trained), threads=recipe.threads),
+    "openvino-fp32": lambda recipe, trained: others.OpenVino(recipe.bundle, threads=recipe.threads),
+    "openvino-bf16": lambda recipe, trained: others.OpenVino(recipe.bundle, precision="bf16", threads=recipe.threads),
+    "eager": lambda recipe, trained: others.Eager(trained, threads=recipe.threads),
+    "compile": lambda recipe, trained: others.Compiled(trained, threads=recipe.threads),
+    "diffusers": lambda recipe, trained: others.Diffusers(trained, threads=recipe.threads),
 }
-#: The kinds that are asked for together, and what they are called when they are not there.
-PEERS = {
+#: The kinds of other software, and their names in reports where they are absent.
+PEERS: Mapping[str, str] = {
     "eager": "PyTorch eager",
     "compile": "torch.compile",
     "diffusers": "diffusers",
@@ -44,31 +44,28 @@ _OF_SOURCE = ("eager", "compile", "diffusers")
 
 
 @dataclass
-class Selection:
-    """Runners that are open, as a context that closes them.
+class Selection(AbstractContextManager["Selection"]):
+    """Open runners of a bundle, as a context that closes them.
 
     Attributes:
-        runners: ours first.
-        absent: those that were asked for and are not here.
+        bundle: its folder.
         threads: of every call.
-        opened: seconds that opening each took, by name.
+        runners: ours first.
+        absent: the requested ones that this machine does not have.
+        opened: the seconds that opening each took, by name.
     """
 
+    bundle: str | Path
     threads: int
     runners: list[Runner] = field(default_factory=list)
     absent: list[Absent] = field(default_factory=list)
     opened: dict[str, float] = field(default_factory=dict)
 
-    def __enter__(self) -> Selection:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close all, the last opened first."""
+        """Close all runners, the last opened first."""
         while self.runners:
             self.runners.pop().close()
 
@@ -78,29 +75,29 @@ def candidates(
     *,
     builds: Sequence[str | Path] = (),
     source: Any = None,
-    with_peers: bool = False,
+    peers: Collection[str] = (),
     threads: int | None = None,
     own: bool = False,
 ) -> Selection:
-    """Open all that is asked for.
+    """Open our runtime, a bare session of ONNX Runtime, and peers.
 
     Args:
         bundle: its folder.
-        builds: folders of builds of it, each timed; none times what `load` takes on the CPU in float32.
-        source: what the bundle was exported from: what `sources.resolve` takes. PyTorch's peers are made of it.
-        with_peers: PyTorch eager and compiled, diffusers, and OpenVINO, too.
-        threads: of every call, for all alike; None takes one for each core that this process may use.
-        own: where no builds are named: time the bundle's own graphs, not a build of the cache.
+        builds: folders of builds of it to open; without any, `load` chooses on the CPU in float32.
+        source: what the bundle was exported from, as for `sources.resolve`: peers that run PyTorch need it.
+        peers: kinds of `PEERS` to open as well.
+        threads: of every call of every runner; None takes one for each core that this process may use.
+        own: without builds, open the bundle's own graphs and no build of the cache.
 
     Raises:
-        InputError: threads is below 1, there is a source and no peers are wanted, or as for `load`.
+        InputError: threads is below 1, there is a source without peers, or as for `load`.
         BundleError, BackendError: as for `load`, and for reading the source.
     """
     if threads is not None and threads < 1:
         raise InputError(f"bench: threads is {threads}; expected a number from 1 on")
-    if source is not None and not with_peers:
-        raise InputError("bench: --source is what PyTorch's peers are made of, and none are asked for. Add --peers")
-    selection = Selection(threads or cores())
+    if source is not None and not peers:
+        raise InputError("bench: --source is for timing PyTorch, which is a peer, and no peers are timed. Add --peers")
+    selection = Selection(bundle, threads or cores())
     shared = Recipe("ours", str(bundle), selection.threads, source=source)
     try:
         for build in builds or (None,):
@@ -108,8 +105,8 @@ def candidates(
             _open(selection, recipe, None)
         _distinguish(selection)
         _open(selection, replace(shared, kind="onnxruntime", source=None), None)
-        if with_peers:
-            _open_peers(selection, shared)
+        if peers:
+            _open_peers(selection, shared, peers)
     except BaseException:
         selection.close()
         raise
@@ -121,20 +118,21 @@ def open_recipe(recipe: Recipe) -> Runner:
     return KINDS[recipe.kind](recipe, _resolved(recipe.source) if recipe.kind in _OF_SOURCE else None)
 
 
-def _open_peers(selection: Selection, shared: Recipe) -> None:
+def _open_peers(selection: Selection, shared: Recipe, kinds: Collection[str]) -> None:
     trained = None if shared.source is None else _resolved(shared.source)
     origin = trained.origin if trained else Bundle(shared.bundle).manifest.origin
     for kind, name in PEERS.items():
-        if kind == "diffusers" and origin.kind != "diffusers":
+        if kind not in kinds or (kind == "diffusers" and origin.kind != "diffusers"):
             continue
         if kind in _OF_SOURCE and trained is None:
-            selection.absent.append(Absent(name, "it needs what the bundle was exported from. Pass it with --source"))
+            why = "it needs the source that the bundle was exported from. Pass it with --source"
+            selection.absent.append(Absent(name, why))
             continue
         try:
             recipe = replace(shared, kind=kind, source=shared.source if kind in _OF_SOURCE else None)
             _open(selection, recipe, trained)
         except BackendError as error:
-            selection.absent.append(Absent(name, reason(error)))
+            selection.absent.append(Absent(name, first_line(error)))
 
 
 def _open(selection: Selection, recipe: Recipe, trained: Trained | None) -> None:
@@ -146,7 +144,7 @@ def _open(selection: Selection, recipe: Recipe, trained: Trained | None) -> None
 
 
 def _distinguish(selection: Selection) -> None:
-    """Builds of one precision are told apart by their folders."""
+    """Add the folder to the names of builds of the same precision."""
     counted = Counter(runner.name for runner in selection.runners)
     taken: set[str] = set()
     opened = list(selection.opened.values())
@@ -164,8 +162,3 @@ def _resolved(source: Any) -> Trained:
     from vae_export import sources
 
     return sources.resolve(source)
-
-
-def _needed(trained: Trained | None) -> Trained:
-    assert trained is not None
-    return trained

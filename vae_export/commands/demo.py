@@ -1,4 +1,4 @@
-"""The whole road on handwritten digits: train, export, verify, run without PyTorch, look at pictures."""
+"""`vae-export demo`: train on handwritten digits, export, verify, run without PyTorch, and write pictures."""
 
 from __future__ import annotations
 
@@ -7,31 +7,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-
-from vae_export.certification import golden
-from vae_export.certification.verifier import verify
-from vae_export.commands import tables, terminal
-from vae_export.contract.bundle import Bundle
+from vae_export.commands import terminal
+from vae_export.commands.options import option
 from vae_export.errors import EXPORT_NEEDS, BackendError, InputError, require
-from vae_export.numerics import images
-from vae_export.progress import bar
 
 _MARK = ".vae-export-demo"
 
 
-def demo(out: Path, console: Console) -> None:
-    """Run the demo and leave its results in `out`. An earlier demo's results are replaced, nothing else.
-
-    Raises:
-        InputError: `out` holds something else.
-        BackendError: an extra is missing.
-        VerificationError: the bundle is not equal to the model.
-    """
+def demo(
+    out: Annotated[Path, option("The folder to write to; the results of an earlier demo in it are replaced.")] = Path(
+        "out/demo"
+    ),
+) -> None:
+    """Train on handwritten digits, export, verify, run without PyTorch, and write pictures."""
     for module, extra in (*EXPORT_NEEDS, ("lightning_fabric", "train"), ("sklearn", "train")):
         require(module, extra, "demo")
+    from vae_export.certification.verifier import verify
+    from vae_export.commands import tables
     from vae_export.exporting.exporter import export
+    from vae_export.progress import bar
     from vae_export.trainers.config import ModelConfig, TrainConfig
     from vae_export.trainers.fit import fit
 
@@ -41,6 +37,7 @@ def demo(out: Path, console: Console) -> None:
         raise InputError(f"demo: {out} is not empty and no demo made it. Choose another folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
+    console = terminal.console()
     checkpoint, path = out / "checkpoint", out / "digits.bundle"
     began = time.perf_counter()
 
@@ -56,6 +53,7 @@ def demo(out: Path, console: Console) -> None:
     console.rule("verify: measured again, without PyTorch")
     certificate = verify(path, opened=lambda line: terminal.say(f"  {line}"))
     table = tables.certificate(certificate)
+    terminal.say(tables.verdict(certificate))
     console.print(table)
     (out / "certificate.txt").write_text(tables.as_text(table), encoding="utf-8")
     certificate.require()
@@ -88,9 +86,8 @@ def _run_without_torch(path: Path, out: Path) -> dict[str, float]:
     program = (
         "import sys; sys.modules['torch'] = None; from vae_export.commands import demo; demo.pictures(*sys.argv[1:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path), str(out)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program, str(path), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"demo: the run without PyTorch failed:\n{done.stderr}")
     figures: dict[str, float] = json.loads(done.stdout)
@@ -98,7 +95,11 @@ def _run_without_torch(path: Path, out: Path) -> dict[str, float]:
 
 
 def pictures(path: str, out: str) -> None:
-    """Use a bundle as an app would: write its pictures, and print what was measured as JSON."""
+    """Use a bundle as an application would: write its pictures, and print measured figures as JSON."""
+    from vae_export.certification import golden
+    from vae_export.contract.bundle import Bundle
+    from vae_export.numerics import images
+
     began = time.perf_counter()
     from vae_export.runtimes import load
 

@@ -1,146 +1,24 @@
-"""What is installed, what can be loaded, what is missing and how to get it."""
+"""`vae-export doctor`."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import importlib.util
-import os
-import platform
-import re
-from collections.abc import Mapping
-from typing import Any
+import typer
 
-from vae_export import __version__, versions
-from vae_export.contract import cache, targets
-from vae_export.errors import BackendError, require
-from vae_export.runtimes import processor
-from vae_export.runtimes.gpu import driver, flavours
-from vae_export.runtimes.gpu.device import compile_kernels
-
-#: Our extras that a person installs by name, and what each is for.
-EXTRAS: Mapping[str, str] = {
-    "cpu": "run bundles on the CPU",
-    "gpu": "run bundles on CUDA",
-    "build": "make builds for ONNX Runtime",
-    "tensorrt": "make and run builds for TensorRT",
-    "rtx": "make and run builds for TensorRT for RTX",
-    "export": "make bundles",
-    "diffusers": "export autoencoders in the layout of diffusers",
-    "train": "train models",
-    "openvino": "time OpenVINO beside a bundle",
-}
-#: Where there is no GPU, the kernels are compiled for this compute capability, to see whether they can be.
-_ANY_CAPABILITY = "9.0"
-_CLASH = {"cpu": "onnxruntime-gpu", "gpu": "onnxruntime"}  # each excludes the other's package
+from vae_export.commands import options, terminal
+from vae_export.errors import BackendError
 
 
-def examine() -> dict[str, Any]:
-    """Look around.
+def doctor(json: options.Json = False) -> None:
+    """Show what is installed, what can be loaded, what is missing and how to get it."""
+    from vae_export.commands import diagnosis, tables
 
-    Returns:
-        Plain values: `python`, `platform`, `cores`, `processor`, `extras` (for each what it is for, the packages with
-        their versions or null, and the command that installs what is missing), `onnxruntime` (version and
-        providers, or the reason that it cannot be loaded), `driver` (NVIDIA's: the CUDA that it runs, its GPUs or
-        why there are none), `tensorrt` (for each flavour its version, or why it cannot be loaded), `kernels` (whether
-        noise can be made on a GPU), `cache` (of builds: its path, or why it cannot be used), and `problems`, in words.
-    """
-    extras = {}
-    for extra, purpose in EXTRAS.items():
-        packages = {name: versions.of(name) for name in _packages(extra)}
-        missing = any(version is None for version in packages.values())
-        extras[extra] = {
-            "purpose": purpose,
-            "packages": packages,
-            "install": _install(extra) if missing else None,
-        }
-    problems = []
-    if versions.of("vae-export") is None:
-        problems.append("vae-export itself is not installed, so that its extras are not known. Run: pip install .")
-    installed = [name for name in _CLASH.values() if versions.of(name)]
-    if len(installed) > 1:
-        problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Run: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'vae-export[gpu]' (or [cpu])"
-        )
-    runtime = _onnxruntime()
-    if "problem" in runtime:
-        problems.append(runtime["problem"])
-    has = driver.query()
-    here = processor.processor()
-    return {
-        "vae-export": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "processor": f"{here}: {', '.join(here.features)}",
-        "onnxruntime": runtime,
-        "driver": {
-            "cuda": has.cuda,
-            "gpus": [dataclasses.asdict(gpu) for gpu in has.gpus],
-            "problem": has.problem,
-        },
-        "tensorrt": {targets.title(flavour): _flavour(flavour) for flavour in flavours.EXTRAS},
-        "kernels": _kernels(),
-        "cache": _cache(),
-        "extras": extras,
-        "problems": problems,
-    }
-
-
-def _install(extra: str) -> str:
-    other = _CLASH.get(extra)
-    first = f"pip uninstall -y {other}; " if other and versions.of(other) else ""
-    return f"{first}pip install 'vae-export[{extra}]'"
-
-
-def _flavour(flavour: targets.FlavourName) -> dict[str, str]:
-    try:
-        return {"version": flavours.load(flavour).version}
-    except BackendError as error:
-        return {"problem": str(error)}
-
-
-def _kernels() -> dict[str, str]:
-    has = driver.query()
-    capability = has.gpus[0].capability if has.gpus else _ANY_CAPABILITY
-    try:
-        core = require("cuda.core", "gpu", "noise on the GPU")
-        compile_kernels(core, capability)
-    except BackendError as error:
-        return {"problem": str(error)}
-    return {"compiled_for": capability}
-
-
-def _cache() -> dict[str, str]:
-    try:
-        return {"path": str(cache.check_cache())}
-    except (BackendError, OSError) as error:
-        return {"problem": str(error)}
-
-
-def _packages(extra: str) -> list[str]:
-    try:
-        requirements = importlib.metadata.requires("vae-export") or []
-    except importlib.metadata.PackageNotFoundError:  # a bare checkout knows no extras
-        return []
-    mark = re.compile(rf"extra\s*==\s*['\"]{extra}['\"]")
-    names: set[str] = set()
-    for line in filter(mark.search, requirements):
-        found = re.match(r"([\w.-]+)(?:\[(\w+)\])?", line)
-        assert found is not None
-        names |= set(_packages(found[2])) if found[1] == "vae-export" else {found[1]}
-    return sorted(names)
-
-
-def _onnxruntime() -> dict[str, Any]:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return {
-            "problem": "no runtime is installed, so that no bundle can be run. "
-            "Run: pip install 'vae-export[cpu]' (or [gpu])"
-        }
-    try:
-        import onnxruntime
-    except Exception as error:  # a broken installation may raise anything; telling it is what doctor is for
-        return {"problem": f"onnxruntime is installed and does not load: {error}"}
-    return {"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}
+    facts = diagnosis.examine()
+    if json:
+        terminal.say_json(facts)
+    else:
+        for table in tables.diagnosis(facts):
+            terminal.console().print(table)
+    for problem in facts["problems"]:
+        terminal.note(f"problem: {problem}")
+    if "problem" in facts["onnxruntime"]:
+        raise typer.Exit(BackendError.exit_code)

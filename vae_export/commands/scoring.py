@@ -12,20 +12,13 @@ import numpy.typing as npt
 
 from vae_export.runtimes import VAE
 
-_PIECE = 1024  # examples that are in memory at once, of an array that may be memory-mapped
+_PIECE = 1024  # examples that are in memory at once: the array may be memory-mapped
 
 Columns = dict[str, npt.NDArray[Any]]
 
 
 def score(vae: VAE, x: npt.NDArray[Any], *, k: int | None = None, seed: int = 0, start: int = 0) -> Columns:
-    """The ELBO and its terms, or with `k` the importance-weighted bound, of each example.
-
-    Args:
-        vae: the model.
-        x: (B, *data), as for `VAE.encode`; may be memory-mapped.
-        k: draws of the importance-weighted bound.
-        seed: of the noise.
-        start: the index of the first example.
+    """The ELBO and its terms, or the importance-weighted bound of `k` draws, of each example of x (B, *data).
 
     Returns:
         (B,) columns: `index`, and `elbo`, `reconstruction`, `kl` or `log_likelihood`, in nats.
@@ -34,7 +27,7 @@ def score(vae: VAE, x: npt.NDArray[Any], *, k: int | None = None, seed: int = 0,
         InputError: as for `VAE.elbo` and `VAE.log_likelihood`.
     """
     parts: list[Columns] = []
-    # An empty or scalar array goes to the runtime once, for its message.
+    # The runtime sees an empty or scalar array once, for its error message.
     for first in range(0, len(x) if x.ndim else 1, _PIECE) or (0,):
         piece, at = (x[first : first + _PIECE] if x.ndim else x), start + first
         if k is None:

@@ -1,11 +1,12 @@
-"""Tables for people."""
+"""What the verbs print for people: one-line verdicts and tables that stay readable at 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +20,7 @@ from vae_export.contract.targets import title
 
 
 def facts(title: str, values: Mapping[str, object]) -> Table:
-    """Two columns: what, and its value."""
+    """Two columns: names and values."""
     table = Table(title=escape(title), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -28,41 +29,55 @@ def facts(title: str, values: Mapping[str, object]) -> Table:
     return table
 
 
+def columns(title: str, names: Sequence[str], numeric: Sequence[str] = (), **options: Any) -> Table:
+    """An empty table with headings and without vertical lines. Numbers are on the right and never broken."""
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+    for name in names:
+        number = name in numeric
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
+
+
+def verdict(measured: Certificate) -> str:
+    """Whether a certificate passed, in one line."""
+    judged = [check for check in measured.checks if check.tolerance is not None]
+    failed = [check for check in judged if not check.passed]
+    where = f"{measured.nearest.id} ({measured.nearest.share:.0%})"
+    if failed:
+        return f"certificate FAILED: {len(failed)} of {len(judged)} checks exceed their tolerance; worst: {where}"
+    return f"certificate passed: {len(judged)} checks; nearest to its tolerance: {where}"
+
+
 def certificate(measured: Certificate) -> Table:
     """The checks of a certificate, one a row, and in the caption what was compared with what."""
     ran = measured.measured
     kinds = ", ".join(f"{count:,} {name}" for name, count in measured.examples.items() if count)
-    table = Table(
-        title=escape(f"{measured.bundle}: certificate, {measured.precision}"),
-        title_justify="left",
+    sizes = f"; at {'; '.join(measured.sizes)}" if measured.sizes else ""
+    absent = "".join(f". Not measured: {reason}" for reason in measured.absent)
+    table = columns(
+        f"{measured.bundle}: certificate, {measured.precision}",
+        ("graph", "quantity", "measured", "tolerance", "PyTorch", "unit", ""),
+        ("measured", "tolerance", "PyTorch"),
         caption=escape(
             f"{measured.reference} against {ran.get('backend')} {ran.get('version')} {ran.get('provider')}; "
-            f"{kinds}; over batches {', '.join(map(str, measured.batches))}"
-            f"{'; at ' + '; '.join(measured.sizes) if measured.sizes else ''}. Shown: the row nearest to it. "
-            f"Batch splits bit-identical: {'yes' if measured.splits_identical else 'no'}"
-            + "".join(f". Not measured: {reason}" for reason in measured.absent)
+            f"{kinds}; over batches {', '.join(map(str, measured.batches))}{sizes}. Each check shows the example "
+            "nearest to its tolerance. PyTorch: the error of PyTorch itself in float32. Batch splits bit-identical: "
+            f"{'yes' if measured.splits_identical else 'no'}{absent}"
         ),
         caption_justify="left",
     )
-    for heading in ("graph", "quantity"):
-        table.add_column(heading)
-    for heading in ("measured", "tolerance", "PyTorch float32"):
-        table.add_column(heading, justify="right")
-    table.add_column("unit")
-    table.add_column("")
     for check in measured.checks:
         verdict = "" if check.tolerance is None else "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
-        allowed, own = (f"{v:.3g}" if v is not None else "" for v in (check.tolerance, check.pytorch))
-        what = check.quantity
+        tolerance, own = (f"{v:.3g}" if v is not None else "" for v in (check.tolerance, check.pytorch))
+        quantity = check.quantity
         if check.rows is not None and check.quantile is not None:
-            what += f" ({check.rows:,}: 99.9 % are within {check.quantile:.3g})"
-        quantity, unit = Text(what), Text(check.unit)
-        table.add_row(check.graph, quantity, f"{check.measured:.3g}", allowed, own, unit, verdict)
+            quantity += f" ({check.rows:,}: 99.9 % are within {check.quantile:.3g})"
+        table.add_row(check.graph, Text(quantity), f"{check.measured:.3g}", tolerance, own, Text(check.unit), verdict)
     return table
 
 
 def costs(model: Model, counted: Mapping[str, Cost], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What one example of these sizes costs each graph: multiply-adds, and bytes of intermediate results."""
+    """The cost of one example of these sizes in each graph: multiply-adds, and bytes of intermediate results."""
     graphs = {}
     for name, cost in counted.items():
         multiply_adds, activations = cost.at(sizes)
@@ -71,7 +86,7 @@ def costs(model: Model, counted: Mapping[str, Cost], sizes: Mapping[str, int]) -
 
 
 def source(name: str, model: Model, origin: Origin, counted: Mapping[str, Any]) -> Table:
-    """What a trained model is that no bundle was made of yet."""
+    """A trained model that is not exported yet."""
     return facts(name, {"from": f"{origin.kind} {origin.name}", **_model(model, counted)})
 
 
@@ -92,7 +107,7 @@ def _model(model: Model, counted: Mapping[str, Any]) -> dict[str, object]:
     if model.latent.scaled:
         values["a diffusion model's latents"] = model.latent.formula
     if model.force_upcast:
-        values["float16"] = "overflows, as its makers say"
+        values["float16"] = "overflows, as its config.json says (force_upcast)"
     at = ", ".join(f"{name} {size}" for name, size in counted["sizes"].items())
     for graph in ("encoder", "decoder"):
         if graph in counted:
@@ -113,18 +128,15 @@ def bundle(
     cached: list[str],
     counted: Mapping[str, Any],
 ) -> list[Table]:
-    """What a bundle is."""
-    worst = measured.nearest
+    """A bundle: an overview, its graphs and its files."""
     overview: dict[str, object] = {
         "bundle": path,
         "created": manifest.created,
         **_model(manifest.model, counted),
         "from": f"{manifest.origin.kind} {manifest.origin.name}, trained on {manifest.origin.data or 'unknown data'}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
-        "certificate": (
-            f"{'passed' if measured.passed else 'FAILED'} at the export, {measured.precision}, as the bundle says; "
-            f"nearest to its tolerance: {worst}. `vae-export verify` measures it here"
-        ),
+        "certificate": f"{measured.precision}, as the bundle says; nearest to its tolerance: {measured.nearest}. "
+        "`vae-export verify` measures it here",
     }
     for name, graph in manifest.graphs.items():
         if graph.tiled:
@@ -133,23 +145,21 @@ def bundle(
         overview["builds in the cache"] = ", ".join(cached)
     if unlisted:
         overview["unlisted files"] = f"{', '.join(unlisted)} (never read)"
-    graphs = Table("graph", "file", "opset", "inputs", "outputs", title="graphs", title_justify="left")
+    graphs = columns("graphs", ("graph", "file", "opset", "inputs", "outputs"))
     for name, graph in manifest.graphs.items():
-        ends = (
-            "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.shape))})" for t in tensors)
-            for tensors in (graph.inputs, graph.outputs)
+        tensors = (
+            "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.shape))})" for t in side)
+            for side in (graph.inputs, graph.outputs)
         )
-        graphs.add_row(
-            *map(Text, (name, "\n".join(filter(None, (graph.file, graph.weights))), str(graph.opset), *ends))
-        )
-    files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
-    files.columns[1].justify = "right"
+        paths = "\n".join(filter(None, (graph.file, graph.weights)))
+        graphs.add_row(*map(Text, (name, paths, str(graph.opset), *tensors)))
+    files = columns("files", ("file", "bytes", "SHA-256"), ("bytes",))
     for name, file in manifest.files.items():
         files.add_row(Text(name), f"{file.size:,}", file.sha256[:16] + "…")
     return [facts(manifest.name, overview), graphs, files]
 
 
-#: Kinds of rows, in words.
+#: Kinds of calibration rows, in words.
 _KINDS = {
     "calibration": "rows of calibration data",
     "held_out": "golden rows of data",
@@ -159,7 +169,7 @@ _KINDS = {
 
 
 def build(path: Path, record: Build) -> Table:
-    """What a build is."""
+    """A build: its record."""
     options, engine = record.options, record.engine
     flags = [name for name in ("tf32", "nhwc", "refittable") if getattr(options, name)]
     values: dict[str, object] = {
@@ -192,7 +202,7 @@ def build(path: Path, record: Build) -> Table:
 
 
 def _variants(graph: BuiltGraph) -> list[str]:
-    """How a graph runs, what was done to it and what stayed in float32, in lines."""
+    """How a graph runs, the passes applied to it and its nodes in float32, in lines."""
     lines = []
     for variant in graph.variants:
         limit = "all other batches" if variant.max_batch is None else f"batches up to {variant.max_batch}"
@@ -205,30 +215,53 @@ def _variants(graph: BuiltGraph) -> list[str]:
     return lines
 
 
-def _changes(made: ExecutionPlan | BuiltGraph) -> str:
-    changed = ", ".join(f"{name} {count}" for name, count in made.passes.items()) or "none"
-    kept = "".join(f"\n  float32: {node} ({why})" for node, why in made.kept.items())
+def _changes(plan: ExecutionPlan | BuiltGraph) -> str:
+    changed = ", ".join(f"{name} {count}" for name, count in plan.passes.items()) or "none"
+    kept = "".join(f"\n  float32: {node} ({why})" for node, why in plan.kept.items())
     return f"passes: {changed}{kept}"
 
 
 def measurements(record: Build) -> Table:
     """Every candidate that was measured, the chosen ones first for each graph and batch."""
-    shown = Table(title="median time of a call; candidates took turns", title_justify="left")
-    for heading in ("graph", "batch", "runner", "precision", "threads", "passes", "ms", "spread", ""):
-        shown.add_column(heading, justify="right" if heading in ("batch", "ms", "spread") else "left")
+    table = columns(
+        "median time of a call; candidates took turns",
+        ("graph", "batch", "candidate", "ms", "spread", "verdict"),
+        ("batch", "ms", "spread"),
+    )
     for row in record.measurements:
-        shown.add_row(
+        threads = "" if row.threads is None else f", {row.threads} thread{'s' * (row.threads > 1)}"
+        passes = f"; {', '.join(row.passes)}" if row.passes else ""
+        table.add_row(
             Text(row.graph),
             str(row.batch),
-            row.runner,
-            row.precision,
-            "" if row.threads is None else str(row.threads),
-            Text(", ".join(row.passes)),
+            Text(f"{row.runner} {row.precision}{threads}{passes}"),
             "" if row.median_us is None else f"{row.median_us / 1e3:,.3f}",
             "" if row.spread is None else f"{row.spread:.0%}",
             Text(row.verdict),
         )
-    return shown
+    return table
+
+
+def diagnosis(state: Mapping[str, Any]) -> list[Table]:
+    """What `diagnosis.examine` gives: this machine, and the extras."""
+    runtime, driver = state["onnxruntime"], state["driver"]
+    gpus = [f"{gpu['name']}, compute capability {gpu['capability']}" for gpu in driver["gpus"]]
+    machine = {name: state[name] for name in ("vae-export", "python", "platform", "cores")} | {
+        "onnxruntime": runtime.get("version", "not usable"),
+        "providers": ", ".join(runtime.get("providers", [])) or "none",
+        "NVIDIA driver": f"CUDA {driver['cuda']}" if driver["cuda"] else "none",
+        "processor": state["processor"],
+        "GPUs": "\n".join(gpus) or driver["problem"],
+        **{title: here.get("version") or here["problem"] for title, here in state["tensorrt"].items()},
+        "noise on the GPU": state["kernels"].get("problem") or "its kernels compile",
+        "cache of builds": state["cache"].get("problem") or state["cache"]["path"],
+    }
+    extras = {}
+    for name, extra in state["extras"].items():
+        packages = ", ".join(f"{package} {version or 'MISSING'}" for package, version in extra["packages"].items())
+        install = f"\n{extra['install']}" if extra["install"] else ""
+        extras[f"[{name}]"] = f"{extra['purpose']}: {packages}{install}"
+    return [facts("this machine", machine), facts("extras", extras)]
 
 
 def as_text(*renderables: Any, width: int = 120) -> str:

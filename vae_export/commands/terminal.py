@@ -1,10 +1,11 @@
-"""What a person sees: every line and table of the command line goes through here.
+"""Everything that the command line prints goes through here.
 
-Names come from strangers' files, from packages and from the system. They are read in a terminal and do no more.
+Names come from strangers' files, from packages and from the system: whatever could steer a terminal is escaped.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,29 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.segment import Segment
 
+#: Columns of tables in a pipe or a log, which have no width of their own.
+PIPE_WIDTH = 140
 
-def say(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Print a text, what steers a terminal escaped.
 
-    Args:
-        text: of one line or several.
-        err: to stderr.
-        nl: end it with a newline.
-    """
-    typer.echo(printable(text), err=err, nl=nl)
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line or several, to stdout or stderr."""
+    typer.echo(printable(text), err=err)
+
+
+def note(line: str) -> None:
+    """Print a line to stderr: stdout may be CSV or JSON."""
+    say(line, err=True)
+
+
+def say_json(value: object) -> None:
+    """Print plain values as JSON in ASCII."""
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
 
 
 def console(*, err: bool = False) -> Console:
-    """What prints tables and bars, to stdout or stderr; their texts as `say` prints them."""
+    """A console for tables and bars on stdout or stderr: as wide as the terminal, or as COLUMNS says."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -38,6 +48,7 @@ def console(*, err: bool = False) -> Console:
             for part in super().render(*args, **options):
                 yield part if part.control else Segment(printable(part.text), part.style)
 
-    made = Safe(stderr=err)
-    # In a pipe or a log there is no width to ask for, and 80 columns would break every table.
-    return made if made.is_terminal else Safe(width=140, stderr=err)
+    shown = Safe(stderr=err)
+    if not (shown.is_terminal or os.environ.get("COLUMNS", "").isdigit()):
+        shown.width = PIPE_WIDTH
+    return shown

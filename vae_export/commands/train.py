@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from vae_export.commands import terminal
-from vae_export.errors import TRAIN_NEEDS, InputError, require
+from vae_export.commands.options import interval, numbers
+from vae_export.errors import TRAIN_NEEDS, require
 from vae_export.trainers.choices import Binarization, Device, Kept, LikelihoodName, ModelName, ObjectiveName, Precision
 
 
@@ -97,7 +98,7 @@ def train(
         sides = numbers("train: sides", given["size"], "x")
         given["size"] = sides * 2 if len(sides) == 1 else sides
     if "range" in given:
-        given["range"] = _range(given["range"])
+        given["range"] = interval("train", given["range"])
     if "data" in given:
         given["spec"] = given.pop("data")
     if given.get("objective") == "autoencoder":
@@ -157,26 +158,6 @@ def default(option: str) -> str:
         shown = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else f"{value}"
         models.setdefault({"True": "on", "False": "off", "": "none"}.get(shown, shown), []).append(model)
     return next(iter(models)) if len(models) == 1 else "; ".join(f"{', '.join(m)}: {v}" for v, m in models.items())
-
-
-def numbers(what: str, text: str, separator: str = ",") -> tuple[int, ...]:
-    """Parse whole numbers with a separator between them.
-
-    Raises:
-        InputError: the text is something else.
-    """
-    try:
-        return tuple(int(number) for number in text.split(separator))
-    except ValueError:
-        raise InputError(f"{what} are {text!r}; expected numbers such as 8{separator}64") from None
-
-
-def _range(text: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise InputError(f"train: range is {text!r}; expected two numbers such as -1,1") from None
-    return low, high
 
 
 def _fields(given: Mapping[str, Any], record: Any) -> dict[str, Any]:

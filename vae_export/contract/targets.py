@@ -10,15 +10,13 @@ from typing import Literal
 
 import msgspec
 
+from vae_export.contract.choices import Asked as Asked
+from vae_export.contract.choices import Precision as Precision
+from vae_export.contract.choices import Wanted as Wanted
 from vae_export.contract.model import Model, SizeDim, Tensor
 from vae_export.contract.records import Part
 from vae_export.errors import InputError
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-#: What a build can be requested in: `auto` is the fastest precision within its tolerances.
-Asked = Literal["auto", "fp32", "fp16", "bf16", "int8"]
-#: What can be loaded: also float32 whose products a GPU may round to TF32's 10 bits.
-Wanted = Literal["auto", "fp32", "tf32", "fp16", "bf16", "int8"]
 Runner = Literal["onnxruntime", "openvino"]
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 #: The smallest, middle and largest value.
