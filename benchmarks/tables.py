@@ -88,7 +88,7 @@ def performance(record: dict[str, Any]) -> list[str]:
     fastest of those below.
     """
     lines = [
-        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | of roof "
+        "| model | verb | batch | fp32, ms | fastest float32 peer, ms | times | ceiling | relative to NumPy "
         "| auto, ms | times | fastest bf16 peer, ms | times |",
         f"|{'---|' * 12}",
     ]
