@@ -234,7 +234,7 @@ def test_coming_from(other: str, tmp_path: Path) -> None:
     if other != "plain torch.onnx":
         pytest.importorskip(other, reason=f"{other} is not installed")
     (section,) = re.findall(rf"^## From {re.escape(other)}\n(.*?)(?=^## |\Z)", DOCS["coming-from.md"], re.M | re.S)
-    theirs, ours = blocks("python", section)
+    theirs, ours = blocks("python", section.replace('"height": 64, "width": 64', '"height": 32, "width": 32'))
     (tmp_path / "compare.py").write_text("\n".join([PREPARE[other], theirs, KEEP, ours, COMPARE]), encoding="utf-8")
     assert "compared" in shell(f"{shlex.quote(sys.executable)} compare.py", tmp_path)
 
@@ -260,7 +260,7 @@ before = {name: globals()[name] for name in ("mean", "again", "latents", "pictur
 COMPARE = """
 for name, value in before.items():
     theirs = value.detach().numpy() if hasattr(value, "detach") else value
-    assert type(globals()[name]) is type(vae.sample(1)), name
+    assert type(globals()[name]).__module__ == "numpy", name
     assert abs(theirs - globals()[name]).max() < 1e-4, name
     print(name, "compared")
 """
