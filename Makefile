@@ -22,7 +22,7 @@ AVX2_TESTS := \
 # What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
 AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
 
-.PHONY: demo test test-commands test-avx2 test-gpu setup lint types bench performance overhead memory passes figures sources margins trained trainer throughput kills gpu record clean
+.PHONY: demo test test-commands test-avx2 test-gpu setup lint types bench performance overhead memory passes figures sources margins trained trainer throughput kills gpu record docs clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
@@ -135,6 +135,13 @@ record: setup out/pythae
 	$(BIN)/python benchmarks/memory.py benchmarks/results/memory-cpu.json
 	$(BIN)/python benchmarks/performance.py benchmarks/results/performance-cpu.json --work out/bench/models
 	$(BIN)/python benchmarks/tables.py
+
+# The documentation site, in out/docs/site, from an environment of its own that has no PyTorch. A link to nowhere fails it.
+docs:
+	$(PYTHON) -m venv out/docs/venv
+	rm -rf build
+	out/docs/venv/bin/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	PATH="$(CURDIR)/out/docs/venv/bin:$$PATH" out/docs/venv/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

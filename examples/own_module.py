@@ -2,7 +2,7 @@
 
     python examples/own_module.py
 
-Needs `pip install 'vae-export[cpu,export]'`.
+Needs the extras of `pip install '.[cpu,export]'`, run in the checkout.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     python examples/sdxl_app.py out/sdxl.bundle photo.jpg out/again.png
 
-Needs `pip install 'vae-export[cpu]'`. Without a photo, a gradient stands in.
+Needs the extras of `pip install '.[cpu]'`, run in the checkout. Without a photo, a gradient stands in.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python examples/sdxl_export.py path/to/sdxl/vae out/sdxl.bundle
 
-Needs `pip install 'vae-export[cpu,export,diffusers]'`. The folder is the autoencoder's or the pipeline's, with weights
-in safetensors. Without one, a small autoencoder of the same kind, untrained, stands in.
+Needs the extras of `pip install '.[cpu,export,diffusers]'`, run in the checkout. The folder is the autoencoder's or the
+pipeline's, with weights in safetensors. Without one, a small autoencoder of the same kind, untrained, stands in.
 """
 
 import sys

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vae_export.contract.build_record import ExecutionPlan
+from vae_export.contract.choices import Precision
 from vae_export.contract.model import Model
 from vae_export.contract.onnx_guard import Arrays
-from vae_export.contract.targets import Precision, Runner
+from vae_export.contract.targets import Runner
 from vae_export.numerics.noise import Normals
 
 Array = npt.NDArray[np.float32]

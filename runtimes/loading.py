@@ -10,9 +10,9 @@ from typing import Any, Literal, cast, get_args
 from vae_export.contract import cache, onnx_guard, targets
 from vae_export.contract.build_record import Build, BuildFolder, Engine, Options
 from vae_export.contract.bundle import Bundle
+from vae_export.contract.choices import Wanted
 from vae_export.contract.model import GRAPHS, Model
 from vae_export.contract.onnx_guard import Weights
-from vae_export.contract.targets import Wanted
 from vae_export.errors import BackendError, BundleError, InputError, VaeExportError, check_flags
 from vae_export.runtimes import compatibility, processor
 from vae_export.runtimes.backend import Backend, PlannedGraph, Settings

@@ -48,7 +48,14 @@ def test_a_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path, digits: di
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"vae_export", wheel.name.partition("-py3")[0] + ".dist-info"}
-    assert {"vae_export/py.typed", "vae_export/runtimes/vae.py", "vae_export/trainers/fit.py"} <= set(names)
+    homes = {"vae_export": "vae_export", "runtimes": "vae_export/runtimes", "trainers": "vae_export/trainers"}
+    expected = {
+        f"{home}/{file.relative_to(ROOT / folder).as_posix()}"
+        for folder, home in homes.items()
+        for ending in ("*.py", "*.cu", "py.typed")
+        for file in (ROOT / folder).rglob(ending)
+    }
+    assert {name for name in names if name.startswith("vae_export/")} == expected
     python = new_environment(tmp_path / "env")
     command(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[cpu]", cwd=tmp_path)
     said = command(python, "-c", USE, digits["gaussian"], cwd=tmp_path)

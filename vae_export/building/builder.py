@@ -27,7 +27,8 @@ from vae_export.certification.certificate import Certificate
 from vae_export.contract import atomic, build_record, cache, folders, targets
 from vae_export.contract.build_record import RECORD_FORMAT, Build, BuildFolder, Options
 from vae_export.contract.bundle import Bundle
-from vae_export.contract.targets import Asked, Precision, Target
+from vae_export.contract.choices import Asked, Precision
+from vae_export.contract.targets import Target
 from vae_export.errors import InputError, check_flags, require
 from vae_export.progress import Progress, silent
 from vae_export.runtimes import processor

@@ -18,8 +18,9 @@ from vae_export.building.mixed_precision import ReducedPrecision
 from vae_export.certification import verifier
 from vae_export.contract import targets
 from vae_export.contract.build_record import BuildFolder, BuiltGraph, Engine, Options
+from vae_export.contract.choices import Precision
 from vae_export.contract.model import GRAPHS
-from vae_export.contract.targets import Precision, Target
+from vae_export.contract.targets import Target
 from vae_export.errors import BackendError, InputError, VerificationError, require
 from vae_export.progress import Progress
 from vae_export.runtimes import Settings, compatibility, open_backend

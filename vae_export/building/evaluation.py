@@ -22,8 +22,9 @@ from vae_export.certification.certificate import Certificate, Check
 from vae_export.certification.golden import Reference
 from vae_export.certification.tail import Tail
 from vae_export.contract import build_record
+from vae_export.contract.choices import Precision
 from vae_export.contract.model import GRAPHS
-from vae_export.contract.targets import Precision, Runner
+from vae_export.contract.targets import Runner
 from vae_export.errors import VaeExportError
 from vae_export.progress import Progress
 from vae_export.runtimes import Backend, Settings, processor

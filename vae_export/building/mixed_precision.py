@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vae_export.certification.golden import Reference, stretched
+from vae_export.contract.choices import Precision
 from vae_export.contract.model import Model
 from vae_export.contract.onnx_guard import Arrays
-from vae_export.contract.targets import Precision
 from vae_export.errors import require
 from vae_export.numerics import noise
 from vae_export.runtimes import VAE, Settings, open_backend

@@ -44,7 +44,7 @@ def bench(
 ) -> None:
     """Time verbs and batches, in turns: our runtime, a bare ONNX Runtime session, and other ways to run the model."""
     from vae_export import bench as module
-    from vae_export.runtimes import said
+    from vae_export.runtimes import summary
 
     wanted = options.numbers("bench: batches", batches)
     picture = options.check_outside(plot, bundle) if plot else None
@@ -63,7 +63,7 @@ def bench(
     ):
         for runner in selection.runners:
             if isinstance(runner, module.Ours):
-                terminal.note(f"{runner.name}: {said(runner.vae.describe())}")
+                terminal.note(f"{runner.name}: {summary(runner.vae.describe())}")
         chosen, sizes = verbs.split(",") if verbs else None, options.sizes("bench", size) if size else None
         report = module.run(
             selection, chosen, wanted, sizes=sizes, seconds=seconds, memory=memory, progress=status.update

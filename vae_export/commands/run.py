@@ -122,12 +122,12 @@ def _load(
     any_range: bool = False,
 ) -> VAE:
     """Open a bundle as the options say, and print what runs."""
-    from vae_export.runtimes import load, said
+    from vae_export.runtimes import load, summary
 
     if build and no_build:
         raise InputError(f"{verb}: name one of --build and --no-build")
     chosen: Path | Literal[False] | None = False if no_build else build
     vae = load(bundle, device=device, build=chosen, precision=precision, check_range=not any_range)
     facts = vae.describe()
-    terminal.note("; ".join([said(facts), *facts["notes"]]))
+    terminal.note("; ".join([summary(facts), *facts["notes"]]))
     return vae

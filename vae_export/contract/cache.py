@@ -15,8 +15,9 @@ from typing import get_args
 from platformdirs import user_cache_path
 
 from vae_export.contract import build_record
+from vae_export.contract.choices import Wanted
 from vae_export.contract.manifest import Manifest
-from vae_export.contract.targets import TARGET_PATTERN, Target, Wanted, parse
+from vae_export.contract.targets import TARGET_PATTERN, Target, parse
 from vae_export.errors import BackendError
 
 _SLOT = re.compile(

@@ -10,9 +10,6 @@ from typing import Literal
 
 import msgspec
 
-from vae_export.contract.choices import Asked as Asked
-from vae_export.contract.choices import Precision as Precision
-from vae_export.contract.choices import Wanted as Wanted
 from vae_export.contract.model import Model, SizeDim, Tensor
 from vae_export.contract.records import Part
 from vae_export.errors import InputError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vae_export.contract.targets import Precision, Runner
+from vae_export.contract.choices import Precision
+from vae_export.contract.targets import Runner
 
 
 @dataclass(frozen=True)

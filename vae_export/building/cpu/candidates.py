@@ -17,8 +17,9 @@ from vae_export.building.cpu import SearchSettings
 from vae_export.building.evaluation import Evaluator, one_line
 from vae_export.building.mixed_precision import ReducedPrecision
 from vae_export.contract.build_record import ExecutionPlan, Options
+from vae_export.contract.choices import Precision
 from vae_export.contract.model import GRAPHS, parts_of
-from vae_export.contract.targets import Precision, Runner
+from vae_export.contract.targets import Runner
 from vae_export.errors import BackendError, VerificationError
 from vae_export.graph import quantize, rewrites
 from vae_export.progress import Progress

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from vae_export.building.cpu import SearchSettings
 from vae_export.contract.build_record import ExecutionPlan
+from vae_export.contract.choices import Precision
 from vae_export.contract.model import GRAPHS, parts_of
-from vae_export.contract.targets import Precision
 
 if TYPE_CHECKING:
     from vae_export.certification.certificate import Check
