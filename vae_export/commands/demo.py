@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -83,6 +81,9 @@ def demo(
 
 
 def _run_without_torch(path: Path, out: Path) -> dict[str, float]:
+    import json
+    import subprocess
+
     program = (
         "import sys; sys.modules['torch'] = None; from vae_export.commands import demo; demo.pictures(*sys.argv[1:])"
     )
@@ -96,6 +97,8 @@ def _run_without_torch(path: Path, out: Path) -> dict[str, float]:
 
 def pictures(path: str, out: str) -> None:
     """Use a bundle as an application would: write its pictures, and print measured figures as JSON."""
+    import json
+
     from vae_export.certification import golden
     from vae_export.contract.bundle import Bundle
     from vae_export.numerics import images

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,6 +56,8 @@ def export(
     with bar(terminal.console(err=True)) as progress, contextlib.ExitStack() as stack:
         folder = bundle
         if layout == "optimum":
+            import tempfile
+
             optimum.check_target(bundle, overwrite=force)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / bundle.name
         certificate = run(source, folder, overwrite=force, progress=progress, **described)
