@@ -354,12 +354,12 @@ def beyond(path: Path) -> list[dict[str, str]]:
     answers = []
     for name in ("tensorrt-rtx", "tensorrt-rtx-sm80"):
         (engine,) = tensorrt.build(bindings, {"decoder": graph}, model, targets.parse(name), options)
-        bindings.said()
+        bindings.errors()
         opened = bindings.trt.Runtime(bindings.logger).deserialize_cuda_engine(engine)
-        answer = f"refused: {bindings.said()}"
+        answer = f"refused: {bindings.errors()}"
         if opened is not None:
             context = opened.create_execution_context()
-            answer = "opened, and gives a context" if context is not None else f"opened, no context: {bindings.said()}"
+            answer = "opened, and gives a context" if context is not None else f"opened, no context: {bindings.errors()}"
         answers.append({"engine": name, "version": bindings.version, "answer": answer})
     return answers
 

@@ -1,4 +1,7 @@
-"""The processor that this process runs on: its name, its instruction sets, and how many cores may be used."""
+"""The processor that this process runs on: its name, its instruction sets, and how many cores may be used.
+
+NumPy's answer overrides the system's: under an emulator the system describes the machine below.
+"""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def test_a_failure_says_its_own_reason_only(
     with pytest.raises(BackendError):
         vae_export.build(transposed, "tensorrt-rtx-sm86", precision="bf16", out=tmp_path / "a")
     vae_export.build(bundles["mlp"], "tensorrt-rtx-sm86", batches=(1,), out=tmp_path / "b")
-    assert RTX.said() == "it gave no reason"
+    assert RTX.errors() == "it gave no reason"
 
 
 #: What the code uses of the API that only runs on a GPU, so that no test here calls it.
@@ -317,7 +317,7 @@ def test_without_a_gpu_engines_are_refused_in_words(bundles: Mapping[str, Path],
     # Past the check, TensorRT itself would refuse.
     runtime = RTX.trt.Runtime(RTX.logger)
     assert runtime.deserialize_cuda_engine(BuildFolder(built.path).graphs()["decoder"]) is None
-    assert "CUDA" in RTX.said()
+    assert "CUDA" in RTX.errors()
 
 
 def test_profiles_reach_the_engine(member: Callable[[str], Any]) -> None:

@@ -3,7 +3,8 @@
 A step is a function of weights, optimizer state and its own number: `Batches` gives batch and noise of a step, the
 schedules its learning rate and KL weight. So a run that is stopped anywhere and resumed from its last checkpoint takes
 the same steps: bit for bit on the same machine with the same number of threads, where PyTorch's operators are
-deterministic, as those on the CPU are.
+deterministic, as those on the CPU are. Figures are fetched every few steps, and nothing is written before they are
+known to be finite; the kept weights are written before the state, the state before the result.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vae_export.runtimes import VAE, Elbo, Posterior, Tile, load
     from vae_export.sources.module import Source
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 #: Where each public name is defined.
 _HOMES = {

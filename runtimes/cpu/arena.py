@@ -3,6 +3,7 @@
 An arena keeps its memory for the next call. With an arena of its own, each session would keep what its largest call
 needed; and as an arena grows by regions of twice the size, and a tensor lies in one region, a call of large tensors can
 need twice their size. Here regions are wide address ranges, of which the system backs only the pages that are touched.
+Nothing that outlives a call may lie in the arena: weights have memory of their own, results are copied or bound to it.
 """
 
 from __future__ import annotations

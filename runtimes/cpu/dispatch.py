@@ -65,7 +65,7 @@ class CpuBackend:
                 counted.add(threads)
                 key = (name, id(one.graph), one.plan.runner, one.plan.precision, threads, str(one.plan.exact))
                 if key not in opened:
-                    opened[key] = _open(name, one, model, threads)
+                    opened[key] = open_session(name, one, model, threads)
                 rows.append((one.plan.max_batch, opened[key]))
             self._sessions[name] = tuple(rows)
         self._threads = max(counted)
@@ -165,7 +165,7 @@ class CpuBackend:
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}
 
 
-def _open(name: str, one: PlannedGraph, model: Model, threads: int) -> Session:
+def open_session(name: str, one: PlannedGraph, model: Model, threads: int) -> Session:
     if one.plan.runner == "openvino":
         from vae_export.runtimes.cpu.openvino import OpenVinoSession
 

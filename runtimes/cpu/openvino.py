@@ -1,4 +1,8 @@
-"""OpenVINO on the CPU: a graph, compiled once for all shapes, and again for each shape that is known beforehand."""
+"""OpenVINO on the CPU: a graph, compiled once for all shapes, and again for each shape that is known beforehand.
+
+A request belongs to one choice of outputs, and their memory is set again at every call: used with fewer outputs, a
+request would write into results that callers hold.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Bindings:
         """The flavour's name and version, for messages."""
         return f"{title(self.flavour)} {self.version}"
 
-    def said(self) -> str:
+    def errors(self) -> str:
         """Its error messages since the last call, from any thread, in one line."""
         with self.logger.lock:
             messages = " / ".join(dict.fromkeys(self.logger.messages))

@@ -2,7 +2,8 @@
 
 Everything with a fixed address belongs to a lane: a stream, buffers, pinned staging memory, and plans that use them.
 One call at a time uses a lane; calls queue for one. Streams and events alone keep order on the GPU: the host waits only
-for results that it returns, and before it overwrites memory that a copy still reads.
+for results that it returns, and before it overwrites memory that a copy still reads. A shape has one execution context,
+which never changes, because a captured graph holds its state.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ class _Opened:
     def __init__(self, bindings: Bindings, runtime: Any, name: str, content: bytes, model: Model) -> None:
         self.bindings = bindings
         self.name = name
-        bindings.said()
+        bindings.errors()
         self.engine = runtime.deserialize_cuda_engine(content)
         if self.engine is None:
-            raise BackendError(f"{name}: {bindings.title} does not open the engine: {bindings.said()}")
+            raise BackendError(f"{name}: {bindings.title} does not open the engine: {bindings.errors()}")
         _check_signature(bindings, name, self.engine, model)
         trt = bindings.trt
         self.config = self.engine.create_runtime_config()
@@ -92,7 +92,7 @@ class _Opened:
         """A new execution context, its memory not set."""
         context = self.engine.create_execution_context(self.config)
         if context is None:
-            raise BackendError(f"{self.name}: {self.bindings.title} gives no context: {self.bindings.said()}")
+            raise BackendError(f"{self.name}: {self.bindings.title} gives no context: {self.bindings.errors()}")
         return context
 
     def save_cache(self) -> None:
@@ -137,7 +137,7 @@ class _Contexts:
         """See `Executor.prepare`."""
         opened, stream = self._opened[graph], self._lane.stream
         handle = int(stream.handle)
-        opened.bindings.said()
+        opened.bindings.errors()
         context = opened.context()
         inputs = {tensor.name for tensor in self._lane.model.signature(graph)[0]}
         first = tensors[self._lane.model.signature(graph)[0][0].name][1]
@@ -151,11 +151,11 @@ class _Contexts:
                 done.append(context.set_input_shape(name, shape))
             done.append(context.set_tensor_address(name, address))
         if not all(done) or context.infer_shapes():
-            raise BackendError(f"{graph}: {opened.bindings.title} refuses the shapes: {opened.bindings.said()}")
+            raise BackendError(f"{graph}: {opened.bindings.title} refuses the shapes: {opened.bindings.errors()}")
 
         def enqueue() -> None:
             if not context.execute_async_v3(handle):
-                raise BackendError(f"{graph}: {opened.bindings.title} failed: {opened.bindings.said()}")
+                raise BackendError(f"{graph}: {opened.bindings.title} failed: {opened.bindings.errors()}")
 
         if self._wanted is False:
             return enqueue

@@ -84,7 +84,7 @@ def build(
     wanted = capabilities(bindings, target)
     for name, graph in graphs.items():
         with _one_at_a_time:
-            bindings.said()  # drop the messages of earlier builds
+            bindings.errors()  # drop the messages of earlier builds
             engine = _engine(bindings, name, graph, model, wanted, options)
         yield engine
 
@@ -130,21 +130,21 @@ def refit(bindings: Bindings, engines: Mapping[str, bytes], graphs: Mapping[str,
     runtime = trt.Runtime(bindings.logger)
     for name, graph in graphs.items():
         with _one_at_a_time:
-            bindings.said()
+            bindings.errors()
             engine = runtime.deserialize_cuda_engine(engines[name])
             if engine is None:
-                raise BackendError(f"refit: {bindings.title} does not open the {name}: {bindings.said()}")
+                raise BackendError(f"refit: {bindings.title} does not open the {name}: {bindings.errors()}")
             refitter = trt.Refitter(engine, bindings.logger)
             parser = trt.OnnxParserRefitter(refitter, bindings.logger)
             if not parser.refit_from_bytes(graph):
                 raise BackendError(f"refit: {bindings.title} does not read the {name}: {_parser_errors(parser)}")
             if not refitter.refit_cuda_engine():
-                raise BackendError(f"refit: {bindings.title} does not take the {name}'s weights: {bindings.said()}")
+                raise BackendError(f"refit: {bindings.title} does not take the {name}'s weights: {bindings.errors()}")
             config = engine.create_serialization_config()
             config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
             written = engine.serialize_with_config(config)
             if written is None:
-                raise BackendError(f"refit: {bindings.title} does not write the {name}: {bindings.said()}")
+                raise BackendError(f"refit: {bindings.title} does not write the {name}: {bindings.errors()}")
         yield bytes(written)
 
 
@@ -170,7 +170,7 @@ def _why_not(bindings: Bindings, name: str, options: Options, wanted: Sequence[s
             " Transposed convolutions in bf16 are one thing that it cannot build: use --precision fp16 or fp32, or a "
             "model that upsamples and then convolves."
         )
-    return f"{what}.{advice} It says: {bindings.said()}"
+    return f"{what}.{advice} It says: {bindings.errors()}"
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ def _timing_cache(bindings: Bindings, config: Any) -> Iterator[None]:
         known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)  # it must live until the engine is built
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another device
-        bindings.said()
+        bindings.errors()
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     yield

@@ -12,7 +12,7 @@ To add a pass:
    and returns the number of changes, 0 where there is nothing to change. `graph/edit.py` has helpers.
 2. Add "NAME" below, where it belongs in the order of passes: to `ALWAYS` if it pays with every runner, else to `FORMS`.
    A form is used where a build is told so (`--passes NAME`), and timed by builds for the CPU if a combination in
-   `building/cpu/search.py` has it.
+   `FORMS` of `building/cpu/candidates.py` has it.
 
 `tests/test_passes.py` runs every registered pass on the zoo of models: results, signature, a second run that finds
 nothing. Tests of what it rewrites and what it leaves belong in a file of their own.
