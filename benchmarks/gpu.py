@@ -359,7 +359,9 @@ def beyond(path: Path) -> list[dict[str, str]]:
         answer = f"refused: {bindings.errors()}"
         if opened is not None:
             context = opened.create_execution_context()
-            answer = "opened, and gives a context" if context is not None else f"opened, no context: {bindings.errors()}"
+            answer = (
+                "opened, and gives a context" if context is not None else f"opened, no context: {bindings.errors()}"
+            )
         answers.append({"engine": name, "version": bindings.version, "answer": answer})
     return answers
 
