@@ -22,10 +22,14 @@ AVX2_TESTS := \
 # What runs natively with PyTorch held to AVX2: where it is one side of a comparison.
 AVX2_TORCH_TESTS := tests/test_diffusers.py::test_every_family tests/test_runtime.py::test_parity
 
-.PHONY: demo test test-commands test-avx2 test-gpu setup lint types bench performance overhead memory passes figures sources margins trained trainer throughput kills gpu record docs clean
+.PHONY: demo quick test test-commands test-avx2 test-gpu setup lint types bench performance overhead hops memory passes figures sources margins trained trainer throughput kills gpu record docs clean
 
 demo: setup
 	$(BIN)/vae-export demo --out out/demo
+
+# Before each commit: lint, types and the tests that take less than a second each.
+quick: lint types
+	$(BIN)/pytest -p no:cacheprovider -m quick -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Files are dealt out to processes: what a file's tests share is made once.
 test: lint types
@@ -76,6 +80,10 @@ passes: setup
 overhead: setup
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/overhead.py out/bench/overhead.json
+
+# The files of the package that `load` and `decode` pass through, for the demo's bundle.
+hops: demo
+	$(BIN)/python benchmarks/hops.py out/demo/digits.bundle
 
 # What calls need of memory: many sizes, many threads, given back, and beside PyTorch.
 memory: setup

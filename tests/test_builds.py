@@ -32,6 +32,7 @@ from vae_export.errors import BackendError, BundleError, InputError
 from vae_export.graph.rewrites import select
 from vae_export.runtimes import compatibility, processor
 from vae_export.runtimes.compatibility import Machine
+from vae_export.runtimes.cpu.dispatch import CpuBackend
 from vae_export.runtimes.gpu import driver, flavours
 
 #: What is built from where the kind of model does not matter.
@@ -386,7 +387,7 @@ def test_what_needs_an_instruction_that_is_missing_is_refused(
             raise AssertionError("no runner may open a graph that is refused")
 
         with monkeypatch.context() as patch:
-            patch.setattr("vae_export.runtimes.CpuBackend", opened)
+            patch.setattr(CpuBackend, "__init__", opened)
             with pytest.raises(BackendError) as caught:
                 vae_export.load(bundle, build=path)
         assert words in str(caught.value)

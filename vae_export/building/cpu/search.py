@@ -23,8 +23,9 @@ from vae_export import timing
 from vae_export.building.contents import Artifacts, Contents
 from vae_export.building.cpu import SearchSettings, choosing
 from vae_export.building.cpu.candidates import Candidate, Candidates
-from vae_export.building.cpu.choosing import Timing
+from vae_export.building.cpu.choosing import Table, Timing
 from vae_export.building.cpu.measuring import Measuring
+from vae_export.building.evaluation import Plans
 from vae_export.certification import certificate, tolerances
 from vae_export.certification.certificate import Certificate
 from vae_export.contract.build_record import BuiltGraph, Measurement, Options
@@ -187,7 +188,7 @@ class CpuSearch:
             plans.append(planned)
         return [*plans[:-1], _replaced(plans[-1], max_batch=None)]
 
-    def _take_back_static_shapes(self, chosen: Mapping[str, Sequence[Timing]]) -> bool:
+    def _take_back_static_shapes(self, chosen: Table) -> bool:
         """Disable shape specialization where it changes results by more than rounding; whether there was any.
 
         The certificate may have been measured at other shapes.
@@ -211,14 +212,10 @@ class CpuSearch:
                 )
         return len(self._dynamic) > before
 
-    def _compare_with_float32(self, measured: Certificate, chosen: Mapping[str, Sequence[Timing]]) -> bool:
+    def _compare_with_float32(self, measured: Certificate, chosen: Table) -> bool:
         """Time float32, too, where a graph loses more than half precision may: it must be faster than float32 then.
 
-        Returns:
-            Whether there was anything to time; then there is another choice.
-
-        Raises:
-            NoGainError: nothing is left in the precision that was asked for.
+        Returns whether there was any; raises NoGainError if nothing is left in the precision that was asked for.
         """
         kinds = {graph: chosen[graph][0].plan.precision for graph in GRAPHS}
         full: dict[int, Candidate] = {}
@@ -245,9 +242,7 @@ class CpuSearch:
             )
         return bool(full)
 
-    def _slower_than_parts(
-        self, graphs: Mapping[str, Sequence[PlannedGraph]], chosen: Mapping[str, Sequence[Timing]]
-    ) -> dict[str, str]:
+    def _slower_than_parts(self, graphs: Plans, chosen: Table) -> dict[str, str]:
         """The fused graphs that do not beat their parts, and by how much they lose."""
         dropped, model = {}, self._contents.model
         with (
