@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from nets import ROUNDED, Net, applied, check, close, doubled, evaluated, feeds, ops, ran
 
 from vae_export import graph
-from vae_export.graph import group_norm
-from vae_export.graph.rewrites import exact_norm
+from vae_export.graph import exact_norm, group_norm
 
 
 def add_norm(net: Net, groups: int, channels: int, rank: int, affine: bool = True, back: str = "shape") -> None:

@@ -136,7 +136,7 @@ def test_records_of_version_0_5_0_name_other_passes() -> None:
     net = Net(("batch", 3))
     net.add("Relu")
     names = ("upsampling", "phases", "winograd", "fold", "group_norm", "channel_norm", "batch_norm", "scaling")
-    assert list(optimize(graph.read(net.raw()), names)) == list(PASSES)
+    assert list(optimize(graph.read(net.raw()), names)) == [name for name in PASSES if name in names]
 
 
 def test_every_pass_has_a_summary() -> None:
@@ -146,6 +146,6 @@ def test_every_pass_has_a_summary() -> None:
 
 
 def test_a_pass_is_one_file_and_one_line() -> None:
-    """Every file is registered but one, which exports use; and nothing else is registered."""
+    """Every file is registered, and nothing else is."""
     files = {path.stem for path in Path(rewrites.__file__).parent.glob("*.py")}
-    assert files - {"__init__", "exact_norm"} == set(rewrites.ALWAYS) | set(rewrites.FORMS)
+    assert files - {"__init__"} == set(rewrites.ALWAYS) | set(rewrites.FORMS)

@@ -222,7 +222,7 @@ def _changes(plan: ExecutionPlan | BuiltGraph) -> str:
 
 
 def measurements(record: Build) -> Table:
-    """Every candidate that was measured, the chosen ones first for each graph and batch."""
+    """Every row of the record, in its order: each candidate for each graph and batch, with its verdict."""
     table = columns(
         "median time of a call; candidates took turns",
         ("graph", "batch", "candidate", "ms", "spread", "verdict"),

@@ -172,7 +172,7 @@ class Posterior(Part, frozen=True, kw_only=True):
     logvar_clamp: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        _check_clamp(self.logvar_clamp, self.kind, "diagonal_gaussian")
+        _check_clamp("logvar_clamp", self.logvar_clamp, self.kind, "diagonal_gaussian")
 
 
 class Likelihood(Part, frozen=True, kw_only=True):
@@ -193,8 +193,8 @@ class Likelihood(Part, frozen=True, kw_only=True):
     nominal: bool = False
 
     def __post_init__(self) -> None:
-        _check_clamp(self.logvar_clamp, self.kind, "gaussian")
-        _check_clamp(self.log_scale_clamp, self.kind, "discretized_logistic")
+        _check_clamp("logvar_clamp", self.logvar_clamp, self.kind, "gaussian")
+        _check_clamp("log_scale_clamp", self.log_scale_clamp, self.kind, "discretized_logistic")
         if (self.kind == "gaussian_fixed") != (self.variance is not None):
             raise ValueError(
                 f"variance belongs to gaussian_fixed and to no other likelihood, got {self.variance} for {self.kind}"
@@ -378,13 +378,13 @@ def signature_text(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> s
     return " → ".join(", ".join(map(text, tensors)) for tensors in (inputs, outputs))
 
 
-def _check_clamp(clamp: tuple[float, float] | None, kind: str, owner: str) -> None:
+def _check_clamp(name: str, clamp: tuple[float, float] | None, kind: str, owner: str) -> None:
     if clamp is None:
         return
     if kind != owner:
-        raise ValueError(f"logvar_clamp belongs to {owner}, got one for {kind}")
+        raise ValueError(f"{name} belongs to {owner}, got one for {kind}")
     if not (math.isfinite(clamp[0]) and math.isfinite(clamp[1]) and clamp[0] < clamp[1]):
-        raise ValueError(f"logvar_clamp: two finite, rising numbers expected, got {list(clamp)}")
+        raise ValueError(f"{name}: two finite, rising numbers expected, got {list(clamp)}")
 
 
 def _check_shape(shape: tuple[int | SizeDim, ...] | tuple[int | LatentDim, ...]) -> None:

@@ -15,8 +15,7 @@ from torch import nn
 from vae_export.contract.manifest import Graph
 from vae_export.contract.model import Model
 from vae_export.exporting import sizes
-from vae_export.graph import write
-from vae_export.graph.rewrites import exact_norm
+from vae_export.graph import exact_norm, write
 from vae_export.graph.weights import apart
 
 #: The newest version of the ONNX operators that PyTorch's exporter writes by default; every backend has kernels for it.

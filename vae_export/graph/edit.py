@@ -45,7 +45,10 @@ def only_user(value: onnx_ir.Value) -> onnx_ir.Node | None:
 
 
 def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
-    """Replace all uses of a value by another one; as an output of the graph, with the old name, type and shape."""
+    """Replace all uses of a value by another one; as an output of the graph, with the old name, type and shape.
+
+    An output of the graph renames `new`, which then must not be an input of the graph.
+    """
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}.before"
         new.name, new.type, new.shape = name, old.type, old.shape

@@ -1,7 +1,7 @@
 """Finds group normalizations, in the two forms that exported graphs have.
 
 PyTorch's exporter writes a Reshape to (batch, groups, …), an InstanceNormalization, a Reshape back, and Mul and Add by
-channel where the module is affine. `rewrites.exact_norm` writes means along one dimension after the other.
+channel where the module is affine. `exact_norm` writes means along one dimension after the other.
 
 Requires: the shapes of the graph's inner values.
 Ensures: the graph is not changed.

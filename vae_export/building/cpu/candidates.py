@@ -185,7 +185,7 @@ class Candidates:
         if precision not in self._reduced:
             self.evaluator.tail(choosing=True)
             runner = [runner for runner in self.runners if not self._cannot(runner, precision)][-1]
-            share = 1.0 if precision == "bf16" else self.share
+            share = 1.0 if precision == "bf16" else self.share  # OpenVINO keeps no node of a bf16 graph in float32
             self._reduced[precision], absent = self.evaluator.reduce(precision, runner, share, self._bits)
             self.absent += absent
         return self._reduced[precision]

@@ -7,15 +7,17 @@ nothing changes nothing.
 
 To add a pass:
 
-1. Write `rewrites/NAME.py`, such as `fold.py`. The first line of its docstring is its summary, a sentence that
-   `vae-export build --passes list` shows. Its function `apply(model: onnx_ir.Model) -> int` changes the graph in place
+1. Write `rewrites/NAME.py`, such as `upsampling.py`. The first line of its docstring is its summary, a sentence of 20 to
+   110 characters that `vae-export build --passes list` shows. Its function `apply(model: onnx_ir.Model) -> int` changes the graph in place
    and returns the number of changes, 0 where there is nothing to change. `graph/edit.py` has helpers.
-2. Add "NAME" below, where it belongs in the order of passes: to `ALWAYS` if it pays with every runner, else to `FORMS`.
+2. Add "NAME" below: to `ALWAYS` if no runner loses by it, else to `FORMS`. The order is that in which passes run: a pass
+   stands before those that find more to do in its result, since none may find anything in a second run of all.
    A form is used where a build is told so (`--passes NAME`), and timed by builds for the CPU if a combination in
    `FORMS` of `building/cpu/candidates.py` has it.
 
 `tests/test_passes.py` runs every registered pass on the zoo of models: results, signature, a second run that finds
-nothing. Tests of what it rewrites and what it leaves belong in a file of their own.
+nothing; the zoo may hold nothing for it to find. So tests of what it rewrites and what it leaves belong in a file of
+their own, such as `tests/test_fold.py`; `tests/nets.py` has what they share.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import onnx_ir
 
 from vae_export.errors import InputError
 
-#: Passes that run in every build.
+#: Passes that no runner loses by: they run in every build that does not leave them out.
 ALWAYS = ("fold",)
 #: Passes that write the same arithmetic in another form. Which form is faster depends on the runner: builds time them.
 FORMS = ("upsampling", "phases", "winograd", "channel_norm")

@@ -15,10 +15,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-from vae_export.graph import group_norm
+from vae_export.graph import exact_norm, group_norm
 from vae_export.graph.edit import Maker
 from vae_export.graph.group_norm import GroupNorm
-from vae_export.graph.rewrites import exact_norm
 
 
 def apply(model: onnx_ir.Model) -> int:
