@@ -7,13 +7,14 @@ nothing changes nothing.
 
 To add a pass:
 
-1. Write `rewrites/NAME.py`, such as `upsampling.py`. The first line of its docstring is its summary, a sentence of 20 to
-   110 characters that `vae-export build --passes list` shows. Its function `apply(model: onnx_ir.Model) -> int` changes the graph in place
-   and returns the number of changes, 0 where there is nothing to change. `graph/edit.py` has helpers.
-2. Add "NAME" below: to `ALWAYS` if no runner loses by it, else to `FORMS`. The order is that in which passes run: a pass
-   stands before those that find more to do in its result, since none may find anything in a second run of all.
-   A form is used where a build is told so (`--passes NAME`), and timed by builds for the CPU if a combination in
-   `FORMS` of `building/cpu/candidates.py` has it.
+1. Write `rewrites/NAME.py`, such as `upsampling.py`. The first line of its docstring is its summary, a sentence of 20
+   to 110 characters that `vae-export build --passes list` shows. Its function `apply(model: onnx_ir.Model) -> int`
+   changes the graph in place and returns the number of changes, 0 where there is nothing to change. `graph/edit.py` has
+   helpers.
+2. Add "NAME" below: to `ALWAYS` if no runner loses by it, else to `FORMS`. Passes run in that order: a pass stands
+   before those that find more to do in its result, since none may find anything in a second run of all. A form is used
+   where a build is told so (`--passes NAME`), and timed by builds for the CPU if a combination in `FORMS` of
+   `building/cpu/candidates.py` has it.
 
 `tests/test_passes.py` runs every registered pass on the zoo of models: results, signature, a second run that finds
 nothing; the zoo may hold nothing for it to find. So tests of what it rewrites and what it leaves belong in a file of
