@@ -101,7 +101,7 @@ def test_the_road(run: Run, tmp_path: Path) -> None:
     failed(
         run("train", "run", "--epochs", 1),
         2,
-        "run exists already. Choose another path, or overwrite it on purpose (--force)",
+        "run exists already. Continue its run (--resume), replace it (--force), or choose another folder",
     )
     assert "run: model" in succeeded(run("inspect", "run"))
     assert json.loads(succeeded(run("inspect", "run", "--json")))["kind"] == "checkpoint"
@@ -281,7 +281,7 @@ def test_force_replaces_only_what_we_made(run: Run, checkpoints: dict[str, Path]
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
     failed(run("export", checkpoints["gaussian"], "app", "--force"), 2, "exists and is not a whole bundle")
-    failed(run("train", "app", "--epochs", 1, "--force"), 2, "app is not just a run (manifest.json)")
+    failed(run("train", "app", "--epochs", 1, "--force"), 2, "app is not just a run: it also has manifest.json")
     assert (tmp_path / "app" / "manifest.json").exists()
 
 

@@ -22,8 +22,8 @@ from vae_export.contract.bundle import Bundle
 from vae_export.contract.model import GRAPHS, LatentDim, Model, SizeDim, Tensor, shape_text
 from vae_export.contract.onnx_guard import Arrays
 from vae_export.errors import BundleError, InputError, VerificationError, require
+from vae_export.graph import weights as graph_weights
 from vae_export.graph.fuse import finish, prefix_inner
-from vae_export.graph.weights import apart
 from vae_export.runtimes.ort_session import session_options
 
 #: Files of this layout, besides weights beside a graph.
@@ -77,7 +77,7 @@ def optimum(bundle: str | os.PathLike[str], path: str | os.PathLike[str], *, ove
             folder = stage / f"vae_{name}"
             folder.mkdir()
             renamed = rename(graphs.read(sources[name], arrays[name]), model)
-            if (data := apart(renamed, _WEIGHTS)) is not None:
+            if (data := graph_weights.apart(renamed, _WEIGHTS)) is not None:
                 (folder / _WEIGHTS).write_bytes(data)
             (folder / "model.onnx").write_bytes(graphs.write(renamed))
             (folder / "config.json").write_bytes(config)
