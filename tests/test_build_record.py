@@ -19,6 +19,8 @@ from vae_export.contract.model import Likelihood, Model
 from vae_export.contract.targets import Profile
 from vae_export.errors import BundleError, InputError
 
+pytestmark = pytest.mark.quick
+
 RTX = "tensorrt-rtx-sm86"
 
 # The record

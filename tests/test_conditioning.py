@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vae_export.certification.rounding import UNIT, Perturbed
 from vae_export.certification.tolerances import SPREADS
 
+pytestmark = pytest.mark.quick
+
 DRAWS = 3
 #: Right results are to stay within half of what is tolerated.
 _BEYOND = SPREADS / 2

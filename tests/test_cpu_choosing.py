@@ -16,6 +16,8 @@ from vae_export.certification.certificate import Check
 from vae_export.contract.build_record import ExecutionPlan
 from vae_export.contract.model import parts_of
 
+pytestmark = pytest.mark.quick
+
 SETTINGS = SearchSettings()
 UNTIMED = math.inf
 

@@ -14,6 +14,8 @@ from vae_export.numerics import elbo, likelihoods, noise
 from vae_export.trainers.objective import Elbo, log_prob_of
 from vae_export.trainers.objective import elbo as torch_elbo
 
+pytestmark = pytest.mark.quick
+
 values = hnp.arrays(np.float64, (3, 4), elements=st.floats(-8, 8))
 
 

@@ -14,6 +14,8 @@ from vae_export import graph
 from vae_export.graph import fingerprint, quantize
 from vae_export.graph.rewrites import fold
 
+pytestmark = pytest.mark.quick
+
 
 def weight_norm(net: Net, out: int, into: int) -> str:
     """The weights g · v / ‖v‖, as PyTorch's exporter writes them."""

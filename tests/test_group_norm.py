@@ -12,6 +12,8 @@ from nets import ROUNDED, Net, applied, check, close, doubled, evaluated, feeds,
 from vae_export import graph
 from vae_export.graph import exact_norm, group_norm
 
+pytestmark = pytest.mark.quick
+
 
 def add_norm(net: Net, groups: int, channels: int, rank: int, affine: bool = True, back: str = "shape") -> None:
     """As PyTorch's exporter writes it."""

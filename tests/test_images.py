@@ -14,6 +14,8 @@ from vae_export.errors import InputError
 from vae_export.numerics import images
 from vae_export.numerics.pixels import to_uint8
 
+pytestmark = pytest.mark.quick
+
 BOX = Data(shape=(3, 10, 60), range=(-1.0, 1.0))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 #: Every room, and the rooms that it may import from besides itself and the base.
 RULE: dict[str, set[str]] = {

@@ -22,6 +22,8 @@ from vae_export.numerics import noise
 from vae_export.runtimes.gpu import device
 from vae_export.runtimes.gpu.lanes import bucket
 
+pytestmark = pytest.mark.quick
+
 # What CUDA has and C++ has not. A kernel runs once for each thread of its grid, and for some beyond: a launch has
 # whole blocks.
 HOST = """

@@ -12,6 +12,8 @@ from vae_export.errors import InputError
 from vae_export.numerics import elbo, likelihoods, noise
 from vae_export.trainers.objective import log_prob_of
 
+pytestmark = pytest.mark.quick
+
 SHAPE = (2, 3, 4)
 
 

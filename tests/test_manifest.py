@@ -18,6 +18,8 @@ from vae_export.contract.manifest import File, Golden, Graph, Manifest, Origin
 from vae_export.contract.model import Data, Latent, LatentDim, Likelihood, Model, Posterior, SizeDim, Tensor, shape_text
 from vae_export.errors import BundleError, InputError
 
+pytestmark = pytest.mark.quick
+
 HASH = "0" * 64
 FILES = (
     *("config.json", "golden.safetensors", "verification.json"),

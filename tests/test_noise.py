@@ -13,6 +13,8 @@ from scipy import stats
 from vae_export.errors import InputError
 from vae_export.numerics import noise
 
+pytestmark = pytest.mark.quick
+
 # Random123's kat_vectors for philox4x64-10: counter, key, result.
 KNOWN = [
     (

@@ -11,6 +11,8 @@ import pytest
 
 import vae_export
 
+pytestmark = pytest.mark.quick
+
 
 def modules() -> list[ModuleType]:
     """All modules of the package, wherever it is imported from: a checkout has two of its folders beside it."""

@@ -20,6 +20,8 @@ import tables
 from conftest import ROOT
 from PIL import Image
 
+pytestmark = pytest.mark.quick
+
 commands = pytest.mark.commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,6 +16,8 @@ from vae_export import graph
 from vae_export.graph import half_rounding
 from vae_export.graph.half import to_half
 
+pytestmark = pytest.mark.quick
+
 KINDS = {"fp16": (TensorProto.FLOAT16, np.dtype(np.float16)), "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
 
 

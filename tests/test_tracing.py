@@ -6,6 +6,8 @@ import pytest
 
 from vae_export.exporting import sizes
 
+pytestmark = pytest.mark.quick
+
 NAMED = {0: "batch", 2: "height/2", 3: "width"}
 HINT = "- Received user-specified dim hint Dim.DYNAMIC(min=None, max=None), but tracing inferred a static shape of "
 

@@ -166,6 +166,7 @@ _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU"}
 
 
 def open_session(name: str, one: PlannedGraph, model: Model, threads: int) -> Session:
+    """Open a graph on the runner of its plan. Errors: as `CpuBackend`."""
     if one.plan.runner == "openvino":
         from vae_export.runtimes.cpu.openvino import OpenVinoSession
 
