@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_manifest import HASH, NAMED, SPATIAL, a_model
 
-from vae_export.contract import build_record, records, targets
+from vae_export.contract import build_record, checks, records, targets
 from vae_export.contract.build_record import RECORD_FORMAT, Build, BuiltGraph, Engine, Options
 from vae_export.contract.manifest import File
 from vae_export.contract.model import Likelihood, Model
@@ -64,7 +64,7 @@ def test_round_trip(record: Build) -> None:
     raw = RECORD_FORMAT.encode(record)
     again = RECORD_FORMAT.decode(raw)
     assert msgspec.structs.replace(again, digest="") == record
-    assert records.is_sha256(again.digest)
+    assert checks.is_sha256(again.digest)
     assert RECORD_FORMAT.encode(again) == raw
 
 

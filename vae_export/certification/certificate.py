@@ -8,7 +8,8 @@ from typing import Any, Final, Literal
 import msgspec
 
 from vae_export.certification.tolerances import JUDGED, TOLERANCES
-from vae_export.contract.records import Record, check_text
+from vae_export.contract.checks import check_text
+from vae_export.contract.records import Record
 from vae_export.errors import BundleError, VerificationError
 
 FORMAT: Final = "vae_export.certificate"

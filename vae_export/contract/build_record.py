@@ -12,11 +12,12 @@ from typing import Final, Literal
 
 import msgspec
 
+from vae_export.contract.checks import check_paths, check_text, is_sha256
 from vae_export.contract.choices import Asked, Precision, Wanted
 from vae_export.contract.folders import RecordFolder
 from vae_export.contract.manifest import Manifest
 from vae_export.contract.model import FUSED, GRAPHS, MAX_SIZE, parts_of
-from vae_export.contract.records import File, Part, RecordFormat, check_paths, check_text, is_sha256
+from vae_export.contract.records import File, Part, RecordFormat
 from vae_export.contract.targets import TOLERANCE_NAMES, FlavourName, Profile, Runner, parse
 from vae_export.errors import BundleError, InputError
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
+from vae_export.contract.checks import check_paths, check_text
 from vae_export.contract.model import GRAPHS, Cost, Model, Tensor, shape_text, signature_text
-from vae_export.contract.records import File, Part, RecordFormat, check_paths, check_text
+from vae_export.contract.records import File, Part, RecordFormat
 
 FORMAT: Final = "vae_export.bundle"
 VERSION: Final = 1

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from vae_export.contract.records import Part, check_text
+from vae_export.contract.checks import check_text
+from vae_export.contract.records import Part
 from vae_export.errors import InputError
 
 LikelihoodKind = Literal["bernoulli", "gaussian", "gaussian_fixed", "discretized_logistic", "none"]
