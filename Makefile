@@ -29,7 +29,7 @@ demo: setup
 
 # Before each commit: lint, types and the tests that take less than a second each.
 quick: lint types
-	$(BIN)/pytest -p no:cacheprovider -m quick -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -p no:cacheprovider -m 'quick and not commands' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Files are dealt out to processes: what a file's tests share is made once.
 test: lint types
