@@ -70,6 +70,7 @@ def traced() -> Iterator[Trace]:
             if own[0] in stack[1:]:
                 trace.returns.setdefault(f"{own[0]} (from {stack[1]})")
 
+    # A profile does not tell which thread started another one: only `start` itself knows its caller.
     threading.Thread.start = started  # type: ignore[method-assign]
     threading.setprofile(profile)
     sys.setprofile(profile)

@@ -77,7 +77,7 @@ def open_session(
     provider = PROVIDERS[device]
     try:
         session = ort.InferenceSession(graph, settings, providers=[(provider, dict(options))], enable_fallback=0)
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's have no common base
         kind = BundleError if device == "cpu" else BackendError  # on a GPU the reason need not be the graph
         raise kind(f"{name}: ONNX Runtime {ort.__version__} does not open it on {device}: {words(error)}") from None
     if session.get_providers()[0] != provider:

@@ -358,6 +358,11 @@ def test_claims_that_the_outputs_contradict() -> None:
     )
     with pytest.raises(InputError, match=r"logvar is said to be clamped to \[5\.0, 6\.0\], and the model gives values"):
         compute(dataclasses.replace(source, model=claimed))
+    source = with_heads("discretized_logistic")
+    likelihood = Likelihood(kind="discretized_logistic", log_scale_clamp=(5.0, 6.0))
+    claimed = msgspec.structs.replace(source.model, likelihood=likelihood)
+    with pytest.raises(InputError, match=r"log_scale is said to be clamped to \[5\.0, 6\.0\], and the model gives"):
+        compute(dataclasses.replace(source, model=claimed))
     source = dataclasses.replace(with_heads("bernoulli"), module=zoo.fill(Wrong("bernoulli", "diagonal_gaussian")))
     with pytest.raises(InputError, match=r"with sample = sigmoid\(logits\); they differ by"):
         compute(source)

@@ -138,6 +138,24 @@ def test_the_reference_has_every_public_name() -> None:
     assert sorted([*named, "__version__"]) == sorted(vae_export.__all__)
 
 
+def test_the_reference_has_inherited_methods() -> None:
+    """The site shows those of a base that has no entry of its own only where it is told to."""
+    import vae_export
+
+    classes = {name: value for name in vae_export.__all__ if isinstance(value := getattr(vae_export, name), type)}
+    inherited = {
+        name
+        for name, value in classes.items()
+        for base in value.__mro__[1:]
+        if base.__module__.startswith("vae_export.") and base not in classes.values()
+        if {method for method in vars(base) if not method.startswith("_")} - set(vars(value))
+    }
+    told = re.findall(
+        r"^::: vae_export\.(\w+)\n    options:\n      inherited_members: true$", DOCS["api.md"], re.MULTILINE
+    )
+    assert set(told) == inherited == {"Bundle", "VAE"}
+
+
 @commands
 def test_make_demo(demo: str) -> None:
     out = ROOT / "out" / "demo"

@@ -323,6 +323,7 @@ def _check_claims(model: Model, posterior: golden.Tensors, prior: golden.Tensors
     clamps = (
         ("logvar", posterior.get("logvar"), model.posterior.logvar_clamp),
         ("sample_logvar", prior.get("sample_logvar"), model.likelihood.logvar_clamp),
+        ("log_scale", prior.get("log_scale"), model.likelihood.log_scale_clamp),
     )
     for name, values, clamp in clamps:
         if values is not None and clamp and not (clamp[0] <= values.min() and values.max() <= clamp[1]):

@@ -192,7 +192,7 @@ def _call_factory(spec: str) -> Any:
             raise InputError(f"export: {spec} is {describe(function)}; expected a function that makes the model")
         try:
             return function()
-        except Exception as error:
+        except Exception as error:  # a user's code may raise anything
             raise InputError(
                 f"export: {spec} failed: {error_summary(error)}. It is called without arguments"
             ) from error
@@ -295,7 +295,7 @@ def _copied(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, on the CPU, in float32."""
     try:
         result = copy.deepcopy(module, _computed(module))
-    except Exception as error:
+    except Exception as error:  # what a module holds may raise anything when it is copied
         raise InputError(
             f"export: {type(module).__name__} cannot be copied: {error_summary(error)}. What is exported is a copy: "
             "drop what the module keeps besides its weights, such as results of an earlier call"
