@@ -346,6 +346,20 @@ def test_batches_made_ahead_are_the_same() -> None:
         assert torch.equal(batch.eps, batches[step].eps)
 
 
+CHECKED = """
+import gc, torch
+from torch.nn.parallel import DistributedDataParallel
+destroy = torch.distributed.destroy_process_group
+def checked():
+    assert not any(isinstance(one, DistributedDataParallel) for one in gc.get_objects()), "a reducer outlives its group"
+    print("the reducer was released")
+    destroy()
+torch.distributed.destroy_process_group = checked
+from vae_export.commands.app import main
+main()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """20 steps of two processes with 32 examples each and of one with 64: the same weights, to rounding."""
@@ -354,7 +368,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port, "-m", "vae_export"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port, "checked.py"]
+    (tmp_path / "checked.py").write_text(CHECKED)
     done = subprocess.run(
         [sys.executable, *map(str, [*command, *arguments, *options])],
         cwd=tmp_path,
@@ -364,6 +379,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("two: test ELBO") == 1
+    assert done.stdout.count("the reducer was released") == 2
     model = configs.model_config("conv", data_shape=DIGITS, widths=(8, 16))
     train(tmp_path / "one", model, DataConfig(flip=True), free_bits=0.2, draws=2, epochs=1, seed=3)
     (one, first), (two, second) = (state_of(tmp_path / name) for name in ("one", "two"))

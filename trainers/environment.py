@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -106,3 +108,13 @@ def summed(fabric: Fabric, tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.detach().clone().to(fabric.device)
     torch.distributed.all_reduce(total)
     return total.cpu()
+
+
+def release_reducer(run: Any) -> None:
+    """Drop a run's wrapped objective, while the process group is still there.
+
+    Its reducer would be the last owner of the group else, and join the group's threads with Python's lock held, for
+    which such a thread may wait to free a tensor: the process would hang for ever.
+    """
+    del run.objective, run.optimizer
+    gc.collect()

@@ -32,7 +32,7 @@ from vae_export.trainers.checkpoint import Epoch, State
 from vae_export.trainers.config import CheckpointConfig, DataConfig, ModelConfig, Result, TrainConfig
 from vae_export.trainers.datasets import Dataset
 from vae_export.trainers.download import download as download_data
-from vae_export.trainers.environment import agree, memory_errors, open_fabric, signals, summed
+from vae_export.trainers.environment import agree, memory_errors, open_fabric, release_reducer, signals, summed
 from vae_export.trainers.objective import Bound, Objective, training_loss
 from vae_export.trainers.schedule import groups, learning_rate, warmed_up
 
@@ -119,6 +119,8 @@ def fit(
             log.say(f"{out}: training has already ended")
             return result
         run = _Run(out, run_config, dataset, fabric, log)
+        if fabric.world_size > 1:
+            stack.callback(release_reducer, run)
         if not resumed:
             run.try_step()
         if first:
